@@ -1,0 +1,134 @@
+// The cluster as cluster.env describes it: read once, checked as a whole, then typed data.
+import { readFileSync } from 'node:fs'
+import { join, resolve } from 'node:path'
+import { type Assignment, parseEnvFile } from './env-file.mts'
+import { nodesFrom } from './nodes.mts'
+import { checkRanges } from './ranges.mts'
+import { SettingsReader } from './settings.mts'
+import { StepError } from './step-error.mts'
+import { perNodeVariables, type Settings, variables } from './variables.mts'
+
+export type Role = 'control-plane' | 'worker'
+
+/** One virtual machine. */
+export interface Node {
+  name: string
+  role: Role
+  /** Address in the machines' own network (the lan). */
+  ip: string
+  /** MAC address of the card to the outside, and of the one to the lan. */
+  mac: string
+  lanMac: string
+  /** Port on 127.0.0.1 that leads to the machine's ssh. */
+  sshPort: number
+  /** UDP port on 127.0.0.1 from which its QEMU sends the lan's frames. */
+  lanPort: number
+  /** The pods' addresses on a worker; the control plane runs no pods. */
+  podCidr?: string
+  memory: number
+  cpus: number
+}
+
+export interface Cluster {
+  /** The project's folder, absolute. */
+  root: string
+  /** A path below it: `path('tls', 'ca.pem')`. */
+  path(...parts: string[]): string
+  /** Every value of cluster.env that is not of one node, typed, by its name there. */
+  settings: Settings
+  /** The control plane first, then the workers in their order. */
+  nodes: Node[]
+  controlPlane: Node
+  workers: Node[]
+  /** The node of that name. @throws StepError that lists the names there are */
+  node(name: string): Node
+  /** The API server as the workers reach it: https://192.168.100.10:6443. */
+  apiServer: string
+}
+
+/**
+ * Reads cluster.env, lets variables of the environment win, and checks it all.
+ *
+ * @throws StepError with every problem found, each with file and line
+ */
+export function loadCluster(
+  options: { root?: string; env?: Readonly<Record<string, string | undefined>> } = {},
+): Cluster {
+  const root = resolve(options.root ?? join(import.meta.dirname, '..'))
+  const { assignments, problems } = parseEnvFile(readSettingsFile(root))
+  const reader = new SettingsReader(assignments, options.env ?? process.env)
+  for (const { line, reason } of problems) reader.problems.push(`cluster.env:${line}: ${reason}`)
+
+  const settings = reader.readAll(variables)
+  const nodes = nodesFrom(settings, reader)
+  checkNames(assignments, nodes, reader)
+  checkRanges(settings, nodes, reader)
+
+  const [controlPlane, ...workers] = nodes
+  if (reader.problems.length > 0 || !controlPlane) {
+    const count = reader.problems.length
+    throw new StepError(`cluster.env has ${count === 1 ? 'a mistake' : `${count} mistakes`}`, {
+      output: reader.problems.join('\n'),
+      hint: 'each variable is explained in cluster.env itself; the environment wins over the file',
+    })
+  }
+  return {
+    root,
+    path: (...parts) => join(root, ...parts),
+    settings,
+    nodes,
+    controlPlane,
+    workers,
+    node: (name) => findNode(nodes, name),
+    apiServer: `https://${controlPlane.ip}:${settings.API_PORT}`,
+  }
+}
+
+/**
+ * The nodes a script was told to work on.
+ *
+ * @param names none means all
+ * @throws StepError for a name that no node has
+ */
+export function chooseNodes(cluster: Cluster, names: readonly string[]): Node[] {
+  return names.length === 0 ? cluster.nodes : [...new Set(names)].map(cluster.node)
+}
+
+function findNode(nodes: readonly Node[], name: string): Node {
+  const found = nodes.find((node) => node.name === name)
+  if (found) return found
+  const names = nodes.map((node) => node.name).join(', ')
+  throw new StepError(`there is no node "${name}"`, {
+    hint: `the nodes of cluster.env are ${names}`,
+    exitCode: 2,
+  })
+}
+
+function readSettingsFile(root: string): string {
+  try {
+    return readFileSync(join(root, 'cluster.env'), 'utf8')
+  } catch (cause) {
+    throw new StepError(`cluster.env cannot be read in ${root}`, {
+      hint: 'it belongs to the project: git checkout cluster.env',
+      cause,
+    })
+  }
+}
+
+/** A misspelt variable would otherwise be ignored in silence. */
+function checkNames(
+  assignments: readonly Assignment[],
+  nodes: readonly Node[],
+  reader: SettingsReader,
+): void {
+  for (const { name, line } of assignments) {
+    if (Object.hasOwn(variables, name)) continue
+    const prefix = perNodeVariables.find((candidate) => name.startsWith(`${candidate}_`))
+    const suffix = prefix && name.slice(prefix.length + 1)
+    if (suffix && nodes.some((node) => node.name.replaceAll('-', '_') === suffix)) continue
+    const reason = suffix
+      ? `${name} is of a node "${suffix}", which CONTROL_PLANE_NODE and WORKER_NODES do not name`
+      : `${name} is no variable of this project`
+    reader.problems.push(`cluster.env:${line}: ${reason}`)
+  }
+}

@@ -1,0 +1,123 @@
+// Reading a file of shell assignments: NAME=value, quotes, comments, $NAME of earlier lines. Only
+// what means the same in every shell; commands are refused, as nothing here is ever executed.
+
+export interface Assignment {
+  name: string
+  value: string
+  /** Line of the file, from 1. */
+  line: number
+}
+
+/** A place in the file that a shell, or this reader, would not take. */
+export interface Problem {
+  line: number
+  reason: string
+}
+
+/**
+ * The assignments of a file in POSIX shell syntax, in their order. All problems are collected,
+ * so that they can be told at once.
+ */
+export function parseEnvFile(text: string): { assignments: Assignment[]; problems: Problem[] } {
+  const assignments: Assignment[] = []
+  const problems: Problem[] = []
+  const values = new Map<string, string>()
+  for (const [index, content] of text.split(/\r?\n/).entries()) {
+    const line = index + 1
+    if (/^\s*(#|$)/.test(content)) continue
+    const match = content.match(/^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$/)
+    if (!match?.[1]) {
+      problems.push({ line, reason: 'not of the form NAME=value' })
+      continue
+    }
+    const word = readWord(match[2] ?? '', values)
+    if ('reason' in word) {
+      problems.push({ line, reason: word.reason })
+      continue
+    }
+    values.set(match[1], word.value)
+    assignments.push({ name: match[1], value: word.value, line })
+  }
+  return { assignments, problems }
+}
+
+type Word = { value: string } | { reason: string }
+
+/** One shell word from the start of `text`; only blanks and a comment may follow it. */
+function readWord(text: string, values: ReadonlyMap<string, string>): Word {
+  let value = ''
+  let at = 0
+  while (at < text.length) {
+    const char = text.charAt(at)
+    if (char === "'") {
+      const end = text.indexOf("'", at + 1)
+      if (end < 0) return { reason: "the quote ' is not closed on its line" }
+      value += text.slice(at + 1, end)
+      at = end + 1
+    } else if (char === '"') {
+      const quoted = readQuoted(text, at + 1, values)
+      if ('reason' in quoted) return quoted
+      value += quoted.value
+      at = quoted.end
+    } else if (/\s/.test(char)) {
+      const rest = text.slice(at).trim()
+      if (rest && !rest.startsWith('#')) return { reason: 'a value with spaces needs quotes' }
+      break
+    } else if (char === '\\') {
+      value += text.charAt(at + 1)
+      at += 2
+    } else if (char === '$' || char === '`') {
+      const expanded = expand(text, at, values)
+      if ('reason' in expanded) return expanded
+      value += expanded.value
+      at = expanded.end
+    } else if (/[;&|<>()]/.test(char)) {
+      return { reason: `"${char}" outside quotes would end the value in a shell` }
+    } else {
+      value += char
+      at += 1
+    }
+  }
+  return { value }
+}
+
+function readQuoted(
+  text: string,
+  start: number,
+  values: ReadonlyMap<string, string>,
+): { value: string; end: number } | { reason: string } {
+  let value = ''
+  let at = start
+  while (at < text.length) {
+    const char = text.charAt(at)
+    if (char === '"') return { value, end: at + 1 }
+    if (char === '\\' && /["\\$`]/.test(text.charAt(at + 1))) {
+      value += text.charAt(at + 1)
+      at += 2
+    } else if (char === '$' || char === '`') {
+      const expanded = expand(text, at, values)
+      if ('reason' in expanded) return expanded
+      value += expanded.value
+      at = expanded.end
+    } else {
+      value += char
+      at += 1
+    }
+  }
+  return { reason: 'the quote " is not closed on its line' }
+}
+
+function expand(
+  text: string,
+  at: number,
+  values: ReadonlyMap<string, string>,
+): { value: string; end: number } | { reason: string } {
+  const match = text.slice(at).match(/^\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))/)
+  const name = match?.[1] ?? match?.[2]
+  if (match && name) {
+    const value = values.get(name)
+    if (value === undefined) return { reason: `$${name} is not set by an earlier line` }
+    return { value, end: at + match[0].length }
+  }
+  return { reason: 'commands and shell expansions other than $NAME are not read here' }
+}

@@ -1,0 +1,145 @@
+// The front of every script in bin/: what it does, its flags and arguments, --help, and how an
+// error that nobody caught is told.
+import { basename } from 'node:path'
+import minimist from 'minimist'
+import { $ } from 'zx'
+import { describeError, StepError } from './step-error.mts'
+
+/** A flag is a switch (`--force`) unless `value` names what follows it (`--timeout SECONDS`). */
+export interface Flag {
+  help: string
+  value?: string
+  /** The value is a number of at least zero. */
+  number?: boolean
+  /** The only values it takes. */
+  choices?: readonly string[]
+}
+
+export interface Declaration<Flags extends Record<string, Flag>> {
+  /** One or two sentences: what the step does. */
+  does: string
+  /** Files and folders it reads and writes, relative to the project. */
+  reads: readonly string[]
+  writes: readonly string[]
+  flags?: Flags
+  /** Positional arguments, as they stand in the usage line: "NODE", "[NODE...]". */
+  args?: string
+  examples: readonly string[]
+}
+
+type FlagValue<F extends Flag> = F extends { value: string }
+  ? F extends { number: true }
+    ? number | undefined
+    : string | undefined
+  : boolean
+
+export type FlagValues<Flags extends Record<string, Flag>> = {
+  [Name in keyof Flags]: FlagValue<Flags[Name]>
+}
+
+const common = {
+  help: { help: 'show this text' },
+  verbose: { help: 'show every command, and stacks of errors' },
+} satisfies Record<string, Flag>
+
+/**
+ * Declares a script and reads its command line. With --help it prints the declaration and exits
+ * 0; with a flag or an argument that it does not know it says so and exits 2, and nothing has
+ * happened yet. From then on an error that reaches the top is told by `describeError` and ends
+ * the script with status 1, or the one the error carries.
+ *
+ * @returns the flags by name, and the positional arguments
+ */
+export function script<const Flags extends Record<string, Flag>>(
+  declaration: Declaration<Flags>,
+  argv: readonly string[] = process.argv.slice(2),
+): { flags: FlagValues<Flags> & { verbose: boolean }; args: string[] } {
+  const name = basename(process.argv[1] ?? 'script', '.mts')
+  process.on('uncaughtException', (error) => {
+    console.error(`${name}: ${describeError(error, argv.includes('--verbose'))}`)
+    process.exit(error instanceof StepError ? (error.explanation.exitCode ?? 1) : 1)
+  })
+
+  const known: Record<string, Flag> = { ...declaration.flags, ...common }
+  const parsed = parse(known, argv, name)
+  if (parsed['help']) {
+    console.log(usage(name, declaration, known))
+    process.exit(0)
+  }
+  const args = parsed._.map(String)
+  const least = (declaration.args?.match(/(?<!\[)\b[A-Z]+\b/g) ?? []).length
+  const most = declaration.args?.includes('...') ? Infinity : wordsIn(declaration.args)
+  if (args.length > most) refuse(name, `unexpected argument "${args[most]}"`)
+  if (args.length < least) refuse(name, `missing argument: ${declaration.args}`)
+
+  $.verbose = Boolean(parsed['verbose'])
+  return { flags: parsed as unknown as FlagValues<Flags> & { verbose: boolean }, args }
+}
+
+function parse(
+  known: Record<string, Flag>,
+  argv: readonly string[],
+  name: string,
+): minimist.ParsedArgs {
+  const names = Object.keys(known)
+  const parsed = minimist([...argv], {
+    boolean: names.filter((flag) => !known[flag]?.value),
+    string: [...names.filter((flag) => known[flag]?.value), '_'],
+    alias: { h: 'help' },
+    unknown: (arg) => !arg.startsWith('-') || arg === '-' || refuse(name, `unknown flag ${arg}`),
+  })
+  for (const [flagName, flag] of Object.entries(known)) {
+    const value: unknown = parsed[flagName]
+    if (!flag.value) {
+      const given = argv.find((arg) => arg.startsWith(`--${flagName}=`))
+      if (given) refuse(name, `--${flagName} takes no value`)
+      continue
+    }
+    if (value === undefined) continue
+    if (Array.isArray(value)) refuse(name, `--${flagName} is given more than once`)
+    if (value === '' || value === false) refuse(name, `--${flagName} needs a value: ${flag.value}`)
+    if (flag.choices && !flag.choices.includes(String(value))) {
+      refuse(name, `--${flagName} is one of ${flag.choices.join(', ')}, not "${value}"`)
+    }
+    if (flag.number) {
+      if (!/^\d+(\.\d+)?$/.test(String(value))) {
+        refuse(name, `--${flagName} needs a number, not "${value}"`)
+      }
+      parsed[flagName] = Number(value)
+    }
+  }
+  return parsed
+}
+
+function usage(
+  name: string,
+  declaration: Declaration<Record<string, Flag>>,
+  known: Record<string, Flag>,
+): string {
+  const flags = Object.entries(known).map(
+    ([flag, { value, help }]) => [`--${flag}${value ? ` ${value}` : ''}`, help] as const,
+  )
+  const width = Math.max(...flags.map(([flag]) => flag.length))
+  return [
+    declaration.does,
+    '',
+    `Usage: ./bin/${name}.mts [flags]${declaration.args ? ` ${declaration.args}` : ''}`,
+    '',
+    ...flags.map(([flag, help]) => `  ${flag.padEnd(width)}  ${help}`),
+    '',
+    `Reads:   ${declaration.reads.join(', ') || 'nothing'}`,
+    `Writes:  ${declaration.writes.join(', ') || 'nothing'}`,
+    '',
+    declaration.examples.length > 1 ? 'Examples:' : 'Example:',
+    ...declaration.examples.map((example) => `  ${example}`),
+  ].join('\n')
+}
+
+function wordsIn(args: string | undefined): number {
+  return args ? args.split(/\s+/).length : 0
+}
+
+function refuse(name: string, reason: string): never {
+  console.error(`${name}: ${reason}\n  hint:    ./bin/${name}.mts --help`)
+  process.exit(2)
+}

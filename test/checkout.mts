@@ -1,0 +1,126 @@
+// A throwaway copy of the project for one test: the real scripts in a folder of their own, with
+// ports of their own, so that nothing of a learner's cluster (or of another test) is touched.
+import { execFile } from 'node:child_process'
+import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
+import { createServer } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+
+export const projectRoot = join(import.meta.dirname, '..')
+
+export interface Checkout {
+  root: string
+  path(...parts: string[]): string
+  /** Sets variables in its cluster.env, in place or as new lines at the end. */
+  set(values: Record<string, string | number>): Promise<void>
+  remove(): Promise<void>
+}
+
+/**
+ * Copies what a clone holds into a temporary folder and links the installed packages.
+ *
+ * @param options.settings variables of cluster.env to change
+ * @param options.long a path of 150 characters with a space in it
+ */
+export async function makeCheckout(
+  options: { settings?: Record<string, string | number>; long?: boolean } = {},
+): Promise<Checkout> {
+  const top = await mkdtemp(join(tmpdir(), 'checkout-'))
+  let root = join(top, 'c')
+  if (options.long) {
+    root = join(top, 'with space ')
+    root += 'x'.repeat(150 - root.length)
+  }
+  await mkdir(root)
+  for (const name of ['bin', 'lib', 'configs', 'cluster.env', 'Makefile', 'package.json']) {
+    const generated = /\.kubeconfig$|encryption-config\.yaml$/
+    await cp(join(projectRoot, name), join(root, name), {
+      recursive: true,
+      force: true,
+      filter: (path) => !generated.test(path),
+    }).catch((error) => {
+      if (error.code !== 'ENOENT') throw error
+    })
+  }
+  await symlink(join(projectRoot, 'node_modules'), join(root, 'node_modules'))
+  const checkout: Checkout = {
+    root,
+    path: (...parts) => join(root, ...parts),
+    set: (values) => setValues(join(root, 'cluster.env'), values),
+    remove: () => rm(top, { recursive: true, force: true }),
+  }
+  const [alpha, sigma, gamma, api] = await freePorts(4)
+  await checkout.set({
+    SSH_PORT_alpha: alpha ?? 0,
+    SSH_PORT_sigma: sigma ?? 0,
+    SSH_PORT_gamma: gamma ?? 0,
+    API_PORT: api ?? 0,
+    // Below the range that the system hands out, and far enough from another test's switch.
+    LAN_SWITCH_PORT: 12000 + Math.floor(Math.random() * 60) * 300,
+    ...options.settings,
+  })
+  return checkout
+}
+
+export interface Outcome {
+  stdout: string
+  stderr: string
+  exitCode: number
+}
+
+/** Runs a program in a checkout and waits for its end; a failure is an outcome, not an error. */
+export function run(
+  checkout: Pick<Checkout, 'root'>,
+  program: string,
+  args: readonly string[] = [],
+  options: { env?: Record<string, string>; cwd?: string; timeout?: number; input?: string } = {},
+): Promise<Outcome> {
+  const file = program.includes('/') ? join(checkout.root, program) : program
+  return new Promise((resolve) => {
+    const child = execFile(
+      file,
+      [...args],
+      {
+        cwd: options.cwd ?? checkout.root,
+        env: { ...process.env, ...options.env },
+        timeout: options.timeout ?? 120_000,
+        maxBuffer: 64 * 2 ** 20,
+      },
+      (error, stdout, stderr) => {
+        const exitCode = error ? (child.exitCode ?? 128) : 0
+        const trouble = error && child.exitCode === null ? String(error) : ''
+        resolve({ stdout, stderr: stderr + trouble, exitCode })
+      },
+    )
+    child.stdin?.on('error', () => {})
+    child.stdin?.end(options.input ?? '')
+  })
+}
+
+/** TCP ports on loopback that nobody listens on just now, all different. */
+export async function freePorts(count: number): Promise<number[]> {
+  const servers = await Promise.all(
+    Array.from({ length: count }, async () => {
+      const server = createServer()
+      await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
+      return server
+    }),
+  )
+  return Promise.all(
+    servers.map(async (server) => {
+      const address = server.address()
+      await new Promise((resolve) => server.close(resolve))
+      return typeof address === 'object' && address ? address.port : 0
+    }),
+  )
+}
+
+async function setValues(file: string, values: Record<string, string | number>): Promise<void> {
+  let text = await readFile(file, 'utf8')
+  for (const [name, value] of Object.entries(values)) {
+    const line = `${name}='${value}'`
+    const pattern = new RegExp(`^${name}=.*$`, 'm')
+    text = pattern.test(text) ? text.replace(pattern, () => line) : `${text}${line}\n`
+  }
+  await writeFile(file, text)
+}
