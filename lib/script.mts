@@ -62,7 +62,7 @@ export function script<const Flags extends Record<string, Flag>>(
 
   const known: Record<string, Flag> = { ...declaration.flags, ...common }
   const parsed = parse(known, argv, name)
-  if (parsed['help']) {
+  if (parsed.help) {
     console.log(usage(name, declaration, known))
     process.exit(0)
   }
@@ -72,7 +72,7 @@ export function script<const Flags extends Record<string, Flag>>(
   if (args.length > most) refuse(name, `unexpected argument "${args[most]}"`)
   if (args.length < least) refuse(name, `missing argument: ${declaration.args}`)
 
-  $.verbose = Boolean(parsed['verbose'])
+  $.verbose = Boolean(parsed.verbose)
   return { flags: parsed as unknown as FlagValues<Flags> & { verbose: boolean }, args }
 }
 

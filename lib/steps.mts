@@ -4,7 +4,7 @@ import { StepError } from './step-error.mts'
 
 const frames = ['⠋', '⠙', '⠹', '⠸', '⠼', '⠴', '⠦', '⠧', '⠇', '⠏']
 const marks = { running: '•', done: '✓', failed: '✗' } as const
-const live = () => Boolean(process.stderr.isTTY) && process.env['TERM'] !== 'dumb'
+const live = () => Boolean(process.stderr.isTTY) && process.env.TERM !== 'dumb'
 
 /** A duration for people: "3.2s", "2m 05s". */
 export function formatDuration(milliseconds: number): string {
