@@ -107,6 +107,7 @@ export const variables = {
   QEMU_FIRMWARE_VARS: { kind: kinds.text, otherwise: '' },
   INSTALL_TIMEOUT: { kind: kinds.seconds, otherwise: 3600 },
   BOOT_TIMEOUT: { kind: kinds.seconds, otherwise: 300 },
+  STOP_TIMEOUT: { kind: kinds.seconds, otherwise: 120 },
   WAIT_TIMEOUT: { kind: kinds.seconds, otherwise: 900 },
   KUBE_LOG_LEVEL: { kind: kinds.level, otherwise: 2 },
   PROXY_HTTP: { kind: kinds.text, otherwise: '' },

@@ -1,0 +1,55 @@
+// Which process a pid file means. A pid alone says little: after a crash or a restart of this
+// computer the number may be anyone's. Only what a process was started with tells whose it is.
+import { readFile } from 'node:fs/promises'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { $ } from 'zx'
+
+/**
+ * What a process was started with, its arguments with single spaces between.
+ *
+ * @returns undefined if there is no such process, or it has ended and waits to be collected
+ */
+export async function commandLine(pid: number): Promise<string | undefined> {
+  if (process.platform === 'linux') {
+    const text = await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '')
+    return text.replace(/\0$/, '').replaceAll('\0', ' ') || undefined
+  }
+  const ps = await $({ quiet: true, nothrow: true })`ps -ww -o stat=,args= -p ${pid}`
+  const [, state, args] = ps.stdout.trim().match(/^(\S+)\s+(.*)$/s) ?? []
+  return state && !state.startsWith('Z') ? args : undefined
+}
+
+/**
+ * The process that a pid file names, if it is still the one that the file was written for.
+ *
+ * @param marks texts that its command line must hold, all of them
+ * @returns its pid; undefined if there is no file, no process, or another's
+ */
+export async function pidFrom(file: string, marks: readonly string[]): Promise<number | undefined> {
+  const text = await readFile(file, 'utf8').catch(() => '')
+  const pid = Number(text.trim())
+  if (!Number.isInteger(pid) || pid < 2) return undefined
+  const line = await commandLine(pid)
+  return line && marks.every((mark) => line.includes(mark)) ? pid : undefined
+}
+
+/**
+ * Looks every 100 ms until a condition holds.
+ *
+ * @param seconds how long at most
+ * @returns whether it came to hold
+ * @throws the signal's reason when it is aborted
+ */
+export async function becomes(
+  condition: () => boolean | Promise<boolean>,
+  seconds: number,
+  signal?: AbortSignal,
+): Promise<boolean> {
+  const deadline = performance.now() + seconds * 1000
+  for (;;) {
+    signal?.throwIfAborted()
+    if (await condition()) return true
+    if (performance.now() > deadline) return false
+    await sleep(100)
+  }
+}
