@@ -26,7 +26,7 @@ interface Search {
   /** QEMU_FIRMWARE_CODE and QEMU_FIRMWARE_VARS; empty: look for them. */
   code: string
   vars: string
-  /** What absolute paths are relative to; other than "/" in tests. */
+  /** The folder that stands for "/"; another in tests. */
   root?: string
 }
 
@@ -68,24 +68,25 @@ const machineTypes: Record<Architecture, string> = { x86_64: 'pc-q35-', aarch64:
  * @throws StepError with the places looked at
  */
 export async function findFirmware(search: Search): Promise<Firmware> {
-  const { root = '/', code, vars } = search
+  const { arch, code, vars, qemu, root = '/' } = search
   if (code || vars) return chosenFirmware(search)
-  const shares = sharesOf(search.qemu)
+  const at = (path: string) => join(root, path)
+  const shares = sharesOf(qemu)
+  const configHome = process.env.XDG_CONFIG_HOME ?? join(homedir(), '.config')
   const folders = [
-    join(process.env.XDG_CONFIG_HOME ?? join(homedir(), '.config'), 'qemu/firmware'),
-    '/etc/qemu/firmware',
-    '/usr/share/qemu/firmware',
+    ...[`${configHome}/qemu/firmware`, '/etc/qemu/firmware', '/usr/share/qemu/firmware'].map(at),
     ...shares.map((share) => join(share, 'firmware')),
   ]
-  const [besideCode, besideVars] = besideQemu[search.arch]
-  const pairs: Pair[] = [
-    ...(await describedPairs(folders, search)),
-    ...usualPlaces[search.arch],
-    ...shares.map((share): Pair => [join(share, besideCode), join(share, besideVars)]),
+  const packaged = [...(await describedPairs(folders, arch)), ...usualPlaces[arch]]
+  const pairs = [
+    ...packaged.map(([codePath, varsPath]): Pair => [at(codePath), at(varsPath)]),
+    ...shares.map((share): Pair => {
+      const [codeName, varsName] = besideQemu[arch]
+      return [join(share, codeName), join(share, varsName)]
+    }),
   ]
-  for (const pair of pairs) {
-    const [codePath, varsPath] = pair.map((path) => join(root, path))
-    if (codePath && varsPath && existsSync(codePath) && existsSync(varsPath)) {
+  for (const [codePath, varsPath] of pairs) {
+    if (existsSync(codePath) && existsSync(varsPath)) {
       return { code: await imageAt(codePath), vars: await imageAt(varsPath) }
     }
   }
@@ -132,19 +133,19 @@ interface Descriptor {
 }
 
 /** Descriptors in order of their names; one in an earlier folder hides its namesakes. */
-async function describedPairs(folders: readonly string[], search: Search): Promise<Pair[]> {
+async function describedPairs(folders: readonly string[], arch: Architecture): Promise<Pair[]> {
   const files = new Map<string, string>()
   for (const folder of folders) {
-    const names = await readdir(join(search.root ?? '/', folder)).catch(() => [])
+    const names = await readdir(folder).catch(() => [])
     for (const name of names) {
       if (name.endsWith('.json') && !files.has(name)) {
-        files.set(name, join(search.root ?? '/', folder, name))
+        files.set(name, join(folder, name))
       }
     }
   }
   const pairs: Pair[] = []
   for (const [, file] of [...files].sort(([a], [b]) => (a < b ? -1 : 1))) {
-    const pair = pairOf(await readDescriptor(file), search.arch)
+    const pair = pairOf(await readDescriptor(file), arch)
     if (pair) pairs.push(pair)
   }
   return pairs

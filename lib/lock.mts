@@ -20,7 +20,7 @@ interface Holder {
  * Does something that only one process may do at a time.
  *
  * @param path of the lock file; its folder is made
- * @param purpose what is being done, for the message to whoever comes second: "starting alpha"
+ * @param purpose what is being done, for whoever comes second: "another process is starting alpha"
  * @param options.wait seconds to wait for another holder; none unless said
  * @throws StepError that names the other's purpose, pid and command; what `work` throws
  */
@@ -36,17 +36,14 @@ export async function withLock<T>(
     purpose,
     nonce: randomBytes(8).toString('hex'),
   }
-  await mkdir(dirname(path), { recursive: true })
+  await mkdir(dirname(path), { recursive: true, mode: 0o700 })
   const taken = await becomes(() => take(path, mine), options.wait ?? 0, options.signal)
   if (!taken) {
     const other = await holderOf(path)
-    throw new StepError(
-      `${purpose} has to wait: ${other?.purpose ?? 'another step'} is under way`,
-      {
-        ...(other ? { output: `pid ${other.pid}: ${other.command}` } : {}),
-        hint: 'let it finish, then try again',
-      },
-    )
+    throw new StepError(`another process is ${other?.purpose ?? purpose}`, {
+      ...(other ? { command: `${other.command} (pid ${other.pid})` } : {}),
+      hint: 'let it finish, then try again',
+    })
   }
   try {
     return await work()
@@ -63,24 +60,27 @@ async function take(path: string, mine: Holder): Promise<boolean> {
     return true
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error
-    await removeIfStale(path, `${beside}.stale`)
-    return false
   } finally {
     await rm(beside, { force: true })
   }
+  return (await removeIfStale(path, `${beside}.stale`)) && take(path, mine)
 }
 
 /**
  * Removes a lock whose holder has ended without giving it back. It is moved aside first and looked
  * at again there: in between, someone else may have done the same and taken the lock.
+ *
+ * @returns whether the lock is free now, as far as one can tell
  */
-async function removeIfStale(path: string, aside: string): Promise<void> {
+async function removeIfStale(path: string, aside: string): Promise<boolean> {
   const holder = await holderOf(path)
-  if (holder && (await commandLine(holder.pid)) === holder.command) return
+  if (holder && (await commandLine(holder.pid)) === holder.command) return false
   await rename(path, aside).catch(() => {})
   const moved = await holderOf(aside)
-  if (moved && moved.nonce !== holder?.nonce) await link(aside, path).catch(() => {})
+  const isAnothers = moved !== undefined && moved.nonce !== holder?.nonce
+  if (isAnothers) await link(aside, path).catch(() => {})
   await rm(aside, { force: true })
+  return !isAnothers
 }
 
 async function holderOf(path: string): Promise<Holder | undefined> {

@@ -18,7 +18,7 @@ export interface Stopped {
 /** Seconds until the power button is pressed again: early in its boot a machine does not notice. */
 const pressAgain = 15
 /** Seconds for QEMU to write out what it holds and end. */
-const quitTimeout = 20
+const quitTimeout = 10
 
 /**
  * Stops a machine: its system is asked to power off and has STOP_TIMEOUT for it, then QEMU is told
@@ -39,6 +39,7 @@ export async function stopMachine(
   } = {},
 ): Promise<Stopped> {
   const { signal } = options
+  if (!(await isRunning(cluster, node))) return { ended: 'not running', seconds: 0 }
   const started = performance.now()
   const ended = await withLock(
     filesOf(cluster, node).lock,
@@ -62,15 +63,13 @@ async function stepDown(
 
   if (found.mode === 'boot') {
     report('asked to power off')
-    const asked = powerOff
-      ? await powerOff()
-          .then(() => true)
-          .catch(() => false)
-      : false
+    const asked = await powerOff?.().then(
+      () => true,
+      () => false,
+    )
     const until = performance.now() + STOP_TIMEOUT * 1000
-    if (asked && (await becomes(hasEnded, pressAgain, signal))) return 'powered off'
-    while (performance.now() < until) {
-      await tell(cluster, node, pressPowerButton)
+    for (let press = !asked; performance.now() < until; press = true) {
+      if (press) await tell(cluster, node, pressPowerButton)
       const left = (until - performance.now()) / 1000
       if (await becomes(hasEnded, Math.min(pressAgain, left), signal)) return 'powered off'
     }

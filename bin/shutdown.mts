@@ -1,0 +1,57 @@
+#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+// Machines down: the workers first, then the control plane, then the network between them.
+import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
+import { interruption } from '../lib/interrupt.mts'
+import { stopLanSwitch } from '../lib/lan-switch.mts'
+import { Machine } from '../lib/machine.mts'
+import { script } from '../lib/script.mts'
+import { formatDuration, inParallel } from '../lib/steps.mts'
+import { type Ending, type Stopped, stopMachine } from '../lib/stop-machine.mts'
+import { isRunning } from '../lib/vm.mts'
+
+const { args } = script({
+  does: 'Shuts machines down, all of them unless some are named: asks over ssh, else presses the\npower button; who is still up after STOP_TIMEOUT seconds is switched off. Disks stay.',
+  reads: ['cluster.env', 'run/'],
+  writes: ['run/'],
+  args: '[NODE...]',
+  examples: ['./bin/shutdown.mts', './bin/shutdown.mts sigma gamma'],
+})
+
+const endings: Record<Ending, string> = {
+  'not running': 'was not running',
+  'powered off': 'powered off',
+  quit: 'did not power off in time and was switched off',
+  killed: 'did not answer and was killed',
+}
+
+const cluster = loadCluster()
+const chosen = chooseNodes(cluster, args)
+const signal = interruption()
+
+// The control plane last: until then workers can still tell it that their pods have ended.
+const stopped = new Map<Node, Stopped>()
+await shutDown(chosen.filter(({ role }) => role === 'worker'))
+await shutDown(chosen.filter(({ role }) => role === 'control-plane'))
+
+const up = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
+if (!up.includes(true)) await stopLanSwitch(cluster)
+
+const width = Math.max(...chosen.map(({ name }) => name.length))
+for (const [{ name }, { ended, seconds }] of stopped) {
+  const time = ended === 'not running' ? '' : ` (${formatDuration(seconds * 1000)})`
+  console.log(`${name.padEnd(width)}  ${endings[ended]}${time}`)
+}
+
+async function shutDown(nodes: Node[]): Promise<void> {
+  await inParallel(
+    nodes.map(({ name }) => name),
+    async (name, row) => {
+      const node = cluster.node(name)
+      row.step('shutting down')
+      const machine = new Machine(cluster, node, signal)
+      const powerOff = () => machine.succeed('systemctl poweroff', { timeout: 20 })
+      const report = (text: string) => row.step(text)
+      stopped.set(node, await stopMachine(cluster, node, { powerOff, report, signal }))
+    },
+  )
+}

@@ -1,0 +1,89 @@
+import assert from 'node:assert/strict'
+import { existsSync } from 'node:fs'
+import { mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, describe, it } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { withLock } from '../../lib/lock.mts'
+import { commandLine } from '../../lib/processes.mts'
+import type { StepError } from '../../lib/step-error.mts'
+
+describe('a lock', () => {
+  let folder: string
+  let path: string
+  beforeEach(async () => {
+    folder = await mkdtemp(join(tmpdir(), 'lock-'))
+    path = join(folder, 'run/alpha.lock')
+  })
+  afterEach(() => rm(folder, { recursive: true }))
+
+  it('is there while the work is done, for its owner alone, and gone afterwards', async () => {
+    const result = await withLock(path, 'starting alpha', async () => {
+      assert.equal((await stat(path)).mode & 0o777, 0o600)
+      return 'done'
+    })
+    assert.equal(result, 'done')
+    assert.deepEqual(await readdir(join(folder, 'run')), [])
+  })
+
+  it('is given back when the work fails', async () => {
+    const failing = withLock(path, 'starting alpha', () => Promise.reject(new Error('no disk')))
+    await assert.rejects(failing, /no disk/)
+    assert.ok(!existsSync(path))
+  })
+
+  it('turns a second one away, who is told what the first does, its pid and its command', async () => {
+    await withLock(path, 'starting alpha', async () => {
+      const second = withLock(path, 'stopping alpha', async () => 'never')
+      await assert.rejects(second, ({ message, explanation }: StepError) => {
+        assert.equal(message, 'another process is starting alpha')
+        assert.match(explanation.command ?? '', new RegExp(`node .*\\(pid ${process.pid}\\)`))
+        return true
+      })
+    })
+  })
+
+  it('lets a second one wait until the first is done', async () => {
+    const order: string[] = []
+    await Promise.all([
+      withLock(path, 'first', async () => {
+        await sleep(200)
+        order.push('first')
+      }),
+      sleep(50).then(() =>
+        withLock(path, 'second', async () => order.push('second'), { wait: 10 }),
+      ),
+    ])
+    assert.deepEqual(order, ['first', 'second'])
+  })
+
+  it('is held by one at a time, however many want it', async () => {
+    let inside = 0
+    const work = async () => {
+      inside += 1
+      assert.equal(inside, 1)
+      await sleep(5)
+      inside -= 1
+    }
+    await Promise.all(
+      Array.from({ length: 8 }, () => withLock(path, 'working', work, { wait: 20 })),
+    )
+  })
+
+  it('is taken over from a process that has ended, without waiting', async () => {
+    await withLock(path, 'starting alpha', async () => {
+      const holder = JSON.parse(await readFile(path, 'utf8'))
+      await writeFile(path, JSON.stringify({ ...holder, pid: 4194305, nonce: 'gone' }))
+      assert.equal(await withLock(path, 'stopping alpha', async () => 'taken over'), 'taken over')
+    })
+  })
+
+  it('is taken over when its holder’s number is another process’s by now', async () => {
+    const other = { pid: process.ppid, command: 'make down', purpose: 'x', nonce: 'gone' }
+    await withLock(path, 'making the folder', async () => {})
+    await writeFile(path, JSON.stringify(other))
+    assert.notEqual(await commandLine(process.ppid), other.command)
+    assert.equal(await withLock(path, 'starting alpha', async () => 'taken over'), 'taken over')
+  })
+})
