@@ -97,6 +97,7 @@ export const variables = {
   COREDNS_VERSION: { kind: kinds.version },
   METRICS_SERVER_VERSION: { kind: kinds.version },
   LOCAL_PATH_VERSION: { kind: kinds.version },
+  SMOKE_IMAGE: { kind: kinds.text },
   NIXOS_ISO_URL: { kind: kinds.text, otherwise: '' },
   CA_DAYS: { kind: kinds.days, otherwise: 3650 },
   CERT_DAYS: { kind: kinds.days, otherwise: 365 },
