@@ -3,7 +3,7 @@
 import { constants, existsSync } from 'node:fs'
 import { chmod, copyFile, mkdir, open, rename, rm, stat, statfs } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
-import { $ } from 'zx'
+import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import type { FlashImage } from './firmware.mts'
 import type { Host } from './host.mts'

@@ -1,7 +1,7 @@
 // This computer as far as QEMU is concerned: system, architecture, accelerator, and the program.
 import { accessSync, constants } from 'node:fs'
 import { arch as nodeArch } from 'node:os'
-import { $, which } from 'zx'
+import { $, which } from 'zx/core'
 import type { Cluster } from './cluster.mts'
 import { type Architecture, type Firmware, findFirmware } from './firmware.mts'
 import { StepError } from './step-error.mts'

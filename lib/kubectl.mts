@@ -1,5 +1,5 @@
 // kubectl as the admin of this cluster. What a script does with it, a learner can type.
-import { $, type ProcessOutput } from 'zx'
+import { $, type ProcessOutput } from 'zx/core'
 import type { Cluster } from './cluster.mts'
 import { StepError } from './step-error.mts'
 

@@ -3,7 +3,7 @@
 import { createSocket } from 'node:dgram'
 import { readdir, readFile, readlink } from 'node:fs/promises'
 import { createConnection, createServer } from 'node:net'
-import { $ } from 'zx'
+import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { StepError } from './step-error.mts'
 

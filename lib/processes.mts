@@ -2,7 +2,7 @@
 // computer the number may be anyone's. Only what a process was started with tells whose it is.
 import { readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { $ } from 'zx'
+import { $ } from 'zx/core'
 
 /**
  * What a process was started with, its arguments with single spaces between.
@@ -17,6 +17,19 @@ export async function commandLine(pid: number): Promise<string | undefined> {
   const ps = await $({ quiet: true, nothrow: true })`ps -ww -o stat=,args= -p ${pid}`
   const [, state, args] = ps.stdout.trim().match(/^(\S+)\s+(.*)$/s) ?? []
   return state && !state.startsWith('Z') ? args : undefined
+}
+
+/**
+ * Whether a process has ended for good. It shows no arguments any more a moment before that, when
+ * its ports and files are open still.
+ */
+export async function isGone(pid: number): Promise<boolean> {
+  const state =
+    process.platform === 'linux'
+      ? // The name before it stands in parentheses and may hold anything.
+        (await readFile(`/proc/${pid}/stat`, 'utf8').catch(() => '')).match(/\) (\w)[^)]*$/)?.[1]
+      : (await $({ quiet: true, nothrow: true })`ps -o stat= -p ${pid}`).stdout.trim()[0]
+  return state === undefined || state === 'Z' || state === 'X'
 }
 
 /**

@@ -2,7 +2,7 @@
 // error that nobody caught is told.
 import { basename } from 'node:path'
 import minimist from 'minimist'
-import { $ } from 'zx'
+import { $ } from 'zx/core'
 import { describeError, StepError } from './step-error.mts'
 
 /** A flag is a switch (`--force`) unless `value` names what follows it (`--timeout SECONDS`). */

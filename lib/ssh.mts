@@ -2,7 +2,7 @@
 // that later calls share (a handshake takes a second where QEMU emulates the processor).
 import { execFile } from 'node:child_process'
 import { access, mkdir } from 'node:fs/promises'
-import { $ } from 'zx'
+import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { StepError } from './step-error.mts'
 

@@ -1,5 +1,5 @@
 // The error that a user can meet, and how it is told: reason first, then command, hint and log.
-import { $, log, ProcessOutput } from 'zx'
+import { $, log, ProcessOutput } from 'zx/core'
 
 /** What stands below the reason. All of it is shown to the user, so no secrets in it. */
 export interface Explanation {
