@@ -157,10 +157,7 @@ in
         }
         {
           why = "Secrets are encrypted before they reach etcd";
-          flags = {
-            encryption-provider-config = "${home}/encryption-config.yaml";
-            encryption-provider-config-automatic-reload = "true";
-          };
+          flags.encryption-provider-config = "${home}/encryption-config.yaml";
         }
         {
           why = "who you are: a certificate of the CA or a service account's token, else nobody";

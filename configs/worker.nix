@@ -19,8 +19,8 @@ in
   # ── containerd ─────────────────────────────────────────────────────────────────────────────
   virtualisation.containerd.enable = true;
   virtualisation.containerd.settings.plugins."io.containerd.grpc.v1.cri" = {
-    # The container that holds a pod's network namespace.
-    sandbox_image = "registry.k8s.io/pause:3.10.1";
+    # The container that holds a pod's network namespace, as Kubernetes 1.36 has it.
+    sandbox_image = "registry.k8s.io/pause:3.10.2";
     # Cilium puts its plugin there, which nothing can into the Nix store.
     cni.bin_dir = "/opt/cni/bin";
     cni.conf_dir = "/etc/cni/net.d";

@@ -1,16 +1,6 @@
 // A machine's files laid out on this computer in cloud-init/NODE/nixos/, and packed for the way.
 import { createHash } from 'node:crypto'
-import {
-  chmod,
-  mkdir,
-  mkdtemp,
-  readdir,
-  readFile,
-  rename,
-  rm,
-  stat,
-  writeFile,
-} from 'node:fs/promises'
+import { chmod, mkdir, readdir, readFile, rename, rm, stat, writeFile } from 'node:fs/promises'
 import { dirname, join, relative } from 'node:path'
 import { promisify } from 'node:util'
 import { gzip } from 'node:zlib'
@@ -90,8 +80,9 @@ export async function stage(cluster: Cluster, node: Node): Promise<string[]> {
   ]
 
   const folder = stagingFolder(cluster, node)
-  await mkdir(dirname(folder), { recursive: true })
-  const fresh = await mkdtemp(`${folder}.new-`)
+  const fresh = `${folder}.new`
+  await rm(fresh, { recursive: true, force: true })
+  await mkdir(fresh, { recursive: true, mode: 0o700 })
   try {
     for (const { staged, mode, data } of files) {
       const path = join(fresh, staged)

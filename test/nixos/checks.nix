@@ -37,14 +37,17 @@ let
     "sysinit-reactivation.target"
   ];
 
-  # The words of all commands of a service, flags and their values apart.
+  # The words of all commands of a service, flags and their values apart, and of the files in
+  # /etc/kubernetes that they name.
   wordsOf =
     service:
     let
       commands = filter (matches "Exec.*") (attrNames service.serviceConfig);
     in
-    words (toString (map (name: service.serviceConfig.${name}) commands));
-  words = text: filter (word: isString word && word != "") (split "[[:space:]\\=,]+" text);
+    concatMap (word: [ word ] ++ words (files.${word}.text or "")) (
+      words (toString (map (name: service.serviceConfig.${name}) commands))
+    );
+  words = text: filter (word: isString word && word != "") (split "[][[:space:]\\\"={},:]+" text);
   perWord = wrong: describe: perService (name: service: map (describe name) (filter wrong (wordsOf service)));
 
   # tmpfiles rules: type, path, mode, user, group, age, argument
@@ -65,9 +68,11 @@ let
       program = parts != null && elem (elemAt parts 1) (store.${head parts}.bin or [ ]);
     in
     matches "/nix/store/.*" word && !program && !(files ? ${word});
-  # Where other systems keep programs and libraries, and NixOS has nothing.
+  # Where other systems keep programs and libraries, and NixOS has nothing unless a rule makes it.
   elsewhere =
-    word: matches "(/usr|/bin|/sbin|/lib|/lib64|/opt)(/.*)?" word && !(elem word [ "/bin/sh" "/usr/bin/env" ]);
+    word:
+    matches "(/usr|/bin|/sbin|/lib|/lib64|/opt)(/.*)?" word
+    && !(elem word ([ "/bin/sh" "/usr/bin/env" ] ++ map pathOf rules));
   unwritten = word: matches "/etc/kubernetes/.+" word && !(files ? ${word});
   notHandedOver = word: matches "/var/lib/kubernetes/.+" word && !(elem word (map pathOf rules));
   isSecret = matches ".*(-key\\.pem|\\.kubeconfig|/encryption-config\\.yaml|_key)";

@@ -32,6 +32,8 @@ let
   # A default that follows from the options beside it.
   derived = type: defaultFrom: { inherit type defaultFrom; };
 
+  settings = names: builtins.listToAttrs (map (name: lib.nameValuePair name unitOption) names);
+
   mac = matching "([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}";
   # networkd's yes and no.
   yesOrNo = enum [
@@ -130,8 +132,55 @@ in
   "systemd.services.<name>.environment" = option (attrsOf (nullOr (oneOf [ str path package ]))) { };
   "systemd.services.<name>.restartTriggers" = option (listOf unspecified) [ ];
   "systemd.services.<name>.startLimitIntervalSec" = option (nullOr unsigned) null;
-  "systemd.services.<name>.unitConfig" = option (attrsOf unitOption) { };
-  "systemd.services.<name>.serviceConfig" = option (attrsOf unitOption) { };
+  # NixOS takes any name in these two; systemd would ignore a misspelt one, so here it fails.
+  "systemd.services.<name>.unitConfig" = option (fields (settings [
+    "DefaultDependencies"
+    "StartLimitBurst"
+    "StartLimitIntervalSec"
+  ])) { };
+  "systemd.services.<name>.serviceConfig" = option (fields (
+    settings [
+      "Delegate"
+      "ExecStart"
+      "ExecStartPre"
+      "Group"
+      "KillMode"
+      "LimitCORE"
+      "LimitNOFILE"
+      "LimitNPROC"
+      "LogsDirectory"
+      "LogsDirectoryMode"
+      "NoNewPrivileges"
+      "OOMScoreAdjust"
+      "PrivateDevices"
+      "PrivateTmp"
+      "ProtectHome"
+      "ProtectSystem"
+      "RemainAfterExit"
+      "RestartSec"
+      "RuntimeDirectory"
+      "RuntimeDirectoryPreserve"
+      "StateDirectory"
+      "StateDirectoryMode"
+      "SuccessExitStatus"
+      "TasksMax"
+      "TimeoutStartSec"
+      "User"
+    ]
+    // {
+      Type = enum [
+        "exec"
+        "notify"
+        "oneshot"
+        "simple"
+      ];
+      Restart = enum [
+        "always"
+        "no"
+        "on-failure"
+      ];
+    }
+  )) { };
 
   # system/boot/systemd/tmpfiles.nix
   "systemd.tmpfiles.rules" = option (listOf str) [ ];
