@@ -7,7 +7,7 @@ import type { Cluster } from './cluster.mts'
 import type { SwitchCounters } from './learning-switch.mts'
 import { withLock } from './lock.mts'
 import { assertFree } from './ports.mts'
-import { becomes, pidFrom } from './processes.mts'
+import { becomes, isGone, pidFrom } from './processes.mts'
 import { StepError } from './step-error.mts'
 
 /** What the switch answers to `statusQuery`. */
@@ -26,6 +26,8 @@ export interface SwitchStatus {
 export const statusQuery = Buffer.from('lan-status?')
 
 const startTimeout = 30
+/** To read cluster.env anew. Who is not done by then is restarted, which no machine minds. */
+const rereadTimeout = 3
 const stopTimeout = 10
 
 export function pidFileOf(cluster: Cluster): string {
@@ -51,7 +53,7 @@ async function ensureOnce(cluster: Cluster): Promise<{ pid: number; alreadyRunni
   const running = await runningPid(cluster)
   if (running !== undefined) {
     process.kill(running, 'SIGHUP')
-    if (await becomes(() => isUpToDate(cluster, running), startTimeout / 3)) {
+    if (await becomes(() => isUpToDate(cluster, running), rereadTimeout)) {
       return { pid: running, alreadyRunning: true }
     }
     // It listens on a port that cluster.env no longer names, or is stuck.
@@ -103,10 +105,10 @@ export async function stopLanSwitch(cluster: Cluster): Promise<boolean> {
 }
 
 async function endSwitch(cluster: Cluster, pid: number): Promise<void> {
-  const hasEnded = async () => (await runningPid(cluster)) !== pid
+  const hasEnded = () => isGone(pid)
   process.kill(pid, 'SIGTERM')
   if (await becomes(hasEnded, stopTimeout)) return
-  if (!(await hasEnded())) process.kill(pid, 'SIGKILL')
+  if ((await runningPid(cluster)) === pid) process.kill(pid, 'SIGKILL')
   await becomes(hasEnded, stopTimeout)
 }
 

@@ -2,7 +2,7 @@
 import type { Cluster, Node } from './cluster.mts'
 import { withLock } from './lock.mts'
 import { filesOf } from './machine-files.mts'
-import { becomes } from './processes.mts'
+import { becomes, isGone } from './processes.mts'
 import { Qmp } from './qmp.mts'
 import { StepError } from './step-error.mts'
 import { isRunning, machineState } from './vm.mts'
@@ -59,7 +59,7 @@ async function stepDown(
   const { STOP_TIMEOUT } = cluster.settings
   const found = await machineState(cluster, node)
   if (found.state === 'stopped') return 'not running'
-  const hasEnded = async () => !(await isRunning(cluster, node))
+  const hasEnded = () => isGone(found.pid)
 
   if (found.mode === 'boot') {
     report('asked to power off')

@@ -64,7 +64,7 @@ export async function prepareFolders(cluster: Cluster): Promise<void> {
  * Starts a machine from its installed disk, and the lan switch if it does not run yet. Ends when
  * QEMU answers; the system inside then has its boot still before it.
  *
- * @throws StepError if there is no disk, a port is taken, or QEMU ends; nothing is then left running
+ * @throws StepError if there is no disk, a port is taken, or QEMU ends; it is then not left running
  */
 export async function startMachine(
   cluster: Cluster,

@@ -5,7 +5,7 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
-import { becomes, commandLine, pidFrom } from '../../lib/processes.mts'
+import { becomes, commandLine, isGone, pidFrom } from '../../lib/processes.mts'
 
 describe('a pid file', () => {
   let folder: string
@@ -54,6 +54,8 @@ describe('a pid file', () => {
     await writeFile(file, String(zombie))
     assert.ok(await becomes(async () => (await pidFrom(file, ['sleep'])) === undefined, 10))
     assert.ok(process.kill(zombie, 0), 'the number is still taken')
+    assert.ok(await becomes(() => isGone(zombie), 10))
+    assert.equal(await isGone(parent.pid ?? 0), false)
     parent.kill('SIGKILL')
   })
 })

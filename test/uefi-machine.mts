@@ -1,0 +1,126 @@
+// Real machines without an operating system: their disks are empty, so they end up in the shell of
+// their UEFI firmware within seconds. It answers on the console, can ping, and powers off.
+import type { Socket } from 'node:net'
+import { which } from 'zx'
+import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
+import { createDisk, finishDisk } from '../lib/disk.mts'
+import { detectArchitecture, detectHost, detectSystem, type Host } from '../lib/host.mts'
+import { stopLanSwitch } from '../lib/lan-switch.mts'
+import { filesOf } from '../lib/machine-files.mts'
+import { becomes } from '../lib/processes.mts'
+import { plainText } from '../lib/terminal-text.mts'
+import { connectUnixSocket } from '../lib/unix-socket.mts'
+import { isRunning, machineState, prepareFolders, startMachine } from '../lib/vm.mts'
+import { type Checkout, makeCheckout } from './checkout.mts'
+
+const program = `qemu-system-${await detectArchitecture(detectSystem())}`
+
+/** Why there can be none here; false if there can. */
+export const noMachines = (await which(program, { nothrow: true }))
+  ? false
+  : `${program} is missing`
+
+export interface Machines {
+  checkout: Checkout
+  cluster: Cluster
+  host: Host
+  /** Gives a node an empty disk, if it has none, and starts it. @returns its pid */
+  start(node: Node): Promise<number>
+  /** Ends what runs and removes the checkout. */
+  remove(): Promise<void>
+}
+
+/** A checkout at a path of 150 characters with a space in it, and small machines. */
+export async function makeMachines(settings: Record<string, string | number> = {}) {
+  const checkout = await makeCheckout({
+    long: true,
+    settings: {
+      CONTROL_PLANE_MEM: 256,
+      CONTROL_PLANE_CPUS: 1,
+      WORKER_MEM: 256,
+      WORKER_CPUS: 1,
+      DISK_SIZE: 2,
+      QEMU_ACCEL: 'tcg',
+      STOP_TIMEOUT: 1,
+      ...settings,
+    },
+  })
+  const cluster = loadCluster({ root: checkout.root })
+  const host = await detectHost(cluster)
+  await prepareFolders(cluster)
+  const machines: Machines = {
+    checkout,
+    cluster,
+    host,
+    async start(node) {
+      await giveDisk(cluster, node)
+      return (await startMachine(cluster, node, host)).pid
+    },
+    async remove() {
+      for (const node of cluster.nodes) {
+        const found = await machineState(cluster, node)
+        if (found.state === 'running') process.kill(found.pid, 'SIGKILL')
+        await becomes(async () => !(await isRunning(cluster, node)), 10)
+      }
+      await stopLanSwitch(cluster)
+      await checkout.remove()
+    },
+  }
+  return machines
+}
+
+/** An empty disk that counts as installed. */
+export async function giveDisk(cluster: Cluster, node: Node): Promise<void> {
+  await createDisk(cluster, node).then(
+    () => finishDisk(cluster, node),
+    (error) => {
+      if (!/has a disk already/.test(String(error))) throw error
+    },
+  )
+}
+
+const prompt = /Shell> $/
+
+/** The firmware's shell, on the console. */
+export class UefiShell {
+  private readonly socket: Socket
+  private text = ''
+
+  private constructor(socket: Socket) {
+    this.socket = socket
+    socket.setEncoding('utf8')
+    socket.on('data', (text: string) => {
+      this.text += text
+    })
+    socket.on('error', () => {})
+  }
+
+  /** Attaches to the console of a machine that has just been started, and waits for the prompt. */
+  static async of(cluster: Cluster, node: Node): Promise<UefiShell> {
+    const shell = new UefiShell(connectUnixSocket(filesOf(cluster, node).console))
+    await shell.waitForPrompt(120)
+    return shell
+  }
+
+  /** Types a command. @returns what it printed, when the prompt is back */
+  async run(command: string): Promise<string> {
+    this.type(command)
+    await this.waitForPrompt(60)
+    return plainText(this.text)
+  }
+
+  /** Types a command that never comes back. */
+  type(command: string): void {
+    this.text = ''
+    this.socket.write(`${command}\r`)
+  }
+
+  close(): void {
+    this.socket.destroy()
+  }
+
+  private async waitForPrompt(seconds: number): Promise<void> {
+    if (await becomes(() => prompt.test(plainText(this.text)), seconds)) return
+    throw new Error(`no prompt of the UEFI shell in ${seconds} s: ${plainText(this.text)}`)
+  }
+}
