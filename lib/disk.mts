@@ -23,11 +23,16 @@ export function hasDisk(cluster: Cluster, node: Node): boolean {
 /**
  * Makes the empty disk that the installer is to work on, in the place of a former attempt's.
  *
+ * @param options.replace the machine may have a disk, which stays until the new one is finished
  * @throws StepError if the machine has a disk already, or this computer has no room for one
  */
-export async function createDisk(cluster: Cluster, node: Node): Promise<void> {
+export async function createDisk(
+  cluster: Cluster,
+  node: Node,
+  options: { replace?: boolean } = {},
+): Promise<void> {
   const { disk, partialDisk } = filesOf(cluster, node)
-  if (existsSync(disk)) {
+  if (existsSync(disk) && !options.replace) {
     throw new StepError(`${node.name} has a disk already: images/${basename(disk)}`, {
       hint: `to install it anew, remove that file; to start it: ./bin/provision.mts ${node.name}`,
     })

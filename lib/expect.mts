@@ -2,7 +2,7 @@
 // would see. After Don Libes's expect; nothing in here knows of this project but the error's form.
 import { closeSync, openSync, writeSync } from 'node:fs'
 import { type IPty, spawn as spawnPty } from 'node-pty'
-import { StepError } from './step-error.mts'
+import { type Explanation, StepError } from './step-error.mts'
 import { formatDuration } from './steps.mts'
 import { PlainTextStream } from './terminal-text.mts'
 
@@ -45,10 +45,13 @@ export interface Exit {
 /** A wait that came to nothing, for a reason other than an abort. */
 export class ExpectError extends StepError {
   readonly kind: 'timeout' | 'exit' | 'alarm'
+  /** How the program ended, if it did. */
+  readonly exit: Exit | undefined
 
-  constructor(kind: ExpectError['kind'], reason: string, output: string, log?: string) {
-    super(reason, { output, ...(log ? { log } : {}) })
+  constructor(kind: ExpectError['kind'], reason: string, explanation: Explanation, exit?: Exit) {
+    super(reason, explanation)
     this.kind = kind
+    this.exit = exit
   }
 }
 
@@ -64,7 +67,8 @@ export function spawn(file: string, args: readonly string[], options: SpawnOptio
 }
 
 export class Dialogue {
-  readonly name: string
+  /** What errors call the program. It may change with what it is doing. */
+  name: string
   readonly pid: number
   readonly transcript: string | undefined
   /** False: what the program writes is kept out of the transcript and of errors (secrets). */
@@ -219,7 +223,9 @@ export class Dialogue {
   }
 
   private error(kind: ExpectError['kind'], reason: string): ExpectError {
-    return new ExpectError(kind, `${this.name}: ${reason}`, this.lastLines(), this.transcript)
+    const log = this.transcript === undefined ? {} : { log: this.transcript }
+    const explanation = { output: this.lastLines(), ...log }
+    return new ExpectError(kind, `${this.name}: ${reason}`, explanation, this.ended)
   }
 }
 

@@ -82,10 +82,11 @@ function installDisks(
   files: MachineFiles,
   { iso, kernel }: Extract<Mode, { kind: 'install' }>,
 ): string[] {
+  // Behind the disk, which is empty, so the firmware goes on to it; 0 is taken by -kernel.
   const cdrom =
     host.arch === 'x86_64'
-      ? ['-device', 'ide-cd,drive=iso,bootindex=0']
-      : ['-device', 'virtio-scsi-pci', '-device', 'scsi-cd,drive=iso,bootindex=0']
+      ? ['-device', 'ide-cd,drive=iso,bootindex=2']
+      : ['-device', 'virtio-scsi-pci', '-device', 'scsi-cd,drive=iso,bootindex=2']
   return [
     ...disk(files.partialDisk, 'cache=unsafe'),
     ...['-drive', `if=none,id=iso,media=cdrom,readonly=on,format=raw,file=${escaped(iso)}`],

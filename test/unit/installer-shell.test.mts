@@ -37,7 +37,7 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
       name: 'alpha',
       transcript,
       cwd: folder,
-      env: { ...process.env, PATH: `${folder}:${process.env['PATH']}` },
+      env: { ...process.env, PATH: `${folder}:${process.env.PATH}` },
     })
     await waitForPrompt(dialogue, /root@nixos:[^\n]*\]# /, { what: 'the prompt', timeout: 20_000 })
     return dialogue

@@ -43,7 +43,7 @@ describe('the arguments of QEMU', () => {
       machine: 'virt',
       accel: 'hvf',
       cpu: 'host',
-      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=0'],
+      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=2'],
     },
     {
       name: 'macOS on an Apple chip with SME',
@@ -51,7 +51,7 @@ describe('the arguments of QEMU', () => {
       machine: 'virt',
       accel: 'hvf',
       cpu: 'max',
-      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=0'],
+      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=2'],
     },
     {
       name: 'macOS on an Intel processor',
@@ -59,7 +59,7 @@ describe('the arguments of QEMU', () => {
       machine: 'q35',
       accel: 'hvf',
       cpu: 'host,-avx512vl,-pdpe1gb',
-      cdrom: ['ide-cd,drive=iso,bootindex=0'],
+      cdrom: ['ide-cd,drive=iso,bootindex=2'],
     },
     {
       name: 'Linux on x86_64',
@@ -67,7 +67,7 @@ describe('the arguments of QEMU', () => {
       machine: 'q35',
       accel: 'kvm',
       cpu: 'host',
-      cdrom: ['ide-cd,drive=iso,bootindex=0'],
+      cdrom: ['ide-cd,drive=iso,bootindex=2'],
     },
     {
       name: 'Linux on x86_64 without KVM',
@@ -75,7 +75,7 @@ describe('the arguments of QEMU', () => {
       machine: 'q35',
       accel: 'tcg',
       cpu: 'max,-cx16',
-      cdrom: ['ide-cd,drive=iso,bootindex=0'],
+      cdrom: ['ide-cd,drive=iso,bootindex=2'],
     },
     {
       name: 'Linux on arm64',
@@ -83,7 +83,7 @@ describe('the arguments of QEMU', () => {
       machine: 'virt',
       accel: 'kvm',
       cpu: 'host',
-      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=0'],
+      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=2'],
     },
     {
       name: 'Linux on arm64 without KVM',
@@ -91,7 +91,7 @@ describe('the arguments of QEMU', () => {
       machine: 'virt',
       accel: 'tcg',
       cpu: 'max,pauth-impdef=on',
-      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=0'],
+      cdrom: ['virtio-scsi-pci', 'scsi-cd,drive=iso,bootindex=2'],
     },
   ] as const) {
     it(`fit ${name}`, () => {
