@@ -245,6 +245,19 @@ in
           }
         ];
       }
+      # Who reads Secrets is written down, nodes among them.
+      {
+        level = "Metadata";
+        resources = [
+          {
+            group = "";
+            resources = [
+              "secrets"
+              "configmaps"
+            ];
+          }
+        ];
+      }
       {
         level = "None";
         verbs = [

@@ -29,13 +29,20 @@ export interface Tools {
  * @returns the reason to skip where something is missing
  */
 export async function findTools(): Promise<Tools | string> {
-  for (const tool of ['nix-instantiate', 'setpriv', 'tar']) {
-    if (!(await onPath(tool))) return `${tool} is not on the PATH`
-  }
+  const missing = await missingTool('nix-instantiate', 'setpriv', 'tar')
+  if (missing) return missing
   const kubernetes = await kubernetesPrograms()
   if (!kubernetes.folder) return kubernetes.reason ?? ''
   const etcd = await findEtcd()
   return etcd.folder ? { kubernetes: kubernetes.folder, etcd: etcd.folder } : (etcd.reason ?? '')
+}
+
+/** Why to skip: the first of these programs that is not on the PATH; undefined if all are. */
+export async function missingTool(...programs: string[]): Promise<string | undefined> {
+  for (const program of programs) {
+    if (!(await onPath(program))) return `${program} is not on the PATH`
+  }
+  return undefined
 }
 
 /** A checkout with certificates, kubeconfigs, encryption key and staged machines. */
