@@ -13,6 +13,7 @@ let
   inherit (cluster) node;
   home = "/var/lib/kubernetes";
   pki = "${home}/pki";
+  reference = "https://kubernetes.io/docs/reference/command-line-tools-reference";
 
   # "program --flag=value …", a line each, in the order of the groups.
   commandLine =
@@ -102,7 +103,7 @@ in
   # ── kube-apiserver: the one door to everything ─────────────────────────────────────────────
   systemd.services.kube-apiserver = {
     description = "Kubernetes API server";
-    documentation = [ "https://kubernetes.io/docs/reference/command-line-tools-reference/kube-apiserver/" ];
+    documentation = [ "${reference}/kube-apiserver/" ];
     wantedBy = [ "multi-user.target" ];
     wants = [ "network-online.target" ];
     after = [
@@ -181,7 +182,7 @@ in
           };
         }
         {
-          why = "logs and exec: it calls kubelets by lan address, as user kubernetes, and checks them";
+          why = "logs and exec: it calls kubelets at their lan addresses, as user kubernetes";
           flags = {
             kubelet-certificate-authority = "${pki}/ca.pem";
             kubelet-client-certificate = "${pki}/kubernetes.pem";
@@ -284,7 +285,7 @@ in
   # ── kube-controller-manager: makes what is into what is wanted ─────────────────────────────
   systemd.services.kube-controller-manager = {
     description = "Kubernetes controller manager";
-    documentation = [ "https://kubernetes.io/docs/reference/command-line-tools-reference/kube-controller-manager/" ];
+    documentation = [ "${reference}/kube-controller-manager/" ];
     wantedBy = [ "multi-user.target" ];
     after = [ "kube-apiserver.service" ];
     startLimitIntervalSec = 0;
@@ -357,7 +358,7 @@ in
   # ── kube-scheduler: decides which worker a pod goes to ─────────────────────────────────────
   systemd.services.kube-scheduler = {
     description = "Kubernetes scheduler";
-    documentation = [ "https://kubernetes.io/docs/reference/command-line-tools-reference/kube-scheduler/" ];
+    documentation = [ "${reference}/kube-scheduler/" ];
     wantedBy = [ "multi-user.target" ];
     after = [ "kube-apiserver.service" ];
     startLimitIntervalSec = 0;

@@ -44,7 +44,7 @@ in
   # The last console is where systemd writes: QEMU's serial port, kept in a log on the host.
   boot.kernelParams = [
     "console=tty0"
-    (if pkgs.stdenv.hostPlatform.isAarch64 then "console=ttyAMA0,115200n8" else "console=ttyS0,115200n8")
+    "console=${if pkgs.stdenv.hostPlatform.isAarch64 then "ttyAMA0" else "ttyS0"},115200n8"
   ];
 
   # ── Network ────────────────────────────────────────────────────────────────────────────────

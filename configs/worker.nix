@@ -12,6 +12,7 @@ let
   inherit (cluster) node;
   home = "/var/lib/kubernetes";
   pki = "${home}/pki";
+  reference = "https://kubernetes.io/docs/reference/command-line-tools-reference";
   kubeProxy = cluster.kubeProxyMode != "cilium";
   etcFile = file: config.environment.etc.${file}.source;
 in
@@ -53,7 +54,7 @@ in
   # ── kubelet ────────────────────────────────────────────────────────────────────────────────
   systemd.services.kubelet = {
     description = "Kubernetes kubelet";
-    documentation = [ "https://kubernetes.io/docs/reference/command-line-tools-reference/kubelet/" ];
+    documentation = [ "${reference}/kubelet/" ];
     wantedBy = [ "multi-user.target" ];
     wants = [ "network-online.target" ];
     requires = [ "containerd.service" ];
@@ -143,7 +144,7 @@ in
   # ── kube-proxy, unless Cilium does its work ────────────────────────────────────────────────
   systemd.services.kube-proxy = lib.mkIf kubeProxy {
     description = "Kubernetes kube-proxy";
-    documentation = [ "https://kubernetes.io/docs/reference/command-line-tools-reference/kube-proxy/" ];
+    documentation = [ "${reference}/kube-proxy/" ];
     wantedBy = [ "multi-user.target" ];
     wants = [ "network-online.target" ];
     after = [ "network-online.target" ];

@@ -20,13 +20,14 @@ let
     def:
     let
       again = value: expand (def // { inherit value; });
+      each = properties: map (inner: properties // inner) (again def.value.content);
     in
     {
       "" = [ def ];
       "if" = if def.value.condition then again def.value.content else [ ];
       "merge" = concatMap again def.value.contents;
-      "override" = map (inner: { inherit (def.value) priority; } // inner) (again def.value.content);
-      "order" = map (inner: { order = def.value.priority; } // inner) (again def.value.content);
+      "override" = each { inherit (def.value) priority; };
+      "order" = each { order = def.value.priority; };
     }
     .${typeOf def.value} or [ def ];
 
@@ -38,7 +39,8 @@ rec {
     defs:
     let
       expanded = concatMap expand defs;
-      best = foldl' (least: def: if priorityOf def < least then priorityOf def else least) 9999 expanded;
+      smaller = one: other: if one < other then one else other;
+      best = foldl' smaller 9999 (map priorityOf expanded);
       winners = filter (def: priorityOf def == best) expanded;
     in
     sort (one: other: one.order or 1000 < other.order or 1000) winners;
@@ -60,7 +62,12 @@ rec {
     .${typeOf def.value} or [ def ];
 
   showOption = lib.concatStringsSep ".";
-  showDefinitions = defs: lib.concatStringsSep "" (map (def: "\n- In `${toString def.file}': ${show def.value}") defs);
+  wrongType =
+    loc: type: defs:
+    "A definition for option `${showOption loc}' is not of type `${type}'.${showDefinitions defs}";
+  showDefinitions = lib.concatMapStringsSep "" (
+    def: "\n- In `${toString def.file}': ${show def.value}"
+  );
 
   show =
     value:

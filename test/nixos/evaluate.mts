@@ -39,20 +39,32 @@ export interface Unit {
  * Evaluates a staged configuration with nix-instantiate.
  *
  * @param configuration path of its configuration.nix
- * @param system what it would run on, such as "aarch64-linux"; unless said, this computer's kind
+ * @param options.system what it would run on ("aarch64-linux"); unless said, this computer's kind
+ * @param options.file with `attribute`, a further module: the file of modules, and its name there
  * @throws the error of nix-instantiate, with what it says about the configuration
  */
-export async function evaluate(configuration: string, system?: string): Promise<Machine> {
+export async function evaluate(
+  configuration: string,
+  options: { system?: string; file?: string; attribute?: string } = {},
+): Promise<Machine> {
+  const args = Object.entries({ configuration, ...options })
+  return (await instantiate([
+    join(import.meta.dirname, 'system.nix'),
+    ...args.flatMap(([name, value]) => ['--argstr', name, value]),
+  ])) as Machine
+}
+
+/**
+ * The value of a Nix expression.
+ *
+ * @param args of nix-instantiate, after those that make it evaluate and print JSON
+ */
+export async function instantiate(args: string[]): Promise<unknown> {
   const { stdout } = await promisify(execFile)(
     'nix-instantiate',
-    [
-      // A store needs rights, or a daemon; nothing is put into one.
-      ...['--store', 'dummy://', '--eval', '--strict', '--json'],
-      join(import.meta.dirname, 'system.nix'),
-      ...['--argstr', 'configuration', configuration],
-      ...(system ? ['--argstr', 'system', system] : []),
-    ],
+    // A store needs rights, or a daemon; nothing is put into one.
+    ['--store', 'dummy://', '--eval', '--strict', '--json', ...args],
     { maxBuffer: 64 * 2 ** 20 },
   )
-  return JSON.parse(stdout) as Machine
+  return JSON.parse(stdout)
 }

@@ -1,172 +1,193 @@
 # The files that NixOS would write for a configuration, as text, where they would lie.
-{ config, lib, pkgs }:
+{
+  config,
+  lib,
+  pkgs,
+}:
 
 let
   inherit (import ./store.nix) storePath;
-  inherit (builtins) concatMap isAttrs isBool isList map toJSON;
+  inherit (builtins)
+    concatMap
+    isAttrs
+    isBool
+    isList
+    map
+    toJSON
+    ;
 
-  lines = list: lib.concatStringsSep "" (map (line: "${line}\n") list);
+  lines = lib.concatMapStringsSep "" (line: "${line}\n");
+  file = text: {
+    inherit text;
+    mode = "0644";
+  };
+  # { name = value; } to { "/etc/folder/name.end" = file; }
+  filesOf =
+    folder: end: text:
+    lib.mapAttrs' (name: value: lib.nameValuePair "${folder}/${name}${end}" (file (text name value)));
+
+  # ── systemd's files: sections of settings; a list is as many lines ──
   setting = value: if isBool value then (if value then "true" else "false") else toString value;
-
-  # systemd's files: a section is a set of settings; a list is as many lines.
   keyValues =
     settings:
-    concatMap (name: map (value: "${name}=${setting value}") (lib.flatten [ settings.${name} ])) (lib.attrNames settings);
+    concatMap (name: map (value: "${name}=${setting value}") (lib.flatten [ settings.${name} ])) (
+      lib.attrNames settings
+    );
   section = name: entries: lib.optionals (entries != [ ]) ([ "[${name}]" ] ++ entries ++ [ "" ]);
 
   # ── Units ──
-  # What is on the path of each service, as nixos/lib/systemd-lib.nix has it.
-  pathOf =
-    service:
-    let
-      packages = service.path ++ [ pkgs.coreutils pkgs.findutils pkgs.gnugrep pkgs.gnused pkgs.systemd ];
-      folders = folder: map (package: "${package}/${folder}") packages;
-    in
-    lib.concatStringsSep ":" (folders "bin" ++ folders "sbin");
-
+  # The path that each service has beside its own (nixos/modules/system/boot/systemd.nix).
+  basicPath = [
+    pkgs.coreutils
+    pkgs.findutils
+    pkgs.gnugrep
+    pkgs.gnused
+    pkgs.systemd
+  ];
   environmentOf =
     service:
-    lib.filterAttrs (_: value: value != null) (
-      { PATH = pathOf service; } // lib.mapAttrs (_: value: if value == null then null else toString value) service.environment
-    );
+    let
+      folders = folder: map (package: "${package}/${folder}") (service.path ++ basicPath);
+      given = lib.filterAttrs (_: value: value != null) service.environment;
+    in
+    { PATH = lib.concatStringsSep ":" (folders "bin" ++ folders "sbin"); }
+    // lib.mapAttrs (_: toString) given;
 
   unitText =
     name: service:
+    let
+      named = {
+        After = service.after;
+        Before = service.before;
+        Description = [ service.description ];
+        Documentation = service.documentation;
+        Requires = service.requires;
+        Wants = service.wants;
+      };
+      joined = lib.mapAttrs (_: lib.concatStringsSep " ") named;
+      triggers = toString (lib.flatten service.restartTriggers);
+      unit =
+        lib.filterAttrs (_: value: value != "") joined
+        // lib.optionalAttrs (service.startLimitIntervalSec != null) {
+          StartLimitIntervalSec = service.startLimitIntervalSec;
+        }
+        // lib.optionalAttrs (triggers != "") {
+          X-Restart-Triggers = storePath "X-Restart-Triggers-${name}" triggers;
+        }
+        // service.unitConfig;
+      environment = lib.mapAttrsToList (
+        variable: value: "Environment=${toJSON "${variable}=${value}"}"
+      ) (environmentOf service);
+    in
     lines (
-      section "Unit" (
-        keyValues (
-          lib.filterAttrs (_: value: value != [ ] && value != "") {
-            After = lib.concatStringsSep " " service.after;
-            Before = lib.concatStringsSep " " service.before;
-            Description = service.description;
-            Documentation = lib.concatStringsSep " " service.documentation;
-            Requires = lib.concatStringsSep " " service.requires;
-            Wants = lib.concatStringsSep " " service.wants;
-          }
-          // lib.optionalAttrs (service.startLimitIntervalSec != null) {
-            StartLimitIntervalSec = service.startLimitIntervalSec;
-          }
-          // lib.optionalAttrs (service.restartTriggers != [ ]) {
-            X-Restart-Triggers = storePath "X-Restart-Triggers-${name}" (toString (lib.flatten service.restartTriggers));
-          }
-          // service.unitConfig
-        )
-      )
-      ++ section "Service" (
-        lib.mapAttrsToList (variable: value: "Environment=${toJSON "${variable}=${value}"}") (environmentOf service)
-        ++ keyValues service.serviceConfig
-      )
+      section "Unit" (keyValues unit)
+      ++ section "Service" (environment ++ keyValues service.serviceConfig)
     );
 
-  # ── containerd ──
+  # ── networkd and udev ──
+  linkText =
+    _: link:
+    lines (section "Match" (keyValues link.matchConfig) ++ section "Link" (keyValues link.linkConfig));
+  networkText =
+    _: network:
+    let
+      addresses = map (address: "Address=${address}") network.address;
+    in
+    lines (
+      section "Match" (keyValues network.matchConfig)
+      ++ section "Network" (keyValues network.networkConfig ++ addresses)
+      ++ concatMap (route: section "Route" (keyValues route)) network.routes
+    );
+
+  # ── containerd: tables of TOML, the values of each before the tables in it ──
   toml =
     prefix: set:
     let
-      tables = lib.filterAttrs (_: isAttrs) set;
       values = lib.filterAttrs (_: value: !isAttrs value) set;
-      scalar = value: if isList value then "[${lib.concatMapStringsSep ", " scalar value}]" else toJSON value;
-      path = name: prefix ++ [ (toJSON name) ];
+      tables = lib.filterAttrs (_: isAttrs) set;
+      show =
+        value: if isList value then "[${lib.concatMapStringsSep ", " show value}]" else toJSON value;
+      table =
+        name: inner:
+        let
+          path = prefix ++ [ (toJSON name) ];
+        in
+        [ "[${lib.concatStringsSep "." path}]" ] ++ toml path inner;
     in
-    lib.mapAttrsToList (name: value: "${toJSON name} = ${scalar value}") values
-    ++ concatMap (
-      name: [ "" "[${lib.concatStringsSep "." (path name)}]" ] ++ toml (path name) tables.${name}
-    ) (lib.attrNames tables);
+    lib.mapAttrsToList (name: value: "${toJSON name} = ${show value}") values
+    ++ builtins.concatLists (lib.mapAttrsToList table tables);
   containerdText = lines (toml [ ] config.virtualisation.containerd.settings);
   containerdConfig = {
     path = storePath "containerd-config-checked.toml" containerdText;
     text = containerdText;
   };
 
-  file = text: { inherit text; mode = "0644"; };
-
-  networkFiles =
-    lib.mapAttrs' (
-      name: link:
-      lib.nameValuePair "/etc/systemd/network/${name}.link" (
-        file (lines (section "Match" (keyValues link.matchConfig) ++ section "Link" (keyValues link.linkConfig)))
-      )
-    ) config.systemd.network.links
-    // lib.mapAttrs' (
-      name: network:
-      lib.nameValuePair "/etc/systemd/network/${name}.network" (
-        file (
-          lines (
-            section "Match" (keyValues network.matchConfig)
-            ++ section "Network" (keyValues network.networkConfig ++ map (address: "Address=${address}") network.address)
-            ++ concatMap (route: section "Route" (keyValues route)) network.routes
-          )
-        )
-      )
-    ) config.systemd.network.networks
-    // {
-      "/etc/systemd/networkd.conf" = file (lines (section "Network" (keyValues config.systemd.network.config.networkConfig)));
-    };
-
-  sysctl = lib.filterAttrs (_: value: value != null) config.boot.kernel.sysctl;
-  yesNo = value: if value then "yes" else "no";
-  ssh = config.services.openssh;
-  usersWithKeys = lib.filterAttrs (_: user: user.openssh.authorizedKeys.keys != [ ]) config.users.users;
-
+  # ── The rest of /etc ──
   etcFiles = lib.mapAttrs' (
     name: etc:
     lib.nameValuePair "/etc/${name}" (
-      if etc.text != null then { inherit (etc) text; mode = if etc.mode == "symlink" then "0444" else etc.mode; } else { link = etc.source; }
+      if etc.text == null then
+        { link = etc.source; }
+      else
+        {
+          inherit (etc) text;
+          mode = if etc.mode == "symlink" then "0444" else etc.mode;
+        }
     )
   ) config.environment.etc;
+
+  ssh = config.services.openssh;
+  yesNo = value: if value then "yes" else "no";
+  sshdConfig = [
+    "UsePAM yes"
+    "Port 22"
+    "AuthorizedKeysFile %h/.ssh/authorized_keys /etc/ssh/authorized_keys.d/%u"
+    "PermitRootLogin ${ssh.settings.PermitRootLogin}"
+    "PasswordAuthentication ${yesNo ssh.settings.PasswordAuthentication}"
+    "KbdInteractiveAuthentication ${yesNo ssh.settings.KbdInteractiveAuthentication}"
+  ]
+  ++ map (key: "HostKey ${key.path}") ssh.hostKeys;
+  keysOf = user: user.openssh.authorizedKeys.keys;
+  usersWithKeys = lib.filterAttrs (_: user: keysOf user != [ ]) config.users.users;
+
+  hosts = lib.filterAttrs (_: names: names != [ ]) config.networking.hosts;
+  sysctls = lib.filterAttrs (_: value: value != null) config.boot.kernel.sysctl;
+  number = value: if value == false then "0" else toString value;
+  fstab =
+    mountPoint: fs:
+    lib.concatStringsSep " " [
+      fs.device
+      mountPoint
+      fs.fsType
+      (lib.concatStringsSep "," fs.options)
+      "0"
+      (if mountPoint == "/" then "1" else "2")
+    ];
 in
 {
-  inherit containerdConfig environmentOf unitText;
+  inherit containerdConfig environmentOf;
 
   files =
     etcFiles
-    // networkFiles
-    // lib.mapAttrs' (
-      name: service: lib.nameValuePair "/etc/systemd/system/${name}.service" (file (unitText name service))
-    ) config.systemd.services
-    // lib.mapAttrs' (
-      name: user: lib.nameValuePair "/etc/ssh/authorized_keys.d/${name}" (file (lines user.openssh.authorizedKeys.keys))
-    ) usersWithKeys
+    // filesOf "/etc/systemd/system" ".service" unitText config.systemd.services
+    // filesOf "/etc/systemd/network" ".link" linkText config.systemd.network.links
+    // filesOf "/etc/systemd/network" ".network" networkText config.systemd.network.networks
+    // filesOf "/etc/ssh/authorized_keys.d" "" (_: user: lines (keysOf user)) usersWithKeys
     // lib.optionalAttrs config.virtualisation.containerd.enable {
       ${containerdConfig.path} = file containerdConfig.text;
     }
-    // lib.optionalAttrs ssh.enable {
-      "/etc/ssh/sshd_config" = file (
-        lines (
-          [
-            "UsePAM yes"
-            "Port 22"
-            "AuthorizedKeysFile %h/.ssh/authorized_keys /etc/ssh/authorized_keys.d/%u"
-            "PermitRootLogin ${ssh.settings.PermitRootLogin}"
-            "PasswordAuthentication ${yesNo ssh.settings.PasswordAuthentication}"
-            "KbdInteractiveAuthentication ${yesNo ssh.settings.KbdInteractiveAuthentication}"
-          ]
-          ++ map (key: "HostKey ${key.path}") ssh.hostKeys
-        )
+    // lib.optionalAttrs ssh.enable { "/etc/ssh/sshd_config" = file (lines sshdConfig); }
+    // lib.mapAttrs (_: list: file (lines list)) {
+      "/etc/hostname" = [ config.networking.hostName ];
+      "/etc/hosts" = lib.mapAttrsToList (address: names: toString ([ address ] ++ names)) hosts;
+      "/etc/fstab" = lib.mapAttrsToList fstab config.fileSystems;
+      "/etc/modules-load.d/nixos.conf" = config.boot.kernelModules;
+      "/etc/sysctl.d/60-nixos.conf" = lib.mapAttrsToList (
+        name: value: "${name}=${number value}"
+      ) sysctls;
+      "/etc/systemd/networkd.conf" = section "Network" (
+        keyValues config.systemd.network.config.networkConfig
       );
-    }
-    // {
-      "/etc/hostname" = file "${config.networking.hostName}\n";
-      "/etc/hosts" = file (
-        lines (
-          lib.mapAttrsToList (address: names: "${address} ${lib.concatStringsSep " " names}") (
-            lib.filterAttrs (_: names: names != [ ]) config.networking.hosts
-          )
-        )
-      );
-      "/etc/fstab" = file (
-        lines (
-          lib.mapAttrsToList (
-            mountPoint: fs:
-            "${fs.device} ${mountPoint} ${fs.fsType} ${lib.concatStringsSep "," fs.options} 0 ${
-              if mountPoint == "/" then "1" else "2"
-            }"
-          ) config.fileSystems
-        )
-      );
-      "/etc/modules-load.d/nixos.conf" = file (lines config.boot.kernelModules);
-      "/etc/sysctl.d/60-nixos.conf" = file (
-        lines (lib.mapAttrsToList (name: value: "${name}=${if value == false then "0" else toString value}") sysctl)
-      );
-      "/etc/tmpfiles.d/00-nixos.conf" = file (lines config.systemd.tmpfiles.rules);
+      "/etc/tmpfiles.d/00-nixos.conf" = config.systemd.tmpfiles.rules;
     };
 }

@@ -69,6 +69,7 @@ rec {
         filter (name: keep name attrs.${name}) (attrNames attrs)
       )
     );
+  genAttrs = names: f: builtins.listToAttrs (map (name: nameValuePair name (f name)) names);
   optional = condition: value: if condition then [ value ] else [ ];
   optionals = condition: values: if condition then values else [ ];
   optionalAttrs = condition: attrs: if condition then attrs else { };
@@ -76,7 +77,9 @@ rec {
   concatMapStringsSep = separator: f: list: concatStringsSep separator (map f list);
   flatten = value: if isList value then builtins.concatLists (map flatten value) else [ value ];
   reverseList = list: genList (index: elemAt list (length list - index - 1)) (length list);
-  unique = builtins.foldl' (seen: value: if builtins.elem value seen then seen else seen ++ [ value ]) [ ];
+  unique = builtins.foldl' (
+    seen: value: seen ++ optional (!(builtins.elem value seen)) value
+  ) [ ];
   hasPrefix = prefix: string: substring 0 (stringLength prefix) string == prefix;
   removePrefix =
     prefix: string:

@@ -21,6 +21,7 @@ let
     pushDown
     showDefinitions
     showOption
+    wrongType
     ;
 
   # "systemd.services.<name>.path" = { … }  ->  { systemd.services."<name>".path = { … }; }
@@ -33,7 +34,10 @@ let
           name = builtins.head parts;
           rest = builtins.tail parts;
         in
-        node // { ${name} = if rest == [ ] then options.${path} else insert rest (node.${name} or { }); };
+        node
+        // {
+          ${name} = if rest == [ ] then options.${path} else insert rest (node.${name} or { });
+        };
     in
     insert (lib.splitString "\\." path) built
   ) { } (attrNames options);
@@ -47,9 +51,10 @@ let
       isFile = isPath module || isString module;
       here = if isFile then toString module else file;
       body = if isFile then import module else module;
-      value = if isFunction body then body (mapAttrs (name: _: args.${name}) (functionArgs body)) else body;
+      asked = mapAttrs (name: _: args.${name}) (functionArgs body);
+      value = if isFunction body then body asked else body;
       structured = value ? config || value ? options;
-      stray = filter (name: !(builtins.elem name [ "config" "imports" "_module" ])) (attrNames value);
+      stray = attrNames (removeAttrs value [ "config" "imports" "_module" ]);
     in
     if structured && stray != [ ] then
       throw "Module `${here}' has an unsupported attribute `${builtins.head stray}'."
@@ -58,7 +63,8 @@ let
       ++ [
         {
           file = here;
-          value = if structured then value.config or { } else removeAttrs value [ "imports" "_module" ];
+          value =
+            if structured then value.config or { } else removeAttrs value [ "imports" "_module" ];
           args = value._module.args or { };
         }
       ];
@@ -78,7 +84,7 @@ let
       else if node ? defaultFrom then
         node.defaultFrom loc self
       else
-        throw "The option `${showOption loc}' was accessed but has no value defined. Try setting the option."
+        throw "The option `${showOption loc}' was accessed but has no value defined."
     else
       let
         sets = setsOf loc defs;
@@ -88,7 +94,7 @@ let
         present = filter (name: discharge (definitionsOf name sets) != [ ]) names;
         result =
           if node ? "<name>" then
-            builtins.listToAttrs (map (name: lib.nameValuePair name (child name node."<name>")) present)
+            lib.genAttrs present (name: child name node."<name>")
           else
             mapAttrs child node;
       in
@@ -96,7 +102,7 @@ let
 
   definitionsOf =
     name: sets:
-    concatMap (def: lib.optional (def.value ? ${name}) (def // { value = def.value.${name}; })) sets;
+    map (def: def // { value = def.value.${name}; }) (filter (def: def.value ? ${name}) sets);
 
   setsOf =
     loc: defs:
@@ -105,7 +111,7 @@ let
       if isAttrs def.value then
         def
       else
-        throw "A definition for option `${showOption loc}' is not of type `attribute set'. Definition values:${showDefinitions [ def ]}"
+        throw (wrongType loc "attribute set" [ def ])
     ) (concatMap pushDown defs);
 
   # Definitions that no option takes; null where all is well.
@@ -124,7 +130,7 @@ let
             child = node.${name} or node."<name>" or null;
           in
           if child == null then
-            "The option `${showOption (loc ++ [ name ])}' does not exist. Definition values:${showDefinitions here}"
+            "The option `${showOption (loc ++ [ name ])}' does not exist.${showDefinitions here}"
           else
             firstUnknown (loc ++ [ name ]) child here;
         found = filter (message: message != null) (map of names);

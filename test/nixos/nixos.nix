@@ -1,7 +1,15 @@
 # What NixOS' own modules add to a configuration like ours, as far as units, files and users of
 # it are concerned. nixos/modules/… names where.
-{ config, lib, pkgs, ... }:
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
 
+let
+  inherit (import ./files.nix { inherit config lib pkgs; }) containerdConfig;
+in
 {
   # config/networking.nix
   networking.hosts = {
@@ -83,7 +91,7 @@
       StartLimitIntervalSec = "120s";
     };
     serviceConfig = {
-      ExecStart = "${pkgs.containerd}/bin/containerd --config ${(import ./files.nix { inherit config lib pkgs; }).containerdConfig.path}";
+      ExecStart = "${pkgs.containerd}/bin/containerd --config ${containerdConfig.path}";
       Type = "notify";
       Delegate = "yes";
       KillMode = "process";

@@ -129,7 +129,13 @@ in
   "systemd.services.<name>.wantedBy" = option (listOf str) [ ];
   "systemd.services.<name>.requiredBy" = option (listOf str) [ ];
   "systemd.services.<name>.path" = option (listOf (oneOf [ package str ])) [ ];
-  "systemd.services.<name>.environment" = option (attrsOf (nullOr (oneOf [ str path package ]))) { };
+  "systemd.services.<name>.environment" = option (attrsOf (
+    nullOr (oneOf [
+      str
+      path
+      package
+    ])
+  )) { };
   "systemd.services.<name>.restartTriggers" = option (listOf unspecified) [ ];
   "systemd.services.<name>.startLimitIntervalSec" = option (nullOr unsigned) null;
   # NixOS takes any name in these two; systemd would ignore a misspelt one, so here it fails.

@@ -2,5 +2,8 @@
 {
   storePath =
     name: content:
-    "/nix/store/${builtins.substring 0 32 (builtins.hashString "sha256" "${name}\n${content}")}-stand-in-${name}";
+    let
+      hash = builtins.hashString "sha256" "${name}\n${content}";
+    in
+    "/nix/store/${builtins.substring 0 32 hash}-stand-in-${name}";
 }

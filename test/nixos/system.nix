@@ -9,6 +9,9 @@
 # type, a failed assertion. What stands in the answer is listed below.
 {
   configuration,
+  # A further module: a file and the attribute of it, such as mistakes.nix and "a password".
+  file ? null,
+  attribute ? null,
   system ? builtins.replaceStrings [ "darwin" ] [ "linux" ] builtins.currentSystem,
 }:
 
@@ -44,8 +47,14 @@ let
     modules = [
       ./nixos.nix
       configuration
-    ];
+    ]
+    ++ lib.optional (file != null) further;
   };
+  further =
+    let
+      found = (import file).${attribute};
+    in
+    found.module or found;
 
   rendered = import ./files.nix { inherit config lib pkgs; };
   rules = import ./checks.nix {
@@ -61,11 +70,15 @@ let
       all: link: all // { ${link.target} = (all.${link.target} or [ ]) ++ [ link.unit ]; }
     ) { } (
       builtins.concatMap (
-        name: map (target: { inherit target; unit = "${name}.service"; }) config.systemd.services.${name}.${option}
+        name:
+        map (target: {
+          inherit target;
+          unit = "${name}.service";
+        }) config.systemd.services.${name}.${option}
       ) (builtins.attrNames config.systemd.services)
     );
 
-  oneLine = text: builtins.filter (word: builtins.isString word && word != "") (builtins.split "[[:space:]\\]+" text);
+  words = text: builtins.filter (word: word != "") (lib.splitString "[[:space:]\\]+" text);
 in
 if mistakes != [ ] then
   throw "\nFailed assertions:\n${lib.concatMapStringsSep "\n" (mistake: "- ${mistake}") mistakes}"
@@ -87,8 +100,8 @@ else
 
     # service -> what tests look at; `command` is ExecStart word by word
     units = lib.mapAttrs (name: service: {
-      command = oneLine (toString service.serviceConfig.ExecStart);
-      execStart = lib.concatStringsSep " " (oneLine (toString service.serviceConfig.ExecStart));
+      command = words (toString service.serviceConfig.ExecStart);
+      execStart = lib.concatStringsSep " " (words (toString service.serviceConfig.ExecStart));
       user = service.serviceConfig.User or "root";
       group = service.serviceConfig.Group or service.serviceConfig.User or "root";
       environment = rendered.environmentOf service;
@@ -101,7 +114,10 @@ else
       inherit (user) uid group home shell description isSystemUser hashedPassword;
       authorizedKeys = user.openssh.authorizedKeys.keys;
     }) config.users.users;
-    groups = lib.mapAttrsToList (name: group: { inherit name; inherit (group) gid; }) config.users.groups;
+    groups = lib.mapAttrsToList (name: group: {
+      inherit name;
+      inherit (group) gid;
+    }) config.users.groups;
 
     systemPackages = lib.unique (map (package: package.name) config.environment.systemPackages);
     # store path -> { package, bin: names of its programs }

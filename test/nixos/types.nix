@@ -5,9 +5,11 @@ lib:
 let
   inherit (builtins)
     all
+    concatLists
     concatMap
     elem
     elemAt
+    genList
     groupBy
     head
     isAttrs
@@ -22,7 +24,12 @@ let
     toJSON
     ;
 
-  inherit (import ./definitions.nix lib) discharge showDefinitions showOption;
+  inherit (import ./definitions.nix lib)
+    discharge
+    showDefinitions
+    showOption
+    wrongType
+    ;
 
   # One value, or several that are equal.
   mergeEqual =
@@ -49,7 +56,7 @@ let
     if wrong == [ ] then
       type.merge loc defs
     else
-      throw "A definition for option `${showOption loc}' is not of type `${type.description}'. Definition values:${showDefinitions wrong}";
+      throw (wrongType loc type.description wrong);
 
   types = rec {
     inherit checked;
@@ -95,42 +102,40 @@ let
       check = isList;
       merge =
         loc: defs:
-        concatMap (
-          def:
-          builtins.genList (
-            index:
-            checked (loc ++ [ "[definition ${toString (index + 1)}-entry]" ]) type [
-              {
-                inherit (def) file;
-                value = elemAt def.value index;
-              }
-            ]
-          ) (length def.value)
-        ) defs;
+        let
+          # As NixOS counts them, from 1.
+          place = definition: entry: "[definition ${toString definition}-entry ${toString entry}]";
+          each = list: f: genList (index: f (index + 1) (elemAt list index)) (length list);
+        in
+        concatLists (
+          each defs (
+            definition:
+            { file, value, ... }:
+            each value (
+              entry: value: checked (loc ++ [ (place definition entry) ]) type [ { inherit file value; } ]
+            )
+          )
+        );
     };
 
     # Each element has its own mkIf, mkForce and so on.
     attrsOf = type: {
       description = "attribute set of ${type.description}";
       check = isAttrs;
-      merge = loc: defs: mapAttrs (name: checked (loc ++ [ name ]) type) (lib.filterAttrs (_: found: found != [ ]) (mapAttrs (_: discharge) (byName defs)));
+      merge = loc: defs: mapAttrs (name: checked (loc ++ [ name ]) type) (byName defs);
     };
 
     # A set with these fields and no others. Those that stand in no definition are left out.
     fields = known: {
       description = "attribute set with ${lib.concatStringsSep ", " (builtins.attrNames known)}";
       check = value: isAttrs value && all (name: known ? ${name}) (builtins.attrNames value);
-      merge =
-        loc: defs:
-        mapAttrs (name: found: checked (loc ++ [ name ]) known.${name} found) (
-          lib.filterAttrs (_: found: found != [ ]) (mapAttrs (_: discharge) (byName defs))
-        );
+      merge = loc: defs: mapAttrs (name: checked (loc ++ [ name ]) known.${name}) (byName defs);
     };
 
     # What a generator of TOML or JSON takes.
     data = {
       description = "TOML value";
-      check = value: isBool value || isInt value || isFloat value || isString value || isList value || isAttrs value;
+      check = value: builtins.any (is: is value) [ isBool isInt isFloat isString isList isAttrs ];
       merge =
         loc: defs:
         if all (def: isAttrs def.value) defs then
@@ -156,21 +161,16 @@ let
     unspecified = simple "unspecified value" (_: true);
   };
 
+  # Definitions of sets, taken apart: for each name those that count.
   byName =
     defs:
-    mapAttrs (_: map (entry: entry.def)) (
-      groupBy (entry: entry.name) (
-        concatMap (
-          def:
-          lib.mapAttrsToList (name: value: {
-            inherit name;
-            def = {
-              inherit (def) file;
-              inherit value;
-            };
-          }) def.value
-        ) defs
-      )
-    );
+    let
+      entries = concatMap (
+        { file, value, ... }:
+        lib.mapAttrsToList (name: value: { inherit name file value; }) value
+      ) defs;
+      counting = mapAttrs (_: discharge) (groupBy (entry: entry.name) entries);
+    in
+    lib.filterAttrs (_: found: found != [ ]) counting;
 in
 types
