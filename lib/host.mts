@@ -1,5 +1,5 @@
 // This computer as far as QEMU is concerned: system, architecture, accelerator, and the program.
-import { accessSync, constants } from 'node:fs'
+import { closeSync, openSync } from 'node:fs'
 import { arch as nodeArch } from 'node:os'
 import { $, which } from 'zx/core'
 import type { Cluster } from './cluster.mts'
@@ -34,22 +34,21 @@ export async function detectHost(cluster: Cluster): Promise<Host> {
   const os = detectSystem()
   const arch = await detectArchitecture(os)
   const qemu = await detectQemu(arch)
-  const accel = chooseAccelerator(QEMU_ACCEL, os, await hasVirtualization(os))
+  const { accel, warning } = await detectAccelerator(QEMU_ACCEL, os)
   const firmware = await findFirmware({
     arch,
     qemu: qemu.path,
     code: QEMU_FIRMWARE_CODE,
     vars: QEMU_FIRMWARE_VARS,
   })
-  const sme = os === 'darwin' && (await sysctl('hw.optional.arm.FEAT_SME')) === '1'
   return {
     os,
     arch,
     accel,
-    cpu: cpuModel({ os, arch, accel, sme }),
+    cpu: cpuModel({ os, arch, accel, sme: await hasSme(os) }),
     qemu,
     firmware,
-    ...(accel === 'tcg' ? { warning: slowness(QEMU_ACCEL, os) } : {}),
+    ...(warning ? { warning } : {}),
   }
 }
 
@@ -94,23 +93,44 @@ export async function detectQemu(arch: Architecture): Promise<Host['qemu']> {
 }
 
 /**
+ * The accelerator of this computer, and a warning where it is the slow one.
+ *
+ * @throws StepError if QEMU_ACCEL asks for one that is not to be had
+ */
+export async function detectAccelerator(
+  setting: Accelerator | 'auto',
+  os: System,
+): Promise<Pick<Host, 'accel' | 'warning'>> {
+  if (setting === 'tcg') return { accel: 'tcg', warning: `QEMU_ACCEL=tcg: ${slow}` }
+  const obstacle = await obstacleTo(os)
+  const accel = chooseAccelerator(setting, os, obstacle)
+  return obstacle ? { accel, warning: `${obstacle.reason}: ${slow}; ${obstacle.hint}` } : { accel }
+}
+
+interface Obstacle {
+  reason: string
+  hint: string
+}
+
+/**
  * The accelerator for a value of QEMU_ACCEL.
  *
- * @param virtualization whether this computer lets us use its own (kvm, hvf)
+ * @param obstacle why this computer's own (kvm, hvf) cannot be used; undefined if it can
  * @throws StepError if it was asked for and is not to be had
  */
 export function chooseAccelerator(
   setting: Accelerator | 'auto',
   os: System,
-  virtualization: boolean,
+  obstacle: Obstacle | undefined,
 ): Accelerator {
   const native = os === 'darwin' ? 'hvf' : 'kvm'
-  if (setting === 'auto') return virtualization ? native : 'tcg'
-  if (setting === 'tcg' || (setting === native && virtualization)) return setting
+  if (setting === 'auto') return obstacle ? 'tcg' : native
+  if (setting === 'tcg') return 'tcg'
   if (setting !== native) {
     throw new StepError(`QEMU_ACCEL=${setting} is not for this system: it has ${native}`)
   }
-  throw new StepError(`QEMU_ACCEL=${setting}, but ${obstacle[os]}`, { hint: remedy[os] })
+  if (!obstacle) return native
+  throw new StepError(`QEMU_ACCEL=${setting}, but ${obstacle.reason}`, { hint: obstacle.hint })
 }
 
 /** QEMU's -cpu. @param host.sme an Apple chip with the Scalable Matrix Extension (M4 on) */
@@ -136,35 +156,62 @@ export function cpuModel(host: {
   return 'host'
 }
 
-const obstacle: Record<System, string> = {
-  linux: '/dev/kvm cannot be opened',
-  darwin: 'this Mac does not offer Hypervisor.framework',
+const slow = 'QEMU emulates the processor, ten times slower or more'
+
+/** Why the machines cannot use this computer's virtualization; undefined if they can. */
+async function obstacleTo(os: System): Promise<Obstacle | undefined> {
+  if (os === 'darwin' && (await sysctl('kern.hv_support')) !== '1') {
+    return { reason: 'this Mac has no Hypervisor.framework', hint: 'QEMU_ACCEL=tcg is slow' }
+  }
+  if (os === 'linux' && !canOpen('/dev/kvm')) {
+    return {
+      reason: '/dev/kvm cannot be opened',
+      hint: 'virtualization on in the firmware, module kvm loaded, you in the group kvm: sudo usermod -aG kvm "$USER", then log in anew',
+    }
+  }
+  const accel = os === 'darwin' ? 'hvf' : 'kvm'
+  const failure = await tryAccelerator(os, accel)
+  if (failure === undefined) return undefined
+  return {
+    reason: `QEMU fails with ${accel} here (${failure})`,
+    hint: 'often a virtual machine in a virtual machine, or a QEMU too old for this processor',
+  }
 }
 
-const remedy: Record<System, string> = {
-  linux:
-    'virtualization on in the firmware, module kvm loaded, you in the group kvm: sudo usermod -aG kvm "$USER", then log in anew',
-  darwin: 'QEMU_ACCEL=tcg works anywhere, slowly',
-}
-
-function slowness(setting: string, os: System): string {
-  const reason = setting === 'tcg' ? 'QEMU_ACCEL=tcg' : obstacle[os]
-  const advice = setting === 'tcg' ? '' : `; ${remedy[os]}`
-  return `${reason}: QEMU emulates the processor, ten times slower or more${advice}`
-}
-
-async function hasVirtualization(os: System): Promise<boolean> {
-  if (os === 'darwin') return (await sysctl('kern.hv_support')) === '1'
+function canOpen(device: string): boolean {
   try {
-    accessSync('/dev/kvm', constants.R_OK | constants.W_OK)
+    closeSync(openSync(device, 'r+'))
     return true
   } catch {
     return false
   }
 }
 
+/**
+ * Has QEMU set up a machine and quit: where a device can be opened and does not work, it aborts.
+ *
+ * @returns its last words; undefined if it works, or there is no QEMU to try with
+ */
+async function tryAccelerator(os: System, accel: Accelerator): Promise<string | undefined> {
+  const arch = await detectArchitecture(os)
+  const qemu = await which(`qemu-system-${arch}`, { nothrow: true })
+  if (!qemu) return undefined
+  const machine = arch === 'x86_64' ? 'q35' : 'virt'
+  const cpu = cpuModel({ os, arch, accel, sme: await hasSme(os) })
+  const settings = ['-machine', machine, '-accel', accel, '-cpu', cpu, '-m', '64']
+  const quiet = ['-nodefaults', '-no-user-config', '-display', 'none', '-S', '-monitor', 'stdio']
+  const options = { quiet: true, nothrow: true, input: 'quit\n', timeout: 20_000 }
+  const { exitCode, stderr } = await $(options)`${qemu} ${settings} ${quiet}`
+  return exitCode === 0 ? undefined : (stderr.trim().split('\n')[0] ?? 'without a word')
+}
+
 /** A value of macOS's sysctl; undefined if it has none of that name. */
 async function sysctl(name: string): Promise<string | undefined> {
   const { exitCode, stdout } = await $({ quiet: true, nothrow: true })`sysctl -n ${name}`
   return exitCode === 0 ? stdout.trim() : undefined
+}
+
+/** Apple chips from the M4 on. */
+async function hasSme(os: System): Promise<boolean> {
+  return os === 'darwin' && (await sysctl('hw.optional.arm.FEAT_SME')) === '1'
 }

@@ -24,12 +24,17 @@ export async function commandLine(pid: number): Promise<string | undefined> {
  * its ports and files are open still.
  */
 export async function isGone(pid: number): Promise<boolean> {
-  const state =
-    process.platform === 'linux'
-      ? // The name before it stands in parentheses and may hold anything.
-        (await readFile(`/proc/${pid}/stat`, 'utf8').catch(() => '')).match(/\) (\w)[^)]*$/)?.[1]
-      : (await $({ quiet: true, nothrow: true })`ps -o stat= -p ${pid}`).stdout.trim()[0]
-  return state === undefined || state === 'Z' || state === 'X'
+  if (process.platform !== 'linux') {
+    const { stdout } = await $({ quiet: true, nothrow: true })`ps -o stat= -p ${pid}`
+    return /^(Z|$)/.test(stdout.trim())
+  }
+  const text = await readFile(`/proc/${pid}/stat`, 'utf8').catch(() => undefined)
+  if (text === undefined) return true
+  // proc(5): the fields after the name, which stands in parentheses and may hold anything.
+  const fields = text.slice(text.lastIndexOf(')') + 2).split(' ')
+  const [state, threads] = [fields[0], Number(fields[17])]
+  // The first thread may have ended while others still hold what they share.
+  return (state === 'Z' || state === 'X') && threads <= 1
 }
 
 /**

@@ -61,8 +61,8 @@ export async function prepareFolders(cluster: Cluster): Promise<void> {
 }
 
 /**
- * Starts a machine from its installed disk, and the lan switch if it does not run yet. Ends when
- * QEMU answers; the system inside then has its boot still before it.
+ * Starts a machine from its installed disk, and the lan switch if that does not run yet. A machine
+ * that runs already is left alone. Ends when QEMU answers; its system has the boot still before it.
  *
  * @throws StepError if there is no disk, a port is taken, or QEMU ends; it is then not left running
  */
@@ -81,7 +81,10 @@ export async function startMachine(
 async function startOnce(cluster: Cluster, node: Node, host: Host) {
   const found = await machineState(cluster, node)
   if (found.state === 'running') {
-    if (found.mode === 'boot') return { pid: found.pid, alreadyRunning: true }
+    if (found.mode === 'boot') {
+      await ensureLanSwitch(cluster)
+      return { pid: found.pid, alreadyRunning: true }
+    }
     throw new StepError(`${node.name} is being installed (pid ${found.pid})`, {
       hint: 'wait until that has ended',
       log: filesOf(cluster, node).installLog,

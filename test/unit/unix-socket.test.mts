@@ -31,7 +31,7 @@ describe('connecting to a unix socket', () => {
   }
 
   it('fails as usual when nobody is there', async () => {
-    const socket = connectUnixSocket(`/tmp/${'x'.repeat(120)}`)
-    await assert.rejects(once(socket, 'connect'), /ENOENT|ENAMETOOLONG/)
+    const socket = connectUnixSocket(join(tmpdir(), 'nobody.socket'))
+    await assert.rejects(once(socket, 'connect'), /ENOENT/)
   })
 })
