@@ -1,0 +1,150 @@
+// Measuring what runs: systemd units and health endpoints of a machine in one ssh call, and the
+// API server over its forwarded port. Only what was measured is told, never what should be.
+import { askApiServer } from './api-server.mts'
+import type { Cluster, Role } from './cluster.mts'
+import type { Machine } from './machine.mts'
+import { StepError } from './step-error.mts'
+
+/** A service that is part of the cluster. */
+export interface Service {
+  unit: string
+  /** Health endpoint on the machine itself; none: what systemd says has to do. */
+  health?: string
+}
+
+/** The services by the machines' roles, in the order in which they come up. */
+export const services: Readonly<Record<Role, readonly Service[]>> = {
+  'control-plane': [
+    // The listener for health and metrics, which asks for no certificate.
+    { unit: 'etcd', health: 'http://127.0.0.1:2381/health' },
+    // Its health is asked for from outside, as everybody who uses it does.
+    { unit: 'kube-apiserver' },
+    { unit: 'kube-controller-manager', health: 'https://127.0.0.1:10257/healthz' },
+    { unit: 'kube-scheduler', health: 'https://127.0.0.1:10259/readyz' },
+  ],
+  worker: [{ unit: 'containerd' }, { unit: 'kubelet', health: 'http://127.0.0.1:10248/healthz' }],
+}
+
+/** One service as it was found. */
+export interface ServiceState {
+  unit: string
+  healthy: boolean
+  /** Why it is not: "activating (auto-restart), exit-code", "health: 503". */
+  reason: string
+  /** Times that systemd has started it again. */
+  restarts: number
+}
+
+/** A node as the API server has it. */
+export interface NodeState {
+  ready: boolean
+  reason: string
+  address: string
+  kubelet: string
+  runtime: string
+}
+
+export interface ApiState {
+  ready: boolean
+  reason: string
+  /** Registered nodes by name; undefined if they could not be listed. */
+  nodes?: Map<string, NodeState>
+}
+
+/**
+ * The states of all the cluster's services on a machine.
+ *
+ * @throws NoAnswer if the machine cannot be reached
+ */
+export async function probeServices(machine: Machine): Promise<ServiceState[]> {
+  const wanted = services[machine.node.role]
+  const units = wanted.map(({ unit }) => `${unit}.service`).join(' ')
+  const properties = 'LoadState,ActiveState,SubState,Result,NRestarts'
+  const checks = wanted.flatMap(({ unit, health }) =>
+    // -k: these certificates are made by the programs for themselves, and loopback is the machine.
+    health ? `echo '== ${unit}'; curl -sSk -m 3 -w '\n%{http_code}\n' ${health} 2>&1 || true` : [],
+  )
+  // Early in its boot a machine lets us in, but systemd does not answer yet.
+  const show = `systemctl show --property=${properties} ${units} || true`
+  const text = await machine.succeed([show, ...checks].join('\n'), { timeout: 20 })
+  const [shown = '', ...sections] = text.split(/^== (?=\S+$)/m)
+  const blocks = shown.trim().split(/\n\n+/)
+  return wanted.map(({ unit, health }, index) => {
+    const properties = propertiesOf(blocks[index] ?? '')
+    const answer = sections.find((section) => section.startsWith(`${unit}\n`)) ?? ''
+    const reason = unitReason(unit, properties) || (health ? healthReason(unit, answer) : '')
+    return { unit, healthy: reason === '', reason, restarts: Number(properties.NRestarts ?? 0) }
+  })
+}
+
+/** Whether the API server is ready, and the nodes it knows. Never throws: no answer is a state. */
+export async function probeApiServer(cluster: Cluster, signal?: AbortSignal): Promise<ApiState> {
+  try {
+    const readiness = await askApiServer(cluster, '/readyz?verbose', { signal })
+    if (readiness.status !== 200) return { ready: false, reason: failingChecks(readiness) }
+    const { status, body } = await askApiServer(cluster, '/api/v1/nodes', { signal })
+    if (status !== 200) return { ready: true, reason: `listing nodes: HTTP ${status}` }
+    return { ready: true, reason: '', nodes: nodesOf(JSON.parse(body)) }
+  } catch (error) {
+    signal?.throwIfAborted()
+    if (!(error instanceof StepError)) throw error
+    return { ready: false, reason: error.message }
+  }
+}
+
+/** Of "[-]etcd failed: reason withheld" and its like, the names of what is not ready. */
+function failingChecks({ status, body }: { status: number; body: string }): string {
+  const failing = [...body.matchAll(/^\[-\](\S+)/gm)].map(([, name]) => name)
+  return failing.length > 0 ? `not ready: ${failing.join(', ')}` : `HTTP ${status}`
+}
+
+interface NodeList {
+  items: {
+    metadata: { name: string }
+    status: {
+      conditions?: { type: string; status: string; reason: string; message: string }[]
+      addresses?: { type: string; address: string }[]
+      nodeInfo: { kubeletVersion: string; containerRuntimeVersion: string }
+    }
+  }[]
+}
+
+function nodesOf(list: NodeList): Map<string, NodeState> {
+  return new Map(
+    list.items.map(({ metadata, status }) => {
+      const condition = status.conditions?.find(({ type }) => type === 'Ready')
+      return [
+        metadata.name,
+        {
+          ready: condition?.status === 'True',
+          reason: condition?.status === 'True' ? '' : (condition?.message ?? 'no condition yet'),
+          address: status.addresses?.find(({ type }) => type === 'InternalIP')?.address ?? '',
+          kubelet: status.nodeInfo.kubeletVersion,
+          runtime: status.nodeInfo.containerRuntimeVersion,
+        },
+      ]
+    }),
+  )
+}
+
+/** Why systemd does not call a unit active; empty if it does. */
+function unitReason(unit: string, properties: Record<string, string>): string {
+  const { LoadState, ActiveState, SubState, Result } = properties
+  if (ActiveState === 'active') return ''
+  if (!ActiveState) return 'systemd does not answer yet'
+  if (LoadState === 'not-found') return `there is no unit ${unit}`
+  return `${unit} is ${ActiveState} (${SubState}${Result === 'success' ? '' : `, ${Result}`})`
+}
+
+/** Why a health endpoint is not content, from what curl printed; empty if it is. */
+function healthReason(unit: string, answer: string): string {
+  const status = answer.match(/^\d{3}$/m)?.[0]
+  if (status === '200') return ''
+  const [, ...body] = answer.replace(/^\d{3}$/m, '').split('\n')
+  const said = body.join(' ').replace('curl: ', '').trim().slice(0, 200)
+  return `${unit} is not healthy: ${status === '000' ? said : `HTTP ${status} ${said}`}`
+}
+
+function propertiesOf(block: string): Record<string, string> {
+  return Object.fromEntries(block.split('\n').map((line) => line.split(/=(.*)/s).slice(0, 2)))
+}

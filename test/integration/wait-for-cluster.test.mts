@@ -1,0 +1,223 @@
+import assert from 'node:assert/strict'
+import { existsSync } from 'node:fs'
+import { rm, writeFile } from 'node:fs/promises'
+import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { loadCluster } from '../../lib/cluster.mts'
+import { type FakeApiServer, nodeList, startFakeApiServer } from '../api-server.mts'
+import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
+import { type IdleQemu, noQemu, startIdleQemu } from '../idle-qemu.mts'
+import { noSshd, type Sshd, startSshd } from '../sshd.mts'
+
+const names = ['alpha', 'sigma', 'gamma']
+const script = 'bin/wait-for-cluster.mts'
+
+// systemctl and curl as they are on a machine whose services are all well; a file
+// broken-UNIT makes systemd, and ill-UNIT the health endpoint, say otherwise.
+const systemctl = `#!/bin/bash
+: 2>/dev/null >"$HERE/asked"
+for unit; do
+  case $unit in
+    *.service)
+      name=\${unit%.service}
+      if [ -e "$HERE/broken-$name" ]; then
+        printf 'LoadState=loaded\\nActiveState=activating\\nSubState=auto-restart\\nResult=exit-code\\nNRestarts=4\\n\\n'
+      else
+        printf 'LoadState=loaded\\nActiveState=active\\nSubState=running\\nResult=success\\nNRestarts=0\\n\\n'
+      fi;;
+  esac
+done
+`
+const curl = `#!/bin/bash
+for url; do :; done
+case $url in *:2381/*) name=etcd;; *:10257/*) name=kube-controller-manager;; *:10259/*) name=kube-scheduler;; *) name=kubelet;; esac
+if [ -e "$HERE/ill-$name" ]; then printf '[-]leaderElection failed\\n503\\n'; else printf 'ok\\n200\\n'; fi
+`
+
+describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
+  let checkout: Checkout
+  let api: FakeApiServer
+  const machines = new Map<string, { sshd: Sshd; qemu: IdleQemu }>()
+
+  async function start(name: string): Promise<void> {
+    const qemu = await startIdleQemu(checkout, name)
+    const sshd = await startSshd(checkout, name)
+    await sshd.program('systemctl', systemctl.replaceAll('$HERE', checkout.path('state', name)))
+    await sshd.program('curl', curl.replaceAll('$HERE', checkout.path('state', name)))
+    machines.set(name, { sshd, qemu })
+  }
+  async function stop(name: string): Promise<void> {
+    await machines.get(name)?.sshd.stop()
+    await machines.get(name)?.qemu.stop()
+    machines.delete(name)
+  }
+  const setState = (name: string, what: string) =>
+    run(checkout, 'sh', ['-c', `mkdir -p state/${name} && : >state/${name}/${what}`])
+  const consoleSays = (name: string, text: string) =>
+    writeFile(checkout.path('images', `${name}-console.log`), text)
+
+  before(async () => {
+    checkout = await makeCheckout()
+    const made = await run(checkout, 'bin/generate-certs.mts')
+    assert.equal(made.exitCode, 0, made.stderr)
+    for (const name of names) await start(name)
+  })
+  after(async () => {
+    for (const name of names) await stop(name)
+    await checkout?.remove()
+  })
+  beforeEach(async () => {
+    api = await startFakeApiServer(checkout)
+    api.answers['/readyz'] = { body: 'readyz check passed' }
+    api.answers['/api/v1/nodes'] = {
+      body: nodeList({ sigma: { ready: false }, gamma: { ready: false } }),
+    }
+  })
+  afterEach(async () => {
+    await api.stop()
+    for (const name of names) {
+      await rm(checkout.path('state', name), { recursive: true, force: true })
+      await consoleSays(name, '')
+      if (!machines.has(name)) await start(name)
+    }
+  })
+
+  const components = (outcome: Outcome) =>
+    JSON.parse(outcome.stdout).components as {
+      name: string
+      state: string
+      reason: string
+      machine: string
+    }[]
+  const reasonOf = (outcome: Outcome, name: string) =>
+    components(outcome).find((row) => row.name === name)?.reason
+
+  it('ends well when all are active, with a line for each', async () => {
+    const { stderr, exitCode } = await run(checkout, script)
+    assert.equal(exitCode, 0, stderr)
+    for (const name of [
+      'API server',
+      'etcd',
+      'controller-manager',
+      'scheduler',
+      'sigma',
+      'gamma',
+    ]) {
+      assert.match(stderr, new RegExp(`^✓ ${name} +active`, 'm'))
+    }
+    assert.match(stderr, /✓ all are active/)
+  })
+
+  it('asks the API server as the admin', async () => {
+    await run(checkout, script)
+    assert.deepEqual([...new Set(api.askedBy)], ['admin'])
+  })
+
+  it('tells the states as JSON', async () => {
+    const outcome = await run(checkout, script, ['--json'])
+    assert.equal(JSON.parse(outcome.stdout).ready, true)
+    assert.deepEqual(
+      components(outcome).map(({ name, machine, state }) => [name, machine, state]),
+      [
+        ['API server', 'alpha', 'active'],
+        ['etcd', 'alpha', 'active'],
+        ['controller-manager', 'alpha', 'active'],
+        ['scheduler', 'alpha', 'active'],
+        ['sigma', 'sigma', 'active'],
+        ['gamma', 'gamma', 'active'],
+      ],
+    )
+  })
+
+  it('waits for a service that comes later', async () => {
+    await setState('alpha', 'broken-etcd')
+    const waiting = run(checkout, script, ['--timeout', '60'])
+    while (!existsSync(checkout.path('state', 'alpha', 'asked'))) await sleep(50)
+    await rm(checkout.path('state', 'alpha', 'broken-etcd'))
+    const { stderr, exitCode } = await waiting
+    assert.equal(exitCode, 0, stderr)
+    assert.match(stderr, /• etcd +waiting .*etcd is activating \(auto-restart, exit-code\)/)
+    assert.match(stderr, /✓ etcd +active/)
+  })
+
+  it('gives up in the end, and says who was missing and why', async () => {
+    await setState('alpha', 'ill-kube-scheduler')
+    api.answers['/readyz'] = { status: 500, body: '[+]ping ok\n[-]etcd failed: reason withheld\n' }
+    const outcome = await run(checkout, script, ['--timeout', '3', '--json'])
+    assert.equal(outcome.exitCode, 1)
+    assert.match(outcome.stderr, /not active after 3 s: API server, scheduler, sigma, gamma/)
+    assert.equal(reasonOf(outcome, 'API server'), 'not ready: etcd')
+    assert.equal(
+      reasonOf(outcome, 'scheduler'),
+      'kube-scheduler is not healthy: HTTP 503 [-]leaderElection failed',
+    )
+    assert.equal(reasonOf(outcome, 'etcd'), '')
+  })
+
+  it('names an API server that is down while the rest is up', async () => {
+    await api.stop()
+    const outcome = await run(checkout, script, ['--timeout', '3', '--json'])
+    assert.match(reasonOf(outcome, 'API server') ?? '', /nothing listens there/)
+    assert.equal(reasonOf(outcome, 'etcd'), '')
+    api = await startFakeApiServer(checkout)
+  })
+
+  it('waits with --ready until the workers are Ready', async () => {
+    const early = await run(checkout, script, ['--ready', '--timeout', '3', '--json'])
+    assert.equal(early.exitCode, 1)
+    assert.equal(reasonOf(early, 'sigma'), 'not Ready: cni plugin not initialized')
+    api.answers['/api/v1/nodes'] = {
+      body: nodeList({ sigma: { ready: true }, gamma: { ready: true } }),
+    }
+    assert.equal((await run(checkout, script, ['--ready'])).exitCode, 0)
+  })
+
+  it('names a worker that never comes, with its last console lines', async () => {
+    await machines.get('gamma')?.sshd.stop()
+    await consoleSays('gamma', 'A start job is running for /dev/vda2 (1min / no limit)\r\n')
+    const { stderr, exitCode } = await run(checkout, script, ['--timeout', '3'])
+    assert.equal(exitCode, 1)
+    assert.match(stderr, /not active after 3 s: gamma/)
+    assert.match(stderr, /gamma does not answer ssh: .*refused/)
+    assert.match(stderr, /the console of gamma:\n.*A start job is running for \/dev\/vda2/)
+    await stop('gamma')
+  })
+
+  it('gives up at once when a machine does not run', async () => {
+    await stop('sigma')
+    const { stderr, exitCode } = await run(checkout, script)
+    assert.equal(exitCode, 1)
+    assert.match(stderr, /sigma will not come: its QEMU is not running/)
+    assert.match(stderr, /hint: +make boot-sigma/)
+  })
+
+  it('gives up at once when the kernel of a machine has panicked', async () => {
+    await machines.get('sigma')?.sshd.stop()
+    await consoleSays(
+      'sigma',
+      '[  3.1] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n',
+    )
+    const { stderr, exitCode } = await run(checkout, script)
+    assert.equal(exitCode, 1)
+    assert.match(stderr, /sigma will not come: Kernel panic - not syncing: VFS/)
+    await stop('sigma')
+  })
+
+  it('does not take another cluster for ours', async () => {
+    const other = await makeCheckout()
+    await run(other, 'bin/generate-certs.mts')
+    await api.stop()
+    await other.set({ API_PORT: loadCluster({ root: checkout.root, env: {} }).settings.API_PORT })
+    const stranger = await startFakeApiServer(other)
+    const outcome = await run(checkout, script, ['--timeout', '3', '--json'])
+    assert.match(reasonOf(outcome, 'API server') ?? '', /not of this cluster's CA/)
+    await stranger.stop()
+    await other.remove()
+    api = await startFakeApiServer(checkout)
+  })
+
+  it('refuses what it does not know', async () => {
+    assert.equal((await run(checkout, script, ['--timeout', 'soon'])).exitCode, 2)
+    assert.equal((await run(checkout, script, ['alpha'])).exitCode, 2)
+  })
+})
