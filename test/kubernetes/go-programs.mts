@@ -61,7 +61,7 @@ export const goModules = {
     folder: 'metrics-server',
     module: 'sigs.k8s.io/metrics-server',
     programs: { 'metrics-server': 'sigs.k8s.io/metrics-server/cmd/metrics-server' },
-    stamp: (version) => ({ 'sigs.k8s.io/metrics-server/pkg/version.gitVersion': `v${version}` }),
+    stamp: (version) => ({ 'k8s.io/client-go/pkg/version.gitVersion': `v${version}` }),
   },
 } satisfies Record<string, GoModule>
 

@@ -1,12 +1,9 @@
 // Programs kept by version under the user's cache folder, each whole or not there.
 import { existsSync } from 'node:fs'
-import { chmod, mkdir, mkdtemp, rename, rm, rmdir, stat, utimes } from 'node:fs/promises'
+import { chmod, mkdir, rename, rm } from 'node:fs/promises'
 import { homedir } from 'node:os'
-import { dirname, join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
-
-const heartbeat = 2_000
-const silence = 10_000
+import { join } from 'node:path'
+import { withLock } from '../../lib/lock.mts'
 
 /** GOARCH of this computer, as the download site and Go call it. */
 export const architecture = process.arch === 'x64' ? 'amd64' : process.arch
@@ -36,10 +33,13 @@ export async function cachedPrograms(
   if (missing().length === 0) return folder
 
   await mkdir(folder, { recursive: true })
-  await oneAtATime(`${folder}.lock`, async () => {
+  const makeMissing = async () => {
     const wanted = missing()
     if (wanted.length === 0) return
-    const into = await mkdtemp(join(cache, '.partial-'))
+    // What an interrupted process left behind is nobody's.
+    const into = `${folder}.partial`
+    await rm(into, { recursive: true, force: true })
+    await mkdir(into)
     try {
       await make(wanted, into)
       for (const name of wanted) {
@@ -49,45 +49,10 @@ export async function cachedPrograms(
     } finally {
       await rm(into, { recursive: true, force: true })
     }
-  })
+  }
+  const lock = `${folder}.lock`
+  if (existsSync(lock)) say(`waiting for whoever makes ${set} already`)
+  // An hour is more than a build takes on a slow computer.
+  await withLock(lock, `making ${set}`, makeMissing, { wait: 3600 })
   return folder
-}
-
-/**
- * One process at a time does `work`. The lock is a folder that its holder touches; one that was
- * left untouched belongs to a process that died. Only double work is at stake, as programs
- * are renamed into place.
- */
-async function oneAtATime(lock: string, work: () => Promise<void>): Promise<void> {
-  let told = false
-  while (!(await taken(lock))) {
-    const age = Date.now() - (await stat(lock).then(({ mtimeMs }) => mtimeMs, Date.now))
-    if (age > silence) {
-      await rmdir(lock).catch(() => {})
-      continue
-    }
-    if (!told) say(`another process makes ${lock.replace(/\.lock$/, '')}, waiting for it`)
-    told = true
-    await sleep(250)
-  }
-  const beat = setInterval(() => {
-    utimes(lock, new Date(), new Date()).catch(() => {})
-  }, heartbeat)
-  try {
-    await work()
-  } finally {
-    clearInterval(beat)
-    await rmdir(lock).catch(() => {})
-  }
-}
-
-async function taken(lock: string): Promise<boolean> {
-  await mkdir(dirname(lock), { recursive: true })
-  return mkdir(lock).then(
-    () => true,
-    (error: NodeJS.ErrnoException) => {
-      if (error.code === 'EEXIST') return false
-      throw error
-    },
-  )
 }

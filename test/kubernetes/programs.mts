@@ -2,13 +2,13 @@
 // had: KUBE_BIN_DIR, the cache, the download site, Go. As a script it fetches them beforehand and
 // prints the folder of each set (kubernetes unless said):
 //   node --import tsx test/kubernetes/programs.mts [kubernetes|etcd|coredns|metrics-server]...
-import { createHash } from 'node:crypto'
-import { createReadStream } from 'node:fs'
 import { access, constants } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
-import { pipeline } from 'node:stream/promises'
 import { $ } from 'zx'
 import { loadCluster } from '../../lib/cluster.mts'
+import { download } from '../../lib/download.mts'
+import { type HostProxy, hostProxy } from '../../lib/host-proxy.mts'
+import { requestText } from '../../lib/http.mts'
 import { describeError, StepError } from '../../lib/step-error.mts'
 import { type GoModuleName, goBuild, goModules, pinnedVersion } from './go-programs.mts'
 import { architecture, cachedPrograms, say } from './program-cache.mts'
@@ -35,22 +35,22 @@ interface Options {
 export async function kubernetesPrograms(options: Options = {}): Promise<Programs> {
   const { env = process.env, site = 'https://dl.k8s.io' } = options
   const names = options.names ?? Object.keys(goModules.kubernetes.programs)
-  const version = loadCluster({ env }).settings.KUBERNETES_VERSION
+  const cluster = loadCluster({ env })
+  const version = cluster.settings.KUBERNETES_VERSION
   if (process.platform !== 'linux') return notLinux
   const given = env.KUBE_BIN_DIR
   if (given) return { folder: await checkFolder(resolve(given), names, version) }
 
   return orReason(() =>
     cachedPrograms(`kubernetes-v${version}`, names, env, async (missing, into) => {
-      const reason = await download(`${site}/release/v${version}`, missing, into, env)
-      if (!reason) return
-      say(`no download: ${reason}`)
-      await goBuild('kubernetes', { version, names: missing, into, env }).catch((error) => {
-        if (!(error instanceof StepError)) throw error
-        const { message, explanation } = error
-        const ways = `KUBE_BIN_DIR is not set; no download: ${reason}; no build: ${message}`
-        throw new StepError(`Kubernetes ${version} cannot be had: ${ways}`, explanation)
-      })
+      const proxy = hostProxy(cluster, env)
+      const unreachable = await fetchAll(`${site}/release/v${version}`, missing, into, proxy)
+      if (!unreachable) return
+      say(`no download: ${unreachable}`)
+      await build('kubernetes', { version, names: missing, into, env }, [
+        'KUBE_BIN_DIR is not set',
+        `no download: ${unreachable}`,
+      ])
     }),
   )
 }
@@ -72,23 +72,37 @@ export async function goPrograms(
   if (process.platform !== 'linux') return notLinux
   return orReason(() =>
     cachedPrograms(`${name}-v${version}`, names, env, (missing, into) =>
-      goBuild(name, { version, names: missing, into, env }),
+      build(name, { version, names: missing, into, env }),
     ),
   )
 }
 
 const notLinux = { reason: 'the programs are for Linux, and this computer runs another system' }
 
-/** What a wrong checksum throws must not end as a skipped test. */
-class ChecksumError extends StepError {}
+/** No way to the programs is open. */
+class Unavailable extends StepError {}
 
 async function orReason(find: () => Promise<string>): Promise<Programs> {
   try {
     return { folder: await find() }
   } catch (error) {
-    if (error instanceof ChecksumError || !(error instanceof StepError)) throw error
-    return { reason: describeError(error) }
+    if (error instanceof Unavailable) return { reason: describeError(error) }
+    throw error
   }
+}
+
+/** Builds, or says why no way is open: the ways that were tried before, and this one. */
+async function build(
+  name: GoModuleName,
+  options: Parameters<typeof goBuild>[1],
+  tried: readonly string[] = [],
+): Promise<void> {
+  await goBuild(name, options).catch((error) => {
+    if (!(error instanceof StepError)) throw error
+    const reasons = [...tried, `no build: ${error.message}`].join('; ')
+    const what = `${name} ${options.version}`
+    throw new Unavailable(`${what} cannot be had: ${reasons}`, error.explanation)
+  })
 }
 
 async function checkFolder(
@@ -124,51 +138,35 @@ async function checkFolder(
 }
 
 /**
- * Downloads and checks programs.
+ * Downloads programs and checks them.
  *
- * @returns why it cannot be done; undefined when all are there
- * @throws ChecksumError
+ * @returns why that cannot be done here; undefined when all are there
+ * @throws StepError when a download breaks off, or is not what its checksum says
  */
-async function download(
+async function fetchAll(
   release: string,
   names: readonly string[],
   into: string,
-  env: NodeJS.ProcessEnv,
+  proxy: HostProxy,
 ): Promise<string | undefined> {
-  // curl, as it knows the proxy settings of the environment.
-  const curl = $({ env, quiet: true, nothrow: true })
-  const get = ['--fail', '--location', '--silent', '--show-error', '--connect-timeout', '5']
   const url = (name: string) => `${release}/bin/linux/${architecture}/${name}`
-  const failed = (stderr: string) => stderr.trim().split('\n').at(-1) || 'curl fails'
-
   const sums = new Map<string, string>()
   for (const name of names) {
-    const sum = await curl`curl ${get} --max-time 30 ${url(name)}.sha256`
-    if (sum.exitCode !== 0) return failed(sum.stderr)
-    sums.set(name, sum.stdout.trim().split(/\s+/)[0] ?? '')
-  }
-  say(`downloading ${names.join(', ')} from ${release}`)
-  const files = await Promise.all(
-    names.map((name) => curl`curl ${get} --output ${join(into, name)} ${url(name)}`),
-  )
-  const broken = files.find(({ exitCode }) => exitCode !== 0)
-  if (broken) return failed(broken.stderr)
-  for (const name of names) {
-    const sum = await sha256(join(into, name))
-    if (sum !== sums.get(name)) {
-      throw new ChecksumError(`${url(name)} is not what its checksum says`, {
-        output: `sha256 ${sum}, not ${sums.get(name)}`,
-        hint: 'nothing was kept; try again, or set KUBE_BIN_DIR',
-      })
+    try {
+      // Short, as no answer is a usual one where there is no internet.
+      const sum = await requestText(`${url(name)}.sha256`, { proxy, patience: 5_000 })
+      if (sum === undefined) return `there is no ${url(name)}.sha256`
+      sums.set(name, sum.trim().split(/\s+/)[0] ?? '')
+    } catch (error) {
+      if (error instanceof StepError) return error.message
+      throw error
     }
   }
+  say(`downloading ${names.join(', ')} from ${release}`)
+  await Promise.all(
+    names.map((name) => download(url(name), join(into, name), { proxy, sha256: sums.get(name) })),
+  )
   return undefined
-}
-
-async function sha256(path: string): Promise<string> {
-  const hash = createHash('sha256')
-  await pipeline(createReadStream(path), hash)
-  return hash.digest('hex')
 }
 
 if (process.argv[1] === import.meta.filename) {
