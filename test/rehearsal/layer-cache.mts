@@ -1,0 +1,76 @@
+// What the rehearsal builds, kept under the user's cache folder by the hash of what it is made
+// from: the same inputs are built once, and a build that broke off is never taken for a whole one.
+import { createHash } from 'node:crypto'
+import { existsSync } from 'node:fs'
+import { mkdir, mkdtemp, readdir, readFile, rename, rm, stat, utimes } from 'node:fs/promises'
+import { homedir } from 'node:os'
+import { join } from 'node:path'
+import { step } from '../../lib/steps.mts'
+
+/** Entries that no build has used for so long are deleted. */
+const forgetAfterDays = 14
+
+/** The folder of all entries. */
+export function cacheFolder(env: NodeJS.ProcessEnv = process.env): string {
+  const cache = env.XDG_CACHE_HOME || join(env.HOME || homedir(), '.cache')
+  return join(cache, 'kubernetes-the-hardest-way', 'stand-in')
+}
+
+/**
+ * The cache entry of these inputs, built if it is not there yet.
+ *
+ * @param name the first part of its folder's name
+ * @param inputs everything that decides what comes out; order counts
+ * @param build puts files into the empty folder it is given
+ * @returns the entry's folder, whole and not to be changed
+ * @throws what `build` throws; nothing of its work is kept then
+ */
+export async function cached(
+  name: string,
+  inputs: readonly string[],
+  build: (folder: string, detail: (text: string) => void) => Promise<void>,
+): Promise<string> {
+  const key = hash(JSON.stringify(inputs)).slice(0, 16)
+  const entry = join(cacheFolder(), `${name}-${key}`)
+  if (existsSync(entry)) {
+    await utimes(entry, new Date(), new Date())
+    return entry
+  }
+  await step(`build ${name}`, async (detail) => {
+    await mkdir(cacheFolder(), { recursive: true })
+    const partial = await mkdtemp(join(cacheFolder(), `.partial-${name}-`))
+    try {
+      await build(partial, detail)
+      await rename(partial, entry)
+    } finally {
+      await rm(partial, { recursive: true, force: true })
+    }
+  })
+  return entry
+}
+
+/** Takes away entries of former inputs, and what a killed build has left. */
+export async function forgetOld(now = Date.now()): Promise<void> {
+  for (const name of await readdir(cacheFolder()).catch(() => [])) {
+    const path = join(cacheFolder(), name)
+    const days = (now - (await stat(path)).mtimeMs) / 86_400_000
+    if (days > (name.startsWith('.partial-') ? 1 : forgetAfterDays)) {
+      await rm(path, { recursive: true, force: true })
+    }
+  }
+}
+
+/** Every file below a folder (or a file itself) as one input: names, modes and contents. */
+export async function contentOf(path: string): Promise<string> {
+  const info = await stat(path)
+  if (info.isFile()) return `${info.mode & 0o111} ${hash(await readFile(path))}`
+  const names = (await readdir(path)).filter((name) => name !== '__pycache__').sort()
+  const parts = await Promise.all(
+    names.map(async (name) => `${name}: ${await contentOf(join(path, name))}`),
+  )
+  return hash(parts.join('\n'))
+}
+
+export function hash(data: string | Uint8Array): string {
+  return createHash('sha256').update(data).digest('hex')
+}
