@@ -1,22 +1,29 @@
 #!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
 // The cluster's public key infrastructure: an authority, a certificate for everyone who talks to
 // anyone (the table is in lib/certificates.mts), and the ssh keys.
-import { createPublicKey, X509Certificate } from 'node:crypto'
+import { createPublicKey, type KeyObject } from 'node:crypto'
 import { writeFileAtomic } from '../lib/atomic-write.mts'
 import { problemsOf, usableAuthority } from '../lib/certificate-check.mts'
-import { authorityOf, certificatesOf } from '../lib/certificates.mts'
+import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/certificates.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { withLock } from '../lib/lock.mts'
 import { readIfThere } from '../lib/optional-file.mts'
-import { isExposed, protectKey, readPair, removeCertificate, writePair } from '../lib/pki.mts'
+import {
+  isExposed,
+  type Pair,
+  protectKey,
+  readPair,
+  removeCertificate,
+  writePair,
+} from '../lib/pki.mts'
 import { generateRsaKey } from '../lib/rsa-key.mts'
 import { script } from '../lib/script.mts'
 import { generateSshKey } from '../lib/ssh-key.mts'
 import { keepSshKey, knownHosts, sshKeysOf, writeSshKey } from '../lib/ssh-keys.mts'
 import { StepError } from '../lib/step-error.mts'
-import { inParallel, type Row, step } from '../lib/steps.mts'
+import { step } from '../lib/steps.mts'
 import { formatReport, inspectTls, isSound } from '../lib/tls-report.mts'
-import { selfSign, signCertificate } from '../lib/x509.mts'
+import type { Credential } from '../lib/x509.mts'
 
 const { flags } = script({
   does:
@@ -63,42 +70,47 @@ if (flags.check) {
 await withLock(cluster.path('run', 'pki.lock'), 'making certificates', generate, { wait: 5 })
 
 async function generate(): Promise<void> {
-  // 1. The authority: a key, and a certificate that says so, signed with that very key. One that
-  //    is there stays, as what it has signed is worth nothing beside another.
-  const authority = await step('certificate authority', async () => {
-    const pair = await readPair(cluster, authorityEntry.name)
-    const kept = flags.force ? undefined : usableAuthority(pair, authorityEntry, CERT_RENEW_DAYS)
-    if (kept) return kept
-    // A key without certificate is what an interruption leaves: it is as good as a new one.
-    const key = (!flags.force && pair.key) || (await generateRsaKey())
-    const certificate = selfSign({ ...authorityEntry, days: CA_DAYS }, key)
-    await removeCertificate(cluster, authorityEntry.name)
-    await writePair(cluster, authorityEntry.name, certificate, key)
-    return { certificate, key }
-  })
+  // 1. What is there and right stays; first of all the authority, as whatever it has signed is
+  //    worth nothing beside another.
+  const authorityPair = await readPair(cluster, authorityEntry.name)
+  const present = flags.force
+    ? undefined
+    : usableAuthority(authorityPair, authorityEntry, CERT_RENEW_DAYS)
+  const due: { entry: CertificateEntry; pair: Pair; why: string }[] = []
+  for (const entry of entries) {
+    const pair = await readPair(cluster, entry.name)
+    const signedBy = present && authorityPair.certificate
+    const problems = problemsOf(pair, entry, { authority: signedBy, renewDays: CERT_RENEW_DAYS })
+    if (flags.force || flags.renew === entry.name) problems.push('wanted anew')
+    if (problems.length > 0) due.push({ entry, pair, why: problems.join('; ') })
+    else if (isExposed(pair)) await protectKey(cluster, entry.name)
+  }
 
-  // 2. What is there may stay if it is right. For the others: a key, and a certificate. Their row
-  //    of the table and the public key are what a CSR would say; the authority signs it.
-  const signedBy = new X509Certificate(authority.certificate)
-  const due = new Map<string, (row: Row) => Promise<void>>()
-  await step(`looking at ${entries.length} certificates`, async () => {
-    for (const entry of entries) {
-      const pair = await readPair(cluster, entry.name)
-      const problems = problemsOf(pair, entry, { authority: signedBy, renewDays: CERT_RENEW_DAYS })
-      if (flags.force || flags.renew === entry.name) problems.push('wanted anew')
-      if (problems.length === 0 && isExposed(pair)) await protectKey(cluster, entry.name)
-      if (problems.length === 0) continue
-      due.set(entry.name, async (row) => {
-        row.step(problems.join('; '))
-        const key = (!flags.force && entry.keepsKey && pair.key) || (await generateRsaKey())
-        const request = { ...entry, publicKey: createPublicKey(key), days: CERT_DAYS }
-        await writePair(cluster, entry.name, signCertificate(request, authority), key)
-      })
-    }
-  })
-  await inParallel([...due.keys()], async (name, row) => due.get(name)?.(row))
+  // 2. The others are made: all at once, as finding primes takes time and other threads do it.
+  const stay = entries.length - due.length
+  const authority = Promise.resolve(present ?? makeAuthority(authorityPair))
+  const made = await step(`${stay} certificates stay, ${due.length} are made`, () =>
+    Promise.all(
+      due.map(async ({ entry, pair, why }) => {
+        return { entry, why, credential: await makeCertificate(entry, pair, authority) }
+      }),
+    ),
+  )
 
-  // 3. The ssh keys, and the file by which ssh knows the machines from the first time on.
+  // 3. They are written, the authority first. After an interruption the next run goes on: it
+  //    finds that the authority has not signed the rest.
+  if (!present) {
+    await step('certificate authority', async () => {
+      const credential = await authority
+      await removeCertificate(cluster, authorityEntry.name)
+      await writePair(cluster, authorityEntry.name, credential)
+    })
+  }
+  for (const { entry, why, credential } of made) {
+    await step(`${entry.name} · ${why}`, () => writePair(cluster, entry.name, credential))
+  }
+
+  // 4. The ssh keys, and the file by which ssh knows the machines from the first time on.
   await step('ssh keys', async () => {
     const publicKeys = new Map<string, string>()
     for (const entry of sshKeysOf(cluster)) {
@@ -111,4 +123,30 @@ async function generate(): Promise<void> {
     const file = cluster.path('tls', 'known_hosts')
     if ((await readIfThere(file)) !== pinned) await writeFileAtomic(file, pinned)
   })
+}
+
+/** An authority is a certificate that says that it is one, signed with its own key. */
+async function makeAuthority(pair: Pair): Promise<Credential> {
+  const [key, { selfSign }] = await Promise.all([keyFor(authorityEntry, pair), x509()])
+  return { key, certificate: selfSign({ ...authorityEntry, days: CA_DAYS }, key) }
+}
+
+/** A row of the table and a public key are what a CSR would say; the authority signs it. */
+async function makeCertificate(
+  entry: CertificateEntry,
+  pair: Pair,
+  authority: Promise<Credential>,
+): Promise<Credential> {
+  const [key, { signCertificate }] = await Promise.all([keyFor(entry, pair), x509()])
+  const request = { ...entry, publicKey: createPublicKey(key), days: CERT_DAYS }
+  return { key, certificate: signCertificate(request, await authority) }
+}
+
+function keyFor({ keepsKey }: CertificateEntry, { key }: Pair): KeyObject | Promise<KeyObject> {
+  return keepsKey && key && !flags.force ? key : generateRsaKey()
+}
+
+/** Not loaded before the keys are under way, nor if there is nothing to make. */
+function x509() {
+  return import('../lib/x509.mts')
 }

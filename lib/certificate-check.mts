@@ -3,7 +3,7 @@ import type { X509Certificate } from 'node:crypto'
 import { type CertificateEntry, type Usage, usages } from './certificates.mts'
 import { type Pair, pairFiles } from './pki.mts'
 import { StepError } from './step-error.mts'
-import type { Authority } from './x509.mts'
+import type { Credential } from './x509.mts'
 
 const day = 24 * 3600_000
 
@@ -69,7 +69,7 @@ export function usableAuthority(
   pair: Pair,
   entry: CertificateEntry,
   renewDays: number,
-): Authority | undefined {
+): Credential | undefined {
   if (!pair.certificate && pair.unreadable.length === 0) return undefined
   const problems = problemsOf(pair, entry, { authority: pair.certificate, renewDays })
   if (problems.length === 0 && pair.key && pair.pem) return { certificate: pair.pem, key: pair.key }

@@ -4,6 +4,7 @@ import { chmod, rm, stat } from 'node:fs/promises'
 import { writeFileAtomic } from './atomic-write.mts'
 import type { Cluster } from './cluster.mts'
 import { readIfThere } from './optional-file.mts'
+import type { Credential } from './x509.mts'
 
 /** What the two files of a name hold. A part that is missing or unreadable is undefined. */
 export interface Pair {
@@ -59,13 +60,12 @@ export async function readPair(cluster: Cluster, name: string): Promise<Pair> {
 export async function writePair(
   cluster: Cluster,
   name: string,
-  pem: string,
-  key: KeyObject,
+  { certificate, key }: Credential,
 ): Promise<void> {
   const files = pairFiles(name)
   const keyPem = key.export({ type: 'pkcs8', format: 'pem' })
   await writeFileAtomic(cluster.path(files.key), keyPem.toString(), 0o600)
-  await writeFileAtomic(cluster.path(files.certificate), pem)
+  await writeFileAtomic(cluster.path(files.certificate), certificate)
 }
 
 /** Whether others may read the key's file. */

@@ -11,8 +11,8 @@ export interface SigningRequest extends Pick<CertificateEntry, 'subject' | 'sans
   days: number
 }
 
-/** The certificate of an authority, as PEM, and its private key. */
-export interface Authority {
+/** A certificate, as PEM, and the private key that belongs to it. */
+export interface Credential {
   certificate: string
   key: KeyObject
 }
@@ -29,7 +29,7 @@ export function selfSign(request: Omit<SigningRequest, 'publicKey'>, key: KeyObj
 }
 
 /** The certificate that the authority makes of a request, as PEM. */
-export function signCertificate(request: SigningRequest, authority: Authority): string {
+export function signCertificate(request: SigningRequest, authority: Credential): string {
   const issuer = forge.pki.certificateFromPem(authority.certificate)
   const certificate = draft(request)
   certificate.setIssuer(issuer.subject.attributes)
