@@ -153,7 +153,8 @@ in
     # Packets over a bridge (the stock CNI plugins') meet the service rules as routed ones do.
     "net.bridge.bridge-nf-call-iptables" = 1;
     "net.bridge.bridge-nf-call-ip6tables" = 1;
-    # An answer may leave by another card than the question came by.
+    # An answer may leave by another card than the question came by. Cilium asks for this; the rest
+    # that it needs, bpffs and cgroup2, systemd has mounted.
     "net.ipv4.conf.all.rp_filter" = 0;
     "net.ipv4.conf.default.rp_filter" = 0;
     "net.ipv4.conf.*.rp_filter" = 0;
