@@ -38,6 +38,7 @@ export async function createDisk(
     })
   }
   await assertDiskSpace(cluster, [node])
+  await mkdir(dirname(disk), { recursive: true })
   await rm(partialDisk, { force: true })
   const size = `${cluster.settings.DISK_SIZE}G`
   await $({ quiet: true })`qemu-img create -q -f qcow2 ${partialDisk} ${size}`
@@ -71,7 +72,6 @@ export async function assertDiskSpace(
   free: (folder: string) => Promise<number> = freeBytes,
 ): Promise<void> {
   const folder = cluster.path('images')
-  await mkdir(folder, { recursive: true })
   const needed = nodes.length * Math.min(cluster.settings.DISK_SIZE, filled)
   const available = (await free(folder)) / gigabyte
   if (available >= needed) return
@@ -82,8 +82,9 @@ export async function assertDiskSpace(
   )
 }
 
-async function freeBytes(folder: string): Promise<number> {
-  const { bavail, bsize } = await statfs(folder)
+/** Bytes that are free where a folder is, or is to be. */
+export async function freeBytes(folder: string): Promise<number> {
+  const { bavail, bsize } = await statfs(existsSync(folder) ? folder : dirname(folder))
   return bavail * bsize
 }
 
