@@ -1,10 +1,10 @@
 // A dialogue with a program in a terminal: send what a person would type, wait for what a person
 // would see. After Don Libes's expect; nothing in here knows of this project but the error's form.
-import { closeSync, openSync, writeSync } from 'node:fs'
 import { type IPty, spawn as spawnPty } from 'node-pty'
 import { type Explanation, StepError } from './step-error.mts'
 import { formatDuration } from './steps.mts'
 import { PlainTextStream } from './terminal-text.mts'
+import { Transcript } from './transcript.mts'
 
 export interface SpawnOptions {
   /** What the program is called in errors. Its file name unless said. */
@@ -12,8 +12,10 @@ export interface SpawnOptions {
   cwd?: string
   env?: Record<string, string | undefined>
   columns?: number
-  /** File to which all that the program writes is added as plain text, and what `note` says. */
+  /** File to which all that the program writes is added as plain text. */
   transcript?: string
+  /** Lines that errors leave out, such as markers of one's own. */
+  unshown?: RegExp
   /** Text after which nothing good can come, and what it means: it ends every wait at once. */
   alarms?: readonly { pattern: RegExp; reason: string }[]
 }
@@ -58,7 +60,6 @@ export class ExpectError extends StepError {
 // More than any command's output. What nobody waited for is forgotten beyond it.
 const unreadLimit = 1024 * 1024
 const sendLimit = 4000
-const historyLimit = 16 * 1024
 const graceToEnd = 5000
 
 /** Starts a program in a terminal of its own. */
@@ -70,18 +71,15 @@ export class Dialogue {
   /** What errors call the program. It may change with what it is doing. */
   name: string
   readonly pid: number
-  readonly transcript: string | undefined
-  /** False: what the program writes is kept out of the transcript and of errors (secrets). */
-  recording = true
+  /** All that the program wrote, as plain text. */
+  readonly transcript: Transcript
   /** Resolves when the program has ended and its last 4 KB have been read. */
   readonly exit: Promise<Exit>
 
   private readonly pty: IPty
   private readonly options: SpawnOptions
   private readonly plain = new PlainTextStream()
-  private readonly transcriptFile: number | undefined
   private unread = ''
-  private history = ''
   private ended: Exit | undefined
   /** Looks whether the present wait is over. */
   private look: (() => void) | undefined
@@ -89,9 +87,7 @@ export class Dialogue {
   constructor(file: string, args: readonly string[], options: SpawnOptions) {
     this.options = options
     this.name = options.name ?? file
-    this.transcript = options.transcript
-    // Not for the eyes of others: a console may show anything.
-    if (this.transcript) this.transcriptFile = openSync(this.transcript, 'a', 0o600)
+    this.transcript = new Transcript(options.transcript, options.unshown)
     this.pty = spawnPty(file, [...args], {
       cols: options.columns ?? 200,
       rows: 50,
@@ -103,7 +99,7 @@ export class Dialogue {
     this.exit = new Promise((resolve) => {
       this.pty.onExit(({ exitCode, signal = 0 }) => {
         this.ended = { exitCode, signal }
-        if (this.transcriptFile !== undefined) closeSync(this.transcriptFile)
+        this.transcript.close()
         this.look?.()
         resolve(this.ended)
       })
@@ -141,17 +137,6 @@ export class Dialogue {
     return this.wait({ what: 'its end', ...options }, () => this.ended)
   }
 
-  /** Adds a line of ours to the transcript. */
-  note(text: string): void {
-    this.log(`${text}\n`)
-  }
-
-  /** The last lines that the program wrote, blank ones left out. */
-  lastLines(count = 10): string {
-    const lines = this.history.split('\n').filter((line) => line.trim() !== '')
-    return lines.slice(-count).join('\n')
-  }
-
   /** Ends the program as closing its window would, by force if it will not; resolves when it has. */
   async close(): Promise<Exit> {
     if (this.ended) return this.ended
@@ -169,15 +154,8 @@ export class Dialogue {
     this.unread += text
     // Not at every piece: cutting copies.
     if (this.unread.length > 2 * unreadLimit) this.unread = this.unread.slice(-unreadLimit)
-    if (this.recording) {
-      this.history = (this.history + text).slice(-historyLimit)
-      this.log(text)
-    }
+    this.transcript.add(text)
     this.look?.()
-  }
-
-  private log(text: string): void {
-    if (this.transcriptFile !== undefined && !this.ended) writeSync(this.transcriptFile, text)
   }
 
   private take(patterns: readonly (string | RegExp)[]): Match | undefined {
@@ -223,8 +201,8 @@ export class Dialogue {
   }
 
   private error(kind: ExpectError['kind'], reason: string): ExpectError {
-    const log = this.transcript === undefined ? {} : { log: this.transcript }
-    const explanation = { output: this.lastLines(), ...log }
+    const log = this.transcript.path === undefined ? {} : { log: this.transcript.path }
+    const explanation = { output: this.transcript.lastLines(), ...log }
     return new ExpectError(kind, `${this.name}: ${reason}`, explanation, this.ended)
   }
 }
@@ -238,6 +216,7 @@ function find(pattern: string | RegExp, text: string) {
   return match && { start: match.index, texts: [...match] as [string, ...(string | undefined)[]] }
 }
 
-function endOf({ exitCode, signal }: Exit): string {
+/** An end in words: "with status 1", "by signal 9". */
+export function endOf({ exitCode, signal }: Exit): string {
   return signal ? `by signal ${signal}` : `with status ${exitCode}`
 }

@@ -8,7 +8,7 @@ import { createDisk, discardDisk, finishDisk, prepareEfiVars } from './disk.mts'
 import { ExpectError, spawn } from './expect.mts'
 import type { Host } from './host.mts'
 import { install } from './installer.mts'
-import { CommandError } from './installer-shell.mts'
+import { CommandError, markers } from './installer-shell.mts'
 import { extractKernel } from './iso-boot.mts'
 import { withLock } from './lock.mts'
 import { filesOf } from './machine-files.mts'
@@ -95,6 +95,7 @@ async function installOnce(
       cwd: cluster.path('run'),
       transcript: filesOf(cluster, node).installLog,
       alarms,
+      unshown: markers,
     })
     try {
       await install(machine, { cluster, node, archive, row, signal })

@@ -31,6 +31,9 @@ export class CommandError extends StepError {
   }
 }
 
+/** The lines around each command's output. */
+export const markers = /^<(begin|end) [0-9a-f]{12}( \d+)?>$/
+
 // Under emulation, with three machines on two cores, one second becomes many.
 const usualTimeout = 300_000
 const nudgeEvery = 5000
@@ -109,7 +112,7 @@ export class InstallerShell {
     // The markers are put together on the machine, so that an echo of this line is none.
     const nonce = randomBytes(6).toString('hex')
     const quoted = `'${command.replaceAll("'", String.raw`'\''`)}'`
-    this.dialogue.note(`# ${shown}`)
+    this.dialogue.transcript.note(`# ${shown}\n`)
     this.dialogue.send(
       `printf '<%s %s>\\n' begin ${nonce}; eval ${quoted}; printf '\\n<%s %s %d>\\n' end ${nonce} $?\n`,
     )
@@ -131,7 +134,8 @@ export class InstallerShell {
     const { status, output } = await this.run(command, options)
     if (status === 0) return output
     const { name, transcript } = this.dialogue
-    throw new CommandError(name, options.shown ?? command, status, output.trimEnd(), transcript)
+    const shown = options.shown ?? command
+    throw new CommandError(name, shown, status, output.trimEnd(), transcript.path)
   }
 
   /**
@@ -145,7 +149,7 @@ export class InstallerShell {
   async upload(data: Uint8Array, path: string, progress?: (part: number) => void): Promise<void> {
     const lines = Buffer.from(data).toString('base64').match(uploadLine) ?? []
     await this.succeed(`umask 077; : > ${path}.base64`)
-    this.dialogue.recording = false
+    this.dialogue.transcript.recording = false
     try {
       for (let at = 0; at < lines.length; at += uploadLines) {
         const block = lines.slice(at, at + uploadLines).join('\n')
@@ -155,7 +159,7 @@ export class InstallerShell {
         progress?.(Math.min(1, (at + uploadLines) / lines.length))
       }
     } finally {
-      this.dialogue.recording = true
+      this.dialogue.transcript.recording = true
     }
     const sum = createHash('sha256').update(data).digest('hex')
     await this.succeed(`base64 -d ${path}.base64 > ${path} && rm ${path}.base64`)

@@ -1,6 +1,6 @@
 // The installation of NixOS as a dialogue on the machine's console: what one would type there.
 import type { Cluster, Node } from './cluster.mts'
-import type { Dialogue } from './expect.mts'
+import { type Dialogue, ExpectError, endOf } from './expect.mts'
 import { InstallerShell, waitForPrompt } from './installer-shell.mts'
 import { machineProxy } from './machine-proxy.mts'
 import { StepError } from './step-error.mts'
@@ -66,7 +66,7 @@ export async function install(console: Dialogue, installation: Installation): Pr
   const step = (title: string) => {
     row.step(title)
     console.name = `${node.name}, ${title}`
-    console.note(`\n── ${title}`)
+    console.transcript.note(`\n── ${title}\n`)
   }
 
   step('boot the installer')
@@ -99,14 +99,20 @@ export async function install(console: Dialogue, installation: Installation): Pr
       command,
       output: output.trim(),
       hint: 'what nixos-install said is in the log',
-      ...(console.transcript ? { log: console.transcript } : {}),
+      ...(console.transcript.path ? { log: console.transcript.path } : {}),
     })
   }
 
   step('power off')
   await shell.succeed('sync && umount -R /mnt')
   console.send('poweroff\n')
-  await console.expectExit({ timeout: BOOT_TIMEOUT * 1000, what: 'the machine to go off', signal })
+  const off = { timeout: BOOT_TIMEOUT * 1000, what: 'the machine to go off', signal }
+  const end = await console.expectExit(off)
+  // What QEMU had yet to write to the disk is lost if it was killed now.
+  if (end.exitCode !== 0 || end.signal !== 0) {
+    const reason = `${console.name}: QEMU ended ${endOf(end)}`
+    throw new ExpectError('exit', reason, { output: console.transcript.lastLines() }, end)
+  }
 }
 
 /** nixos-install takes NixOS from the ISO's channel: another release would be installed unasked. */

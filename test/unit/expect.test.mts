@@ -166,7 +166,7 @@ describe('expect', { timeout: 120_000 }, () => {
       transcript,
     })
     await dialogue.expect('ready', soon)
-    dialogue.note('$ answer')
+    dialogue.transcript.note('$ answer\n')
     dialogue.send('a secret\n')
     await dialogue.expect('done', soon)
     await dialogue.close()
@@ -188,10 +188,10 @@ describe('expect', { timeout: 120_000 }, () => {
     const transcript = join(folder, 'secret.log')
     sh('echo public; read line; echo "key: $line"; sleep 100', { transcript })
     await dialogue.expect('public', soon)
-    dialogue.recording = false
+    dialogue.transcript.recording = false
     dialogue.send('hunter2\n')
     await dialogue.expect('key: hunter2\n', soon)
-    dialogue.recording = true
+    dialogue.transcript.recording = true
     const error = await failureOf(dialogue.expect('never', { timeout: 20 }))
     assert.doesNotMatch(String(error.explanation.output), /hunter2/)
     assert.doesNotMatch(await readFile(transcript, 'utf8'), /hunter2/)

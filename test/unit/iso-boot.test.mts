@@ -1,36 +1,11 @@
 import assert from 'node:assert/strict'
-import { execFile } from 'node:child_process'
-import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { dirname, join } from 'node:path'
+import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
-import { promisify } from 'node:util'
-import { which } from 'zx'
 import { extractKernel, firstEntry } from '../../lib/iso-boot.mts'
 import { describeError } from '../../lib/step-error.mts'
-
-const missing = ['xorriso', 'bsdtar'].filter((tool) => !which.sync(tool, { nothrow: true }))
-const skip = missing.length > 0 && `${missing.join(' and ')} missing`
-
-const store = '/nix/store/0123456789abcdfghijklmnpqrsvwxyz'
-// As NixOS writes it: a fallback console line, the menu's own variable, a store path below /boot.
-const menu = `
-set timeout=10
-if [ \${iso_path} ] ; then
-  set isoboot="findiso=\${iso_path}"
-fi
-menuentry 'NixOS 26.05 Installer '  --class installer {
-  # Fallback to UEFI console for boot, efifb sometimes has difficulties.
-  terminal_output console
-
-  linux /boot/${store}-linux-6.18/bzImage \${isoboot} init=${store}-nixos/init  root=LABEL=nixos-minimal loglevel=4
-  initrd /boot/${store}-initrd/initrd
-}
-menuentry 'NixOS (serial)' {
-  linux /boot/other \${isoboot} console=ttyS0,115200n8
-  initrd /boot/other-initrd
-}
-`
+import { bootFiles, makeIso, menu, noIso, store } from '../installer-iso.mts'
 
 describe("the boot menu's first entry", () => {
   it('is read as GRUB would start it, with paths as they are in the ISO', () => {
@@ -56,36 +31,18 @@ describe("the boot menu's first entry", () => {
   }
 })
 
-describe('the kernel of an ISO', { skip }, () => {
+describe('the kernel of an ISO', { skip: noIso }, () => {
   let folder: string
   before(async () => {
     folder = await mkdtemp(join(tmpdir(), 'iso-boot-'))
   })
   after(() => rm(folder, { recursive: true }))
 
-  async function makeIso(name: string, files: Record<string, string>): Promise<string> {
-    const tree = join(folder, name)
-    await mkdir(tree)
-    for (const [path, content] of Object.entries(files)) {
-      await mkdir(dirname(join(tree, path)), { recursive: true })
-      await writeFile(join(tree, path), content)
-    }
-    const iso = join(folder, `${name} with space.iso`)
-    const args = ['-as', 'mkisofs', '-quiet', '-iso-level', '3', '-R', '-o', iso, tree]
-    await promisify(execFile)('xorriso', args)
-    return iso
-  }
-
   const target = async () => await mkdtemp(join(folder, 'target-'))
-
-  const files = {
-    [`boot${store}-linux-6.18/bzImage`]: 'the kernel',
-    [`boot${store}-initrd/initrd`]: 'the initrd',
-  }
 
   for (const path of ['EFI/BOOT/grub.cfg', 'EFI/boot/grub.cfg']) {
     it(`is found by ${path}, with the serial console added`, async () => {
-      const iso = await makeIso(path.replaceAll('/', '-'), { ...files, [path]: menu })
+      const iso = await makeIso(join(folder, 'with space.iso'), { ...bootFiles, [path]: menu })
       const kernel = await extractKernel(iso, await target())
       assert.equal(await readFile(kernel.kernel, 'utf8'), 'the kernel')
       assert.equal(await readFile(kernel.initrd, 'utf8'), 'the initrd')
@@ -95,7 +52,7 @@ describe('the kernel of an ISO', { skip }, () => {
   }
 
   for (const [what, contents, reason] of [
-    ['without a boot menu', files, /it has no EFI\/BOOT\/grub\.cfg/],
+    ['without a boot menu', bootFiles, /it has no EFI\/BOOT\/grub\.cfg/],
     ['with an empty boot menu', { 'EFI/BOOT/grub.cfg': 'set x=1\n' }, /starts no kernel/],
     [
       'without the kernel its menu names',
@@ -109,12 +66,12 @@ describe('the kernel of an ISO', { skip }, () => {
     ],
     [
       'with an empty initrd',
-      { ...files, 'EFI/BOOT/grub.cfg': menu, [`boot${store}-initrd/initrd`]: '' },
+      { ...bootFiles, 'EFI/BOOT/grub.cfg': menu, [`boot${store}-initrd/initrd`]: '' },
       /initrd\/initrd, which .* is not there/,
     ],
   ] as const) {
     it(`is refused of an ISO ${what}`, async () => {
-      const iso = await makeIso(what.replaceAll(' ', '-'), contents)
+      const iso = await makeIso(join(folder, 'faulty.iso'), contents)
       await assert.rejects(extractKernel(iso, await target()), (error) => {
         assert.match(describeError(error), /is no NixOS installer/)
         assert.match(describeError(error), reason)
