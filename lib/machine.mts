@@ -19,7 +19,7 @@ export interface SystemState {
 interface Limits {
   /** Seconds. */
   timeout?: number
-  /** Is told, while waiting, why it is not yet so. */
+  /** Is told, while waiting, why it is not yet so, or what a silent machine's console says. */
   detail?: (text: string) => void
 }
 
@@ -144,9 +144,11 @@ export class Machine {
     const { timeout = this.cluster.settings.BOOT_TIMEOUT, detail } = limits
     const deadline = performance.now() + timeout * 1000
     for (;;) {
+      let silent = false
       const seen = await look().catch((error: unknown): Look<T> => {
-        if (error instanceof NoAnswer) return { reason: error.message }
-        throw error
+        if (!(error instanceof NoAnswer)) throw error
+        silent = true
+        return { reason: error.message }
       })
       if ('found' in seen) return seen.found
       const end = await this.whyItEnded()
@@ -155,24 +157,30 @@ export class Machine {
         const reason = `${this.node.name} did not ${what} within ${timeout} s`
         throw await this.gaveUp(`${reason}: ${seen.reason}`)
       }
-      detail?.(seen.reason)
-      await sleep(pause, undefined, this.signal ? { signal: this.signal } : {})
+      const [last] = silent ? await lastConsoleLines(this.consoleLog, 1) : []
+      detail?.(last ?? seen.reason)
+      await sleep(pause, undefined, this.signal ? { signal: this.signal } : {}).catch(() => {})
+      this.signal?.throwIfAborted()
     }
   }
 
   /** Why nothing more will come from this machine; undefined while it may. */
   private async whyItEnded(): Promise<string | undefined> {
-    const failure = await findBootFailure(filesOf(this.cluster, this.node).consoleLog)
+    const failure = await findBootFailure(this.consoleLog)
     if (failure) return failure
     return (await isRunning(this.cluster, this.node)) ? undefined : 'its QEMU is not running'
   }
 
   private async gaveUp(reason: string): Promise<StepError> {
-    const log = filesOf(this.cluster, this.node).consoleLog
+    const log = this.consoleLog
     return new StepError(reason, {
       output: (await lastConsoleLines(log)).join('\n') || 'the console said nothing',
       log,
     })
+  }
+
+  private get consoleLog(): string {
+    return filesOf(this.cluster, this.node).consoleLog
   }
 
   private async unitState(unit: string): Promise<Record<string, string>> {

@@ -31,8 +31,11 @@ export async function startIdleQemu(checkout: Checkout, name: string): Promise<I
   await prepareFolders(cluster)
   const child = spawn(
     program,
-    ['-machine', 'none', '-nodefaults', '-display', 'none', '-pidfile', files.pid],
-    { stdio: 'ignore' },
+    [
+      ...['-machine', 'none', '-nodefaults', '-display', 'none', '-pidfile', files.pid],
+      ...['-qmp', `unix:${name}.qmp,server=on,wait=off`],
+    ],
+    { cwd: cluster.path('run'), stdio: 'ignore' },
   )
   // Should the test be ended from outside.
   const kill = () => child.kill('SIGKILL')

@@ -120,6 +120,13 @@ describe('a machine that answers', { skip: noSshd || noQemu }, () => {
     setTimeout(() => controller.abort(new StepError('interrupted')), 300)
     assert.equal((await failureOf(running)).message, 'interrupted')
     assert.equal((await failureOf(machine.execute('true'))).message, 'interrupted')
+
+    const later = new AbortController()
+    const waiting = new Machine(cluster, cluster.controlPlane, later.signal).waitUntilSucceeds(
+      'false',
+      { detail: () => later.abort(new StepError('interrupted')) },
+    )
+    assert.equal((await failureOf(waiting)).message, 'interrupted')
     assert.ok(performance.now() - began < 5000)
   })
 

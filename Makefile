@@ -1,0 +1,95 @@
+# The orchestration layer: a target is a line that calls one script of bin/, which explains itself
+# with --help. What a script takes beside stands in FLAGS: make certs FLAGS=--force
+
+FLAGS =
+
+.DEFAULT_GOAL := help
+# The steps build on each other, also under make -j.
+.NOTPARALLEL:
+.PHONY: help packages check all up down wait clean clobber download pki certs certs-check \
+  kubeconfigs encryption configs prepare install logs rehearse
+
+# ── The cluster ──────────────────────────────────────────────────────────────────────────────
+check: packages ## Verify prerequisites (QEMU, kubectl, firmware)
+	@./bin/check-prereqs.mts $(FLAGS)
+
+all: packages ## Full build: prereqs + PKI + install + boot
+	@./bin/bootstrap-cluster.mts $(FLAGS)
+
+up: packages ## Boot all installed nodes
+	@./bin/provision.mts $(FLAGS)
+
+down: packages ## Gracefully shut down all nodes
+	@./bin/shutdown.mts $(FLAGS)
+
+wait: packages ## Live dashboard — monitor cluster readiness
+	@./bin/wait-for-cluster.mts $(FLAGS)
+
+ssh-%: packages ## SSH into nodes
+	@./bin/ssh.mts $* $(FLAGS)
+
+clean: packages ## Remove generated artifacts
+	@./bin/clean.mts $(FLAGS)
+
+clobber: packages ## Destroy everything including disks
+	@./bin/clean.mts --disks $(FLAGS)
+
+# ── The same, step by step ───────────────────────────────────────────────────────────────────
+download: packages ## Download the NixOS installer and verify it
+	@./bin/download-iso.mts $(FLAGS)
+
+certs: packages ## Make the certificates and ssh keys
+	@./bin/generate-certs.mts $(FLAGS)
+
+certs-check: packages ## Show every certificate, and whether it is right
+	@./bin/generate-certs.mts --check $(FLAGS)
+
+kubeconfigs: packages ## Make the kubeconfigs
+	@./bin/generate-kubeconfigs.mts $(FLAGS)
+
+encryption: packages ## Make the key that encrypts Secrets in etcd
+	@./bin/generate-encryption-config.mts $(FLAGS)
+
+# FLAGS are for the certificates: --force must not reach the encryption key, which old Secrets need.
+pki: packages ## Make all of these: certs + kubeconfigs + encryption
+	@./bin/generate-certs.mts $(FLAGS)
+	@./bin/generate-kubeconfigs.mts
+	@./bin/generate-encryption-config.mts
+
+configs: packages ## Stage the NixOS configuration of each node
+	@./bin/generate-nocloud-iso.mts $(FLAGS)
+
+prepare: download pki configs ## All that comes before the install: download + pki + configs
+
+install: packages ## Install NixOS on all nodes
+	@./bin/provision.mts --iso $(FLAGS)
+
+install-%: packages ## Install NixOS on one node
+	@./bin/provision.mts --iso $* $(FLAGS)
+
+boot-%: packages ## Boot one node
+	@./bin/provision.mts $* $(FLAGS)
+
+console-%: packages ## Attach to the serial console of a node (Ctrl-] leaves)
+	@./bin/console.mts $* $(FLAGS)
+
+logs: packages ## Show the journals of the cluster's services (FLAGS=--follow)
+	@./bin/logs.mts $(FLAGS)
+
+rehearse: packages ## The whole way, against a stand-in for NixOS (YES=1 NODES=alpha KEEP=1)
+	@node --import tsx test/rehearsal/rehearse.mts
+
+# ── The project ──────────────────────────────────────────────────────────────────────────────
+help: ## Show this list
+	@nodes=$$($(MAKE) -s print-CONTROL_PLANE_NODE print-WORKER_NODES | tr ' \n' '//'); \
+	awk -F ':.*## ' -v nodes="$${nodes%/}" '/^[a-z].*:.*## / { \
+	  sub(/%/, nodes, $$1); printf "  %-16s  %s\n", $$1, $$2 }' Makefile
+
+# The packages are there and as new as the list of them.
+packages: node_modules/.package-lock.json
+node_modules/.package-lock.json: $(wildcard package-lock.json)
+	npm ci
+
+# A value of cluster.env as a shell reads it; the environment wins: make print-WORKER_MEM
+print-%:
+	@if [ -z "$${$*+set}" ]; then . ./cluster.env; fi; printf '%s\n' "$${$*-}"
