@@ -61,7 +61,7 @@ export function loadCluster(
 
   const settings = reader.readAll(variables)
   const nodes = nodesFrom(settings, reader)
-  checkNames(assignments, nodes, reader)
+  checkNames(assignments, settings, nodes, reader)
   checkRanges(settings, nodes, reader)
 
   const [controlPlane, ...workers] = nodes
@@ -118,14 +118,23 @@ function readSettingsFile(root: string): string {
 /** A misspelt variable would otherwise be ignored in silence. */
 function checkNames(
   assignments: readonly Assignment[],
+  settings: Settings,
   nodes: readonly Node[],
   reader: SettingsReader,
 ): void {
+  // Without the list of nodes, told as a mistake already, every one would be unknown.
+  const nodesKnown = settings.CONTROL_PLANE_NODE && settings.WORKER_NODES
+  // Those that the file names stay known when the environment has other ones.
+  const known = assignments
+    .filter(({ name }) => name === 'CONTROL_PLANE_NODE' || name === 'WORKER_NODES')
+    .flatMap(({ value }) => value.split(/\s+/))
+    .concat(nodes.map(({ name }) => name))
+    .map((name) => name.replaceAll('-', '_'))
   for (const { name, line } of assignments) {
     if (Object.hasOwn(variables, name)) continue
     const prefix = perNodeVariables.find((candidate) => name.startsWith(`${candidate}_`))
     const suffix = prefix && name.slice(prefix.length + 1)
-    if (suffix && nodes.some((node) => node.name.replaceAll('-', '_') === suffix)) continue
+    if (suffix && (!nodesKnown || known.includes(suffix))) continue
     const reason = suffix
       ? `${name} is of a node "${suffix}", which CONTROL_PLANE_NODE and WORKER_NODES do not name`
       : `${name} is no variable of this project`

@@ -22,10 +22,16 @@ export function parseEnvFile(text: string): { assignments: Assignment[]; problem
   const assignments: Assignment[] = []
   const problems: Problem[] = []
   const values = new Map<string, string>()
-  for (const [index, content] of text.split(/\r?\n/).entries()) {
+  const lines = text.split('\n')
+  const windows = lines.findIndex((content) => content.endsWith('\r'))
+  if (windows >= 0) {
+    problems.push({ line: windows + 1, reason: 'ends in CR LF: a shell takes the CR for text' })
+  }
+  for (const [index, ended] of lines.entries()) {
     const line = index + 1
-    if (/^\s*(#|$)/.test(content)) continue
-    const match = content.match(/^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$/)
+    const content = ended.replace(/\r$/, '')
+    if (/^[ \t]*(#|$)/.test(content)) continue
+    const match = content.match(/^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$/)
     if (!match?.[1]) {
       problems.push({ line, reason: 'not of the form NAME=value' })
       continue
@@ -59,11 +65,12 @@ function readWord(text: string, values: ReadonlyMap<string, string>): Word {
       if ('reason' in quoted) return quoted
       value += quoted.value
       at = quoted.end
-    } else if (/\s/.test(char)) {
-      const rest = text.slice(at).trim()
+    } else if (char === ' ' || char === '\t') {
+      const rest = text.slice(at).replace(/^[ \t]+/, '')
       if (rest && !rest.startsWith('#')) return { reason: 'a value with spaces needs quotes' }
       break
     } else if (char === '\\') {
+      if (at + 1 === text.length) return { reason: 'ends in a backslash: a value is on one line' }
       value += text.charAt(at + 1)
       at += 2
     } else if (char === '$' || char === '`') {
@@ -71,6 +78,8 @@ function readWord(text: string, values: ReadonlyMap<string, string>): Word {
       if ('reason' in expanded) return expanded
       value += expanded.value
       at = expanded.end
+    } else if (char === '~' && /^$|:$/.test(text.slice(0, at))) {
+      return { reason: 'a shell would put a home folder for "~": write the whole path' }
     } else if (/[;&|<>()]/.test(char)) {
       return { reason: `"${char}" outside quotes would end the value in a shell` }
     } else {

@@ -8,9 +8,7 @@ import { kinds, type Settings } from './variables.mts'
 export function nodesFrom(settings: Settings, reader: SettingsReader): Node[] {
   const controlPlane = settings.CONTROL_PLANE_NODE
   const workers = settings.WORKER_NODES ?? []
-  if (workers.length === 0 && reader.text('WORKER_NODES') !== undefined) {
-    reader.problem('WORKER_NODES', 'names no worker')
-  }
+  if (settings.WORKER_NODES?.length === 0) reader.problem('WORKER_NODES', 'names no worker')
   const names = [...(controlPlane ? [controlPlane] : []), ...workers]
   for (const name of names.filter((candidate, index) => names.indexOf(candidate) !== index)) {
     reader.problem('WORKER_NODES', `names the node "${name}" twice`)

@@ -35,6 +35,7 @@ export function checkRanges(
   for (const node of nodes) {
     const suffix = node.name.replaceAll('-', '_')
     within(reader, `NODE_IP_${suffix}`, node.ip, 'LAN_CIDR', settings)
+    checkHostAddress(`NODE_IP_${suffix}`, node.ip, settings.LAN_CIDR, reader)
     if (node.podCidr) within(reader, `POD_CIDR_${suffix}`, node.podCidr, 'K8S_POD_CIDR', settings)
     if (node.lanPort > 65535) reader.problem(`NODE_IP_${suffix}`, 'gives a lan port above 65535')
   }
@@ -53,6 +54,14 @@ function within(
   const inner = parseAddress(text ?? '') ?? parseCidr(text ?? '')
   if (range && inner !== undefined && !contains(range, inner)) {
     reader.problem(name, `(${text}) is outside ${rangeName} (${range.text})`)
+  }
+}
+
+/** The first and the last address mean the network and everyone on it. */
+function checkHostAddress(name: string, ip: string, lan: string, reader: SettingsReader): void {
+  const [address, range] = [parseAddress(ip), parseCidr(lan ?? '')]
+  if (range && (address === range.first || address === range.last)) {
+    reader.problem(name, `(${ip}) is no machine's address in ${range.text}`)
   }
 }
 
