@@ -9,9 +9,11 @@ import { type AuditedRequest, type Facts, points } from '../kubernetes/cis-bench
 import { makeStagedCheckout, missingTool } from '../kubernetes/prepared.mts'
 import { evaluate, type Machine } from '../nixos/evaluate.mts'
 
-const missing = await missingTool('nix-instantiate')
+const skip = await missingTool('nix-instantiate')
+// A skipped suite is counted nowhere; a skipped test is.
+it('what this needs is there', { skip }, () => {})
 
-describe('the CIS benchmark, on the control plane', { skip: missing }, () => {
+describe('the CIS benchmark, on the control plane', { skip }, () => {
   let checkout: Checkout
   let facts: Facts
   before(async () => {

@@ -118,8 +118,11 @@ const access: Record<string, { may: string[]; mayNot: string[] }> = {
 }
 
 const tools = await findTools()
+const skip = typeof tools === 'string' && tools
+// A skipped suite is counted nowhere; a skipped test is.
+it('what this needs is there', { skip }, () => {})
 
-describe('access to the API server', { skip: typeof tools === 'string' && tools }, () => {
+describe('access to the API server', { skip }, () => {
   let checkout: Checkout
   let cluster: Cluster
   let controlPlane: ControlPlane

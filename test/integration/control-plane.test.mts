@@ -3,6 +3,7 @@
 import assert from 'node:assert/strict'
 import { createPrivateKey, createPublicKey, verify, X509Certificate } from 'node:crypto'
 import { copyFile, readFile, stat, writeFile } from 'node:fs/promises'
+import { get } from 'node:https'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { checkServerIdentity, connect, type PeerCertificate } from 'node:tls'
@@ -16,8 +17,11 @@ import { type Service, services } from '../kubernetes/mapping.mts'
 import { findTools, prepareControlPlane } from '../kubernetes/prepared.mts'
 
 const tools = await findTools()
+const skip = typeof tools === 'string' && tools
+// A skipped suite is counted nowhere; a skipped test is.
+it('what this needs is there', { skip }, () => {})
 
-describe('the control plane', { skip: typeof tools === 'string' && tools }, () => {
+describe('the control plane', { skip }, () => {
   let checkout: Checkout
   let cluster: Cluster
   let controlPlane: ControlPlane
@@ -151,15 +155,18 @@ describe('the control plane', { skip: typeof tools === 'string' && tools }, () =
       })
     }
 
-    it('who has none is nobody', async () => {
-      const { stderr, exitCode } = await controlPlane.run('kubectl', [
-        `--server=https://127.0.0.1:${cluster.settings.API_PORT}`,
-        `--certificate-authority=${checkout.path('tls', 'ca.pem')}`,
-        `--kubeconfig=/dev/null`,
-        ...['--token=nobody', 'get', '--raw', '/version'],
-      ])
-      assert.notEqual(exitCode, 0)
-      assert.match(stderr, /Unauthorized|must be logged in/)
+    it('who has none is nobody, not even to ask how it is', async () => {
+      const ca = await readFile(checkout.path('tls', 'ca.pem'))
+      const address = { host: '127.0.0.1', port: cluster.settings.API_PORT, ca, agent: false }
+      for (const path of ['/api/v1/namespaces', '/version', '/readyz']) {
+        const status = await new Promise((resolve, reject) => {
+          get({ ...address, path }, (response) => {
+            response.resume()
+            resolve(response.statusCode)
+          }).on('error', reject)
+        })
+        assert.equal(status, 401, path)
+      }
     })
 
     describe('of another authority', () => {

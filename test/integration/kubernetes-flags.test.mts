@@ -11,13 +11,16 @@ import { findTools, makeStagedCheckout } from '../kubernetes/prepared.mts'
 import { evaluate } from '../nixos/evaluate.mts'
 
 const tools = await findTools()
+const skip = typeof tools === 'string' && tools
+// A skipped suite is counted nowhere; a skipped test is.
+it('what this needs is there', { skip }, () => {})
 
 const machines = {
   alpha: ['etcd', 'kube-apiserver', 'kube-controller-manager', 'kube-scheduler'],
   sigma: ['kube-proxy', 'kubelet'],
 }
 
-describe('flags', { skip: typeof tools === 'string' && tools }, () => {
+describe('flags', { skip }, () => {
   let checkout: Checkout
   let cluster: Cluster
   before(async () => {

@@ -72,12 +72,15 @@ export async function prepareControlPlane(
   return { checkout, cluster, controlPlane }
 }
 
-/** etcd of NixOS' version, else the distribution's. */
+/** etcd of the version that NixOS has; else the distribution's, unless it is older than 3.5. */
 async function findEtcd(): Promise<Programs> {
   const built = await goPrograms('etcd')
   const [etcd, etcdctl] = await Promise.all(['etcd', 'etcdctl'].map(onPath))
   if (built.folder || !etcd || !etcdctl || dirname(etcd) !== dirname(etcdctl)) return built
-  return { folder: dirname(etcd) }
+  const { stdout } = await promisify(execFile)(etcd, ['--version'])
+  const version = stdout.match(/Version: (3\.\d+)\./)?.[1] ?? ''
+  if (version >= '3.5') return { folder: dirname(etcd) }
+  return { reason: `${etcd} is ${version}, which Kubernetes no longer works with; ${built.reason}` }
 }
 
 async function onPath(program: string): Promise<string | undefined> {
