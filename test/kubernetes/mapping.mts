@@ -36,9 +36,10 @@ function mapping(
   ports: Ports,
 ): { there: RegExp; here: string }[] {
   return [
+    // First, as the folders put in by the others may be below /var themselves.
+    { there: /(?<![\w.-])(?=\/(?:etc|var)\/)/g, here: root },
     { there: /\/nix\/store\/[^/\s]+-kubernetes\/bin(?=\/)/g, here: kubernetes },
     { there: /\/nix\/store\/[^/\s]+-etcd_3_6\/bin(?=\/)/g, here: etcd },
-    { there: /(?<![\w.-])(?=\/(?:etc|var)\/)/g, here: root },
     { there: /\b127\.0\.0\.1:2379\b/g, here: `127.0.0.1:${ports.etcdClients}` },
     { there: /\b127\.0\.0\.1:2380\b/g, here: `127.0.0.1:${ports.etcdPeers}` },
     { there: /\b127\.0\.0\.1:2381\b/g, here: `127.0.0.1:${ports.etcdMetrics}` },

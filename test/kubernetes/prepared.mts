@@ -52,7 +52,9 @@ export async function makeStagedCheckout(
   const checkout = await makeCheckout({ settings })
   for (const script of scripts) {
     const { exitCode, stderr } = await run(checkout, script)
-    if (exitCode !== 0) throw new Error(`${script}: ${stderr}`)
+    if (exitCode === 0) continue
+    await checkout.remove()
+    throw new Error(`${script}: ${stderr}`)
   }
   return { checkout, cluster: loadCluster({ root: checkout.root, env: {} }) }
 }
@@ -62,14 +64,19 @@ export async function prepareControlPlane(
   tools: Tools,
 ): Promise<{ checkout: Checkout; cluster: Cluster; controlPlane: ControlPlane }> {
   const { checkout, cluster } = await makeStagedCheckout()
-  const root = checkout.path('machine')
-  await mkdir(root)
-  const unpacking = promisify(execFile)('tar', ['-xzf', '-', '-C', root])
-  unpacking.child.stdin?.end(await stagedArchive(cluster, cluster.controlPlane))
-  await unpacking
-  const machine = await evaluate(join(root, 'etc/nixos/configuration.nix'))
-  const controlPlane = await ControlPlane.prepare(cluster, machine, { root, ...tools })
-  return { checkout, cluster, controlPlane }
+  try {
+    const root = checkout.path('machine')
+    await mkdir(root)
+    const unpacking = promisify(execFile)('tar', ['-xzf', '-', '-C', root])
+    unpacking.child.stdin?.end(await stagedArchive(cluster, cluster.controlPlane))
+    await unpacking
+    const machine = await evaluate(join(root, 'etc/nixos/configuration.nix'))
+    const controlPlane = await ControlPlane.prepare(cluster, machine, { root, ...tools })
+    return { checkout, cluster, controlPlane }
+  } catch (error) {
+    await checkout.remove()
+    throw error
+  }
 }
 
 /** etcd of the version that NixOS has; else the distribution's, unless it is older than 3.5. */
