@@ -18,8 +18,13 @@ import {
 } from '../lib/pki.mts'
 import { generateRsaKey } from '../lib/rsa-key.mts'
 import { script } from '../lib/script.mts'
-import { generateSshKey } from '../lib/ssh-key.mts'
-import { keepSshKey, knownHosts, sshKeysOf, writeSshKey } from '../lib/ssh-keys.mts'
+import {
+  keepSshKey,
+  knownHosts,
+  makeSshKey,
+  type SshKeyEntry,
+  sshKeysOf,
+} from '../lib/ssh-keys.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 import { formatReport, inspectTls, isSound } from '../lib/tls-report.mts'
@@ -49,11 +54,8 @@ const { CA_DAYS, CERT_DAYS, CERT_RENEW_DAYS } = cluster.settings
 const authorityEntry = authorityOf(cluster)
 const entries = certificatesOf(cluster)
 if (flags.renew && !entries.some(({ name }) => name === flags.renew)) {
-  const names = entries.map(({ name }) => name).join(', ')
-  throw new StepError(`there is no certificate "${flags.renew}" to renew`, {
-    hint: `one of ${names}`,
-    exitCode: 2,
-  })
+  const hint = `one of ${entries.map(({ name }) => name).join(', ')}`
+  throw new StepError(`there is no certificate "${flags.renew}" to renew`, { hint, exitCode: 2 })
 }
 if (Math.min(CA_DAYS, CERT_DAYS) <= CERT_RENEW_DAYS) {
   throw new StepError('CA_DAYS and CERT_DAYS have to be more than CERT_RENEW_DAYS', {
@@ -64,10 +66,10 @@ if (Math.min(CA_DAYS, CERT_DAYS) <= CERT_RENEW_DAYS) {
 if (flags.check) {
   const report = await inspectTls(cluster)
   console.log(flags.json ? JSON.stringify(report, null, 2) : formatReport(report))
-  process.exit(isSound(report) ? 0 : 1)
+  process.exitCode = isSound(report) ? 0 : 1
+} else {
+  await withLock(cluster.path('run', 'pki.lock'), 'making certificates', generate, { wait: 5 })
 }
-
-await withLock(cluster.path('run', 'pki.lock'), 'making certificates', generate, { wait: 5 })
 
 async function generate(): Promise<void> {
   // 1. What is there and right stays; first of all the authority, as whatever it has signed is
@@ -76,12 +78,15 @@ async function generate(): Promise<void> {
   const present = flags.force
     ? undefined
     : usableAuthority(authorityPair, authorityEntry, CERT_RENEW_DAYS)
+  if (present && isExposed(authorityPair)) await protectKey(cluster, authorityEntry.name)
+  const sshKeys = new Map<SshKeyEntry, string | undefined>()
+  for (const entry of sshKeysOf(cluster)) sshKeys.set(entry, await keepSshKey(cluster, entry))
   const due: { entry: CertificateEntry; pair: Pair; why: string }[] = []
   for (const entry of entries) {
     const pair = await readPair(cluster, entry.name)
-    const signedBy = present && authorityPair.certificate
-    const problems = problemsOf(pair, entry, { authority: signedBy, renewDays: CERT_RENEW_DAYS })
-    if (flags.force || flags.renew === entry.name) problems.push('wanted anew')
+    const measure = { authority: authorityPair.certificate, renewDays: CERT_RENEW_DAYS }
+    const wanted = flags.force || flags.renew === entry.name
+    const problems = wanted ? ['wanted anew'] : problemsOf(pair, entry, measure)
     if (problems.length > 0) due.push({ entry, pair, why: problems.join('; ') })
     else if (isExposed(pair)) await protectKey(cluster, entry.name)
   }
@@ -101,9 +106,8 @@ async function generate(): Promise<void> {
   //    finds that the authority has not signed the rest.
   if (!present) {
     await step('certificate authority', async () => {
-      const credential = await authority
       await removeCertificate(cluster, authorityEntry.name)
-      await writePair(cluster, authorityEntry.name, credential)
+      await writePair(cluster, authorityEntry.name, await authority)
     })
   }
   for (const { entry, why, credential } of made) {
@@ -113,11 +117,8 @@ async function generate(): Promise<void> {
   // 4. The ssh keys, and the file by which ssh knows the machines from the first time on.
   await step('ssh keys', async () => {
     const publicKeys = new Map<string, string>()
-    for (const entry of sshKeysOf(cluster)) {
-      const publicKey =
-        (await keepSshKey(cluster, entry)) ??
-        (await writeSshKey(cluster, entry, await generateSshKey(entry.comment)))
-      publicKeys.set(entry.name, publicKey)
+    for (const [entry, kept] of sshKeys) {
+      publicKeys.set(entry.name, kept ?? (await makeSshKey(cluster, entry)))
     }
     const pinned = knownHosts(cluster, publicKeys)
     const file = cluster.path('tls', 'known_hosts')

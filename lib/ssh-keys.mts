@@ -4,7 +4,7 @@ import { chmod, stat } from 'node:fs/promises'
 import { writeFileAtomic } from './atomic-write.mts'
 import type { Cluster } from './cluster.mts'
 import { readIfThere } from './optional-file.mts'
-import { publicHalf } from './ssh-key.mts'
+import { generateSshKey, publicHalf } from './ssh-key.mts'
 import { StepError } from './step-error.mts'
 
 /** One row of the table: the files `tls/NAME` and `tls/NAME.pub`. */
@@ -80,17 +80,13 @@ export async function keepSshKey(
 }
 
 /**
- * Writes a new private key, then the public half, which follows from it.
+ * Makes a new key and writes it: the private half, then the public one, which follows from it.
  *
  * @returns the public half: "ssh-ed25519 AAAA…"
  */
-export async function writeSshKey(
-  cluster: Cluster,
-  entry: SshKeyEntry,
-  privateKey: string,
-): Promise<string> {
-  const publicKey = publicHalf(privateKey)
-  if (!publicKey) throw new Error('not a key of generateSshKey()')
+export async function makeSshKey(cluster: Cluster, entry: SshKeyEntry): Promise<string> {
+  const privateKey = await generateSshKey(entry.comment)
+  const publicKey = publicHalf(privateKey) ?? ''
   await writeFileAtomic(cluster.path('tls', entry.name), privateKey, 0o600)
   await writePublicHalf(cluster, entry, publicKey)
   return publicKey

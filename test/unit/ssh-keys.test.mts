@@ -3,14 +3,13 @@ import { execFileSync } from 'node:child_process'
 import { chmod, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { afterEach, beforeEach, describe, it } from 'node:test'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
-import { generateSshKey } from '../../lib/ssh-key.mts'
 import {
   keepSshKey,
   knownHosts,
+  makeSshKey,
   readSshKey,
   type SshKeyEntry,
   sshKeysOf,
-  writeSshKey,
 } from '../../lib/ssh-keys.mts'
 import { type Checkout, makeCheckout } from '../checkout.mts'
 import { missing } from '../tools.mts'
@@ -24,7 +23,7 @@ describe('the ssh keys of the cluster', () => {
     checkout = await makeCheckout()
     cluster = loadCluster({ root: checkout.root, env: {} })
     entry = sshKeysOf(cluster)[0] as SshKeyEntry
-    publicKey = await writeSshKey(cluster, entry, await generateSshKey(entry.comment))
+    publicKey = await makeSshKey(cluster, entry)
   })
   afterEach(() => checkout.remove())
 
@@ -87,7 +86,7 @@ describe('the ssh keys of the cluster', () => {
   it('pin each machine to its port', { skip: missing('ssh-keygen') }, async () => {
     const keys = new Map<string, string>()
     for (const each of sshKeysOf(cluster)) {
-      keys.set(each.name, await writeSshKey(cluster, each, await generateSshKey(each.comment)))
+      keys.set(each.name, await makeSshKey(cluster, each))
     }
     await writeFile(checkout.path('tls/known_hosts'), knownHosts(cluster, keys))
     for (const { name, sshPort } of cluster.nodes) {
