@@ -99,6 +99,7 @@ export function certificatesOf(cluster: Cluster): CertificateEntry[] {
       why: 'they believe only this name when it says on whose behalf it asks',
       on: [cluster.controlPlane.name],
     }),
+    metricsServer(cluster),
   ]
   refuseDuplicates([authorityOf(cluster), ...entries])
   return entries
@@ -136,6 +137,15 @@ function apiServer(cluster: Cluster): CertificateEntry {
   })
 }
 
+function metricsServer(cluster: Cluster): CertificateEntry {
+  const service = 'metrics-server.kube-system.svc'
+  return entry('metrics-server', { CN: 'metrics-server' }, ['server'], {
+    sans: [service, `${service}.${cluster.settings.K8S_CLUSTER_DOMAIN}`],
+    usedBy: 'metrics-server, as a Secret in the cluster (make metrics)',
+    why: 'the API server asks it by its service name, and believes only who proves that name',
+  })
+}
+
 function entry(
   name: string,
   identity: Pick<Subject, 'CN' | 'O'>,
@@ -143,7 +153,7 @@ function entry(
   rest: Pick<CertificateEntry, 'usedBy' | 'why'> &
     Partial<Pick<CertificateEntry, 'sans' | 'on' | 'keepsKey'>>,
 ): CertificateEntry {
-  // Without `on` nobody needs the files: certificate and key stand in a kubeconfig.
+  // Without `on` no machine needs the files: they stand in a kubeconfig, or in a Secret.
   const { sans = [], on = [], keepsKey = false } = rest
   return { ...rest, name, subject: subject(identity), usages: use, sans, on, keyOn: on, keepsKey }
 }

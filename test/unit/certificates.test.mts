@@ -34,6 +34,7 @@ describe('the table of certificates', () => {
       `kubernetes: kubernetes / Kubernetes / ${unit}`,
       `service-account: service-accounts / - / ${unit}`,
       `front-proxy-client: front-proxy-client / - / ${unit}`,
+      `metrics-server: metrics-server / - / ${unit}`,
     ])
   })
 
@@ -55,6 +56,7 @@ describe('the table of certificates', () => {
       kubernetes: ['client', 'server'],
       'service-account': ['tokens'],
       'front-proxy-client': ['client'],
+      'metrics-server': ['server'],
     })
   })
 
