@@ -8,7 +8,7 @@ const live = () => Boolean(process.stderr.isTTY) && process.env.TERM !== 'dumb'
 
 /** A duration for people: "3.2s", "2m 05s". */
 export function formatDuration(milliseconds: number): string {
-  const seconds = milliseconds / 1000
+  const seconds = Math.round(milliseconds / 100) / 10
   if (seconds < 60) return `${seconds.toFixed(1)}s`
   const rest = String(Math.floor(seconds % 60)).padStart(2, '0')
   return `${Math.floor(seconds / 60)}m ${rest}s`

@@ -1,0 +1,86 @@
+import assert from 'node:assert/strict'
+import { type ChildProcess, spawn } from 'node:child_process'
+import { writeFile } from 'node:fs/promises'
+import { after, before, describe, it } from 'node:test'
+import { type Checkout, makeCheckout } from '../checkout.mts'
+
+/** Waits for the signal, then cleans up, as slowly as its argument says. */
+const sample = `
+import { setTimeout as wait } from 'node:timers/promises'
+import { interruption } from '../lib/interrupt.mts'
+import { script } from '../lib/script.mts'
+
+const { args } = script({ does: '', reads: [], writes: [], args: 'MILLISECONDS', examples: [] })
+const signal = interruption()
+if (signal !== interruption()) throw new Error('there is one signal only')
+console.log('ready')
+await wait(60_000, undefined, { signal }).catch(() => {})
+console.log('cleaning up')
+await wait(Number(args[0]))
+console.log('clean')
+signal.throwIfAborted()
+`
+
+describe('an interruption', () => {
+  let checkout: Checkout
+  before(async () => {
+    checkout = await makeCheckout()
+    await writeFile(checkout.path('bin', 'sample.mts'), sample)
+  })
+  after(() => checkout.remove())
+
+  function start(cleaning: number): {
+    child: ChildProcess
+    said: (text: string) => Promise<void>
+    end: Promise<unknown[]>
+  } {
+    const args = [checkout.path('lib/launch.mjs'), checkout.path('bin/sample.mts'), `${cleaning}`]
+    const child = spawn(process.execPath, ['--disable-warning=ExperimentalWarning', ...args])
+    let output = ''
+    const listeners = new Set<() => void>()
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.on('data', (chunk) => {
+        output += chunk
+        for (const listener of listeners) listener()
+      })
+    }
+    const said = (text: string) =>
+      new Promise<void>((resolve, reject) => {
+        const look = () => {
+          if (output.includes(text)) resolve()
+        }
+        listeners.add(look)
+        child.once('close', () => reject(new Error(`"${text}" was not said: ${output}`)))
+        look()
+      })
+    const end = new Promise<unknown[]>((resolve) => {
+      child.on('close', (status, signal) => resolve([status, signal, output]))
+    })
+    return { child, said, end }
+  }
+
+  for (const [signal, status] of [
+    ['SIGINT', 130],
+    ['SIGTERM', 143],
+  ] as const) {
+    it(`by ${signal} lets the step clean up, and ends it with status ${status}`, async () => {
+      const { child, said, end } = start(50)
+      await said('ready')
+      child.kill(signal)
+      assert.deepEqual(await end, [
+        status,
+        null,
+        `ready\ncleaning up\nclean\nsample: interrupted by ${signal}\n`,
+      ])
+    })
+  }
+
+  it('a second time ends it at once', async () => {
+    const { child, said, end } = start(60_000)
+    await said('ready')
+    child.kill('SIGINT')
+    await said('cleaning up')
+    child.kill('SIGINT')
+    assert.deepEqual(await end, [130, null, 'ready\ncleaning up\n'])
+  })
+})
