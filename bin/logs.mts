@@ -5,6 +5,7 @@ import { once } from 'node:events'
 import { constants } from 'node:os'
 import { createInterface } from 'node:readline'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
+import { interruption } from '../lib/interrupt.mts'
 import { filesOf } from '../lib/machine-files.mts'
 import { services } from '../lib/probes.mts'
 import { script } from '../lib/script.mts'
@@ -39,7 +40,9 @@ if (flags.console && (flags.unit || flags.all)) {
 if (flags.unit && flags.all) throw new StepError('--unit or --all, not both', { exitCode: 2 })
 
 const width = Math.max(...nodes.map(({ name }) => name.length))
+const signal = interruption()
 const statuses = await Promise.all(nodes.map(show))
+signal.throwIfAborted()
 process.exitCode = Math.max(...statuses)
 
 /** Prints a machine's lines, each behind its name if there are several. @returns exit status */
@@ -47,6 +50,7 @@ async function show(node: Node): Promise<number> {
   const [file = '', ...rest] = flags.console ? tailOf(node) : journalOf(node)
   const cwd = flags.console ? cluster.root : await sshFolder(cluster)
   const child = spawn(file, rest, { cwd, stdio: ['ignore', 'pipe', 'pipe'] })
+  signal.addEventListener('abort', () => child.kill())
   const prefix = nodes.length > 1 ? `${node.name.padEnd(width)} | ` : ''
   const copies = [
     [child.stdout, process.stdout],
