@@ -62,12 +62,12 @@ async function show(node: Node): Promise<number> {
       for await (const line of createInterface({ input: from })) to.write(`${prefix}${line}\n`)
     }),
   )
-  const [status, signal] = await ended
+  const [status, killedBy] = await ended
   if (status === 255) {
     console.error(`${prefix}does not answer ssh; --console shows its serial console`)
     return 1
   }
-  return status ?? 128 + (signal ? constants.signals[signal] : 0)
+  return status ?? 128 + (killedBy ? constants.signals[killedBy] : 0)
 }
 
 function journalOf(node: Node): string[] {

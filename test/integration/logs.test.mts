@@ -61,9 +61,15 @@ describe('logs', { skip: noSshd }, () => {
     child.stdout.on('data', (chunk) => {
       said += chunk
     })
-    while (!said.includes('three')) await sleep(50)
+    const hasSaid = async (text: string) => {
+      while (!said.includes(text)) {
+        assert.equal(child.exitCode, null, said)
+        await sleep(50)
+      }
+    }
+    await hasSaid('three')
     await appendFile(checkout.path('images', 'alpha-console.log'), 'later\n')
-    while (!said.includes('later')) await sleep(50)
+    await hasSaid('later')
     child.kill('SIGINT')
     await once(child, 'exit')
     const left = await run(checkout, 'sh', [
