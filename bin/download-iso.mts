@@ -76,7 +76,7 @@ await withLock(cluster.path('run', 'download-iso.lock'), 'downloading the ISO', 
     if (source.official) throw new StepError(`${reason}: the ISO cannot be verified`)
     console.error(`! ${reason}: only that it is a whole installer ISO can be verified`)
   }
-  const { sha256 } = await step(`download ${name}`, (detail) =>
+  const { sha256 } = await step('download the ISO', (detail) =>
     download(release.url, file, {
       ...request,
       sha256: release.sha256,
@@ -85,4 +85,5 @@ await withLock(cluster.path('run', 'download-iso.lock'), 'downloading the ISO', 
     }),
   )
   await recordIso(file, sourceName(source), sha256)
+  console.error(`✓ ${name} is there and verified`)
 })
