@@ -2,9 +2,10 @@
 // from: the same inputs are built once, and a build that broke off is never taken for a whole one.
 import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, readFile, rename, rm, stat, utimes } from 'node:fs/promises'
+import { mkdtemp, readdir, readFile, rename, rm, stat, utimes } from 'node:fs/promises'
 import { homedir } from 'node:os'
 import { join } from 'node:path'
+import { withLock } from '../../lib/lock.mts'
 import { step } from '../../lib/steps.mts'
 
 /** Entries that no build has used for so long are deleted. */
@@ -36,16 +37,19 @@ export async function cached(
     await utimes(entry, new Date(), new Date())
     return entry
   }
-  await step(`build ${name}`, async (detail) => {
-    await mkdir(cacheFolder(), { recursive: true })
-    const partial = await mkdtemp(join(cacheFolder(), `.partial-${name}-`))
-    try {
-      await build(partial, detail)
-      await rename(partial, entry)
-    } finally {
-      await rm(partial, { recursive: true, force: true })
-    }
-  })
+  const make = () =>
+    step(`build ${name}`, async (detail) => {
+      // Whoever was first has made it while we waited.
+      if (existsSync(entry)) return
+      const partial = await mkdtemp(join(cacheFolder(), `.partial-${name}-`))
+      try {
+        await build(partial, detail)
+        await rename(partial, entry)
+      } finally {
+        await rm(partial, { recursive: true, force: true })
+      }
+    })
+  await withLock(`${entry}.lock`, `building ${entry}`, make, { wait: 1200 })
   return entry
 }
 

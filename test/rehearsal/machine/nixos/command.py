@@ -1,5 +1,6 @@
 """How the commands end: a Failure is told without a trace."""
 
+import os
 import sys
 from typing import Callable
 
@@ -8,6 +9,7 @@ from layers import Failure
 
 def run(command: Callable[[list[str]], None]) -> None:
     sys.stdout.reconfigure(line_buffering=True)
+    os.umask(0o022)
     try:
         command(sys.argv[1:])
     except Failure as failure:
