@@ -35,6 +35,7 @@ const attempts = 2
 const alarms = [
   { pattern: /Kernel panic - not syncing.*\n/, reason: 'the kernel panicked' },
   { pattern: /An error occurred in stage 1 of the boot process.*\n/, reason: 'the boot failed' },
+  { pattern: /Dependency failed for .*Serial Getty.*\n/, reason: 'the console got no login' },
 ]
 
 /** What Nix says when the network, which may be back in a minute, is at fault. */

@@ -148,7 +148,7 @@ export class InstallerShell {
    */
   async upload(data: Uint8Array, path: string, progress?: (part: number) => void): Promise<void> {
     const lines = Buffer.from(data).toString('base64').match(uploadLine) ?? []
-    await this.succeed(`umask 077; : > ${path}.base64`)
+    await this.succeed(`(umask 077; : > ${path}; : > ${path}.base64)`)
     this.dialogue.transcript.recording = false
     try {
       for (let at = 0; at < lines.length; at += uploadLines) {

@@ -20,11 +20,18 @@ export interface BootEntry {
   append: string
 }
 
+const parameters = [
+  'console=ttyS0,115200n8',
+  // Of 90 seconds an emulated machine may need more until udev has the console, which then gets no
+  // login at all.
+  'systemd.default_device_timeout_sec=15min',
+]
+
 const menus = ['EFI/BOOT/grub.cfg', 'EFI/boot/grub.cfg']
 
 /**
- * Takes kernel and initrd out of an ISO of NixOS, as its boot menu would start them, but with the
- * console on the first serial port.
+ * Takes kernel and initrd out of an ISO of NixOS, to be started as its boot menu would, but with
+ * the console on the first serial port.
  *
  * @param folder where the two files are put; the caller's to remove
  * @throws StepError if the ISO has no boot menu, or not the files that it names
@@ -45,7 +52,7 @@ export async function extractKernel(iso: string, folder: string): Promise<IsoKer
     if (!files.get(path)) throw noInstaller(iso, `${path}, which its ${menu} names, is not there`)
     await extract(iso, path, target)
   }
-  return { kernel, initrd, append: `${entry.append} console=ttyS0,115200n8` }
+  return { kernel, initrd, append: [entry.append, ...parameters].join(' ') }
 }
 
 /** The first `linux` and `initrd` of a GRUB menu; undefined if there is no such pair. */

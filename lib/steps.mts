@@ -41,7 +41,8 @@ export async function step<T>(
  * Does the same work for several names at once, a line each, and waits for all of them.
  *
  * @returns the results in the order of `names`
- * @throws the error itself if one failed; if several did, a StepError that names each
+ * @throws the error itself if one failed, or all that failed did for the same one; else a
+ *   StepError that names each
  */
 export async function inParallel<T>(
   names: readonly string[],
@@ -63,7 +64,9 @@ export async function inParallel<T>(
   const failures = outcomes.flatMap((outcome, index) =>
     outcome.status === 'rejected' ? [{ name: names[index] ?? '', reason: outcome.reason }] : [],
   )
-  if (failures.length === 1) throw failures[0]?.reason
+  const [one] = failures
+  // An interruption is one reason for all.
+  if (one && failures.every(({ reason }) => reason === one.reason)) throw one.reason
   if (failures.length > 1) {
     const reasons = failures.map(({ name, reason }) => `${name}: ${reason?.message ?? reason}`)
     const first = failures.find(({ reason }) => reason instanceof StepError)?.reason

@@ -214,11 +214,15 @@ describe('provision --iso', { skip: noLiveSystem || noIso, timeout: 600_000 }, (
   })
 
   /** Starts an installation and waits until nixos-install is stuck. */
-  async function stuckInstallation(faults = 'stuck') {
-    const child = spawn(checkout.path('bin/provision.mts'), ['--iso-file', iso, 'alpha'], {
-      env: { ...process.env, ...environment(faults) },
-      stdio: ['ignore', 'ignore', 'pipe'],
-    })
+  async function stuckInstallation(faults = 'stuck', ...others: string[]) {
+    const child = spawn(
+      checkout.path('bin/provision.mts'),
+      ['--iso-file', iso, 'alpha', ...others],
+      {
+        env: { ...process.env, ...environment(faults) },
+        stdio: ['ignore', 'ignore', 'pipe'],
+      },
+    )
     let stderr = ''
     child.stderr.on('data', (data) => {
       stderr += data
@@ -257,10 +261,11 @@ describe('provision --iso', { skip: noLiveSystem || noIso, timeout: 600_000 }, (
     ['SIGTERM', 143],
   ] as const) {
     it(`undoes all of it on ${signal}`, async () => {
-      const { child, end } = await stuckInstallation()
+      const { child, end } = await stuckInstallation('stuck', 'gamma')
       child.kill(signal)
-      await assertUndone(await end(), new RegExp(`interrupted by ${signal}`), status)
-      assert.equal((await machines()).length, 1)
+      const outcome = await end()
+      await assertUndone(outcome, new RegExp(`^provision: interrupted by ${signal}$`, 'm'), status)
+      assert.equal((await machines()).length, 2)
     })
   }
 

@@ -157,6 +157,13 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
     await assert.rejects(stat(`${path}.base64`), { code: 'ENOENT' })
   })
 
+  it('changes nothing in the shell by an upload', async () => {
+    const shell = await shellOf()
+    await shell.succeed('umask 022; cd /')
+    await shell.upload(Buffer.from('key'), join(folder, 'key.pem'))
+    assert.equal(await shell.succeed('umask; pwd'), '0022\n/\n')
+  })
+
   it('uploads a file of no bytes, and one of a few', async () => {
     const shell = await shellOf()
     for (const text of ['', 'key\n']) {

@@ -46,7 +46,7 @@ describe('the kernel of an ISO', { skip: noIso }, () => {
       const kernel = await extractKernel(iso, await target())
       assert.equal(await readFile(kernel.kernel, 'utf8'), 'the kernel')
       assert.equal(await readFile(kernel.initrd, 'utf8'), 'the initrd')
-      assert.match(kernel.append, /^init=\S+ root=LABEL=nixos-minimal .* console=ttyS0,115200n8$/)
+      assert.match(kernel.append, /^init=\S+ root=LABEL=nixos-minimal .* console=ttyS0,115200n8 /)
       assert.doesNotMatch(kernel.append, /isoboot/)
     })
   }
