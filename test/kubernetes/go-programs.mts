@@ -63,6 +63,12 @@ export const goModules = {
     programs: { 'metrics-server': 'sigs.k8s.io/metrics-server/cmd/metrics-server' },
     stamp: (version) => ({ 'k8s.io/client-go/pkg/version.gitVersion': `v${version}` }),
   },
+  'local-path-provisioner': {
+    folder: 'local-path-provisioner',
+    module: 'github.com/rancher/local-path-provisioner',
+    programs: { 'local-path-provisioner': 'github.com/rancher/local-path-provisioner' },
+    stamp: (version) => ({ 'main.VERSION': `v${version}` }),
+  },
 } satisfies Record<string, GoModule>
 
 export type GoModuleName = keyof typeof goModules

@@ -1,7 +1,7 @@
 // The Kubernetes programs of cluster.env's version for tests and rehearsal, wherever they can be
 // had: KUBE_BIN_DIR, the cache, the download site, Go. As a script it fetches them beforehand and
 // prints the folder of each set (kubernetes unless said):
-//   node --import tsx test/kubernetes/programs.mts [kubernetes|etcd|coredns|metrics-server]...
+//   node --import tsx test/kubernetes/programs.mts [kubernetes|etcd|coredns|metrics-server|…]...
 import { access, constants } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { $ } from 'zx'
@@ -56,8 +56,9 @@ export async function kubernetesPrograms(options: Options = {}): Promise<Program
 }
 
 /**
- * The programs of another Go module: etcd (etcd, etcdctl, etcdutl), coredns or metrics-server, in
- * the version of cluster.env or, for etcd, of its go.mod. Built with Go and cached.
+ * The programs of another Go module: etcd (etcd, etcdctl, etcdutl), coredns, metrics-server or
+ * local-path-provisioner, in the version of cluster.env or, for etcd, of its go.mod. Built with Go
+ * and cached.
  */
 export async function goPrograms(
   name: Exclude<GoModuleName, 'kubernetes'>,
@@ -68,6 +69,7 @@ export async function goPrograms(
     etcd: await pinnedVersion('etcd'),
     coredns: settings.COREDNS_VERSION,
     'metrics-server': settings.METRICS_SERVER_VERSION,
+    'local-path-provisioner': settings.LOCAL_PATH_VERSION,
   }[name]
   if (process.platform !== 'linux') return notLinux
   return orReason(() =>

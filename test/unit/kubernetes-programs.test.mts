@@ -257,6 +257,8 @@ describe('the go.mod files', () => {
     assert.equal(await pinnedVersion('kubernetes'), settings.KUBERNETES_VERSION)
     assert.equal(await pinnedVersion('coredns'), settings.COREDNS_VERSION)
     assert.equal(await pinnedVersion('metrics-server'), settings.METRICS_SERVER_VERSION)
+    const localPath = await pinnedVersion('local-path-provisioner')
+    assert.equal(localPath, settings.LOCAL_PATH_VERSION)
   })
 
   it('replace the staging modules of Kubernetes by those of the same release', async () => {
