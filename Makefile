@@ -6,7 +6,7 @@ FLAGS =
 .DEFAULT_GOAL := help
 # The steps build on each other, also under make -j.
 .NOTPARALLEL:
-.PHONY: help packages check all up down wait clean clobber download pki certs certs-check \
+.PHONY: help packages check all up down wait network dns storage metrics clean clobber download pki certs certs-check \
   kubeconfigs encryption configs prepare install logs rehearse
 
 # ── The cluster ──────────────────────────────────────────────────────────────────────────────
@@ -24,6 +24,18 @@ down: packages ## Gracefully shut down all nodes
 
 wait: packages ## Live dashboard — monitor cluster readiness
 	@./bin/wait-for-cluster.mts $(FLAGS)
+
+network: packages ## Install Cilium CNI + RBAC + node labels
+	@./bin/install-cilium.mts $(FLAGS)
+
+dns: packages ## Deploy CoreDNS for cluster DNS (10.32.0.10)
+	@./bin/deploy-coredns.mts $(FLAGS)
+
+storage: packages ## Deploy local storage, with a default StorageClass
+	@./bin/deploy-local-storage.mts $(FLAGS)
+
+metrics: packages ## Deploy Metrics Server (kubectl top)
+	@./bin/deploy-metrics-server.mts $(FLAGS)
 
 ssh-%: packages ## SSH into nodes
 	@./bin/ssh.mts $* $(FLAGS)

@@ -1,6 +1,7 @@
 // kubectl as the admin of this cluster. What a script does with it, a learner can type.
 import { $, type ProcessOutput } from 'zx/core'
 import type { Cluster } from './cluster.mts'
+import { waitForRollout } from './rollout.mts'
 import { StepError } from './step-error.mts'
 
 interface RunOptions {
@@ -20,6 +21,8 @@ export interface ApiObject {
     labels?: Record<string, string>
     annotations?: Record<string, string>
     creationTimestamp?: string
+    /** Set on what is on its way out. */
+    deletionTimestamp?: string
   }
 }
 
@@ -106,7 +109,8 @@ export class Kubectl {
   }
 
   /**
-   * Server-side apply: the API server merges, and remembers which fields are ours.
+   * Server-side apply: the API server merges, and remembers which fields are ours. It is asked
+   * first whether it would, so that a manifest is applied as a whole or not at all.
    *
    * @param manifest YAML, any number of documents
    * @param options.forceConflicts takes fields that somebody else owns
@@ -118,16 +122,8 @@ export class Kubectl {
   ): Promise<void> {
     const args = ['apply', '--server-side', `--field-manager=${options.manager}`, '--filename=-']
     if (options.forceConflicts) args.push('--force-conflicts')
-    await this.run(args, { input: manifest }).catch((error: unknown) => {
-      const output = error instanceof StepError ? (error.explanation.output ?? '') : ''
-      const owner = output.match(/conflicts? with "([^"]+)"/)?.[1]
-      if (!owner) throw error
-      throw new StepError(`it is there already, put there by "${owner}"`, {
-        output,
-        hint: 'look at what differs; --force-conflicts takes it over',
-        cause: error,
-      })
-    })
+    else refuseConflict(await this.execute([...args, '--dry-run=server'], { input: manifest }))
+    await this.run(args, { input: manifest })
   }
 
   /** Takes away what a manifest describes, and waits until it is gone; what is not there is no error. */
@@ -137,30 +133,9 @@ export class Kubectl {
     await this.run(args, { input: manifest, timeout: timeout + 30 })
   }
 
-  /**
-   * Waits until a deployment, daemonset or statefulset has rolled out.
-   *
-   * @param what such as "deployment/coredns"
-   * @param options.timeout seconds
-   * @throws StepError that says why its pods are not ready
-   */
-  async rollout(what: string, options: { namespace: string; timeout: number }): Promise<void> {
-    const { namespace, timeout } = options
-    const args = ['rollout', 'status', what, `--namespace=${namespace}`, `--timeout=${timeout}s`]
-    await this.run(args, { timeout: timeout + 30 }).catch(async (error: unknown) => {
-      if (!(error instanceof StepError)) throw error
-      const events = await this.run([
-        'events',
-        `--namespace=${namespace}`,
-        '--types=Warning',
-        '--no-headers',
-      ]).catch(() => '')
-      throw new StepError(`${what} is not ready after ${timeout} s`, {
-        ...error.explanation,
-        output: [error.explanation.output, ...events.trim().split('\n').slice(-8)].join('\n'),
-        hint: `kubectl describe ${what} --namespace=${namespace}`,
-      })
-    })
+  /** Waits until a workload's pods are there and available: `waitForRollout` has the details. */
+  rollout(what: string, options: Parameters<typeof waitForRollout>[2]): Promise<void> {
+    return waitForRollout(this, what, options)
   }
 
   /** Runs a program in a pod. @returns what it printed, and its status */
@@ -172,4 +147,15 @@ export class Kubectl {
     const { namespace, ...rest } = options
     return this.execute(['exec', `--namespace=${namespace}`, pod, '--', ...command], rest)
   }
+}
+
+/** Other refusals of a trial may be due to the trial: a namespace that is not there yet. */
+function refuseConflict({ stderr }: ProcessOutput): void {
+  const owner = stderr.match(/conflicts? with "([^"]+)"/)?.[1]
+  if (!owner) return
+  const advice = stderr.indexOf('Please review the fields above')
+  throw new StepError(`something of it is there already, put there by "${owner}"`, {
+    output: stderr.slice(0, advice === -1 ? undefined : advice).trim(),
+    hint: 'nothing was changed; --force-conflicts takes it over',
+  })
 }

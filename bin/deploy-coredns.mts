@@ -1,0 +1,238 @@
+#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+// Names for services: CoreDNS watches the API and answers at the address that the kubelets write
+// into every pod's /etc/resolv.conf.
+import { lookup } from 'node:dns/promises'
+import { addOnFlags, printOrDelete, readyWorkers } from '../lib/add-on.mts'
+import { loadCluster } from '../lib/cluster.mts'
+import { interruption } from '../lib/interrupt.mts'
+import { Kubectl } from '../lib/kubectl.mts'
+import { type ProbePod, withProbePods } from '../lib/probe-pods.mts'
+import { script } from '../lib/script.mts'
+import { StepError } from '../lib/step-error.mts'
+import { step } from '../lib/steps.mts'
+
+const { flags } = script({
+  does: 'Deploys CoreDNS at K8S_CLUSTER_DNS and looks names up from a pod on every worker.',
+  reads: ['cluster.env', 'configs/admin.kubeconfig'],
+  writes: [],
+  flags: addOnFlags,
+  examples: ['./bin/deploy-coredns.mts', './bin/deploy-coredns.mts --print | less'],
+})
+const { timeout = 300 } = flags
+const cluster = loadCluster()
+const { COREDNS_VERSION, K8S_CLUSTER_DNS, K8S_CLUSTER_DOMAIN, SMOKE_IMAGE } = cluster.settings
+const outsideName = 'registry.k8s.io'
+
+const manifest = `\
+apiVersion: v1
+kind: ServiceAccount
+metadata:
+  name: coredns
+  namespace: kube-system
+---
+# It answers from what it sees of services; it changes nothing.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  name: system:coredns
+rules:
+  - apiGroups: ['']
+    resources: [services, namespaces]
+    verbs: [list, watch]
+  - apiGroups: [discovery.k8s.io]
+    resources: [endpointslices]
+    verbs: [list, watch]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata:
+  name: system:coredns
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: ClusterRole
+  name: system:coredns
+subjects:
+  - kind: ServiceAccount
+    name: coredns
+    namespace: kube-system
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: coredns
+  namespace: kube-system
+data:
+  # Port 1053, so that no privilege is needed to listen; the service maps 53 to it.
+  Corefile: |
+    .:1053 {
+        errors
+        health :8080 {
+            lameduck 5s
+        }
+        ready :8181
+        kubernetes ${K8S_CLUSTER_DOMAIN} in-addr.arpa ip6.arpa {
+            fallthrough in-addr.arpa ip6.arpa
+            ttl 30
+        }
+        prometheus :9153
+        forward . /etc/resolv.conf
+        cache 30
+        loop
+        reload
+        loadbalance
+    }
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: coredns
+  namespace: kube-system
+  labels:
+    k8s-app: kube-dns
+spec:
+  replicas: 2
+  selector:
+    matchLabels:
+      k8s-app: kube-dns
+  strategy:
+    rollingUpdate:
+      maxUnavailable: 1
+  template:
+    metadata:
+      labels:
+        k8s-app: kube-dns
+    spec:
+      serviceAccountName: coredns
+      priorityClassName: system-cluster-critical
+      # The machine's resolver, not this one: it would ask itself.
+      dnsPolicy: Default
+      # One on each worker as long as there are two.
+      topologySpreadConstraints:
+        - maxSkew: 1
+          topologyKey: kubernetes.io/hostname
+          whenUnsatisfiable: ScheduleAnyway
+          labelSelector:
+            matchLabels:
+              k8s-app: kube-dns
+          matchLabelKeys: [pod-template-hash]
+      securityContext:
+        runAsNonRoot: true
+        runAsUser: 65532
+        runAsGroup: 65532
+        seccompProfile:
+          type: RuntimeDefault
+      containers:
+        - name: coredns
+          image: registry.k8s.io/coredns/coredns:v${COREDNS_VERSION}
+          imagePullPolicy: IfNotPresent
+          args: [-conf, /etc/coredns/Corefile]
+          ports:
+            - {name: dns, containerPort: 1053, protocol: UDP}
+            - {name: dns-tcp, containerPort: 1053, protocol: TCP}
+            - {name: metrics, containerPort: 9153, protocol: TCP}
+          resources:
+            requests: {cpu: 100m, memory: 70Mi}
+            limits: {memory: 170Mi}
+          livenessProbe:
+            httpGet: {path: /health, port: 8080}
+            initialDelaySeconds: 60
+            timeoutSeconds: 5
+          readinessProbe:
+            httpGet: {path: /ready, port: 8181}
+            timeoutSeconds: 5
+          securityContext:
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop: [ALL]
+          volumeMounts:
+            - {name: config, mountPath: /etc/coredns, readOnly: true}
+      volumes:
+        - name: config
+          configMap:
+            name: coredns
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: coredns
+  namespace: kube-system
+spec:
+  minAvailable: 1
+  selector:
+    matchLabels:
+      k8s-app: kube-dns
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: kube-dns
+  namespace: kube-system
+  labels:
+    k8s-app: kube-dns
+    kubernetes.io/name: CoreDNS
+spec:
+  clusterIP: ${K8S_CLUSTER_DNS}
+  selector:
+    k8s-app: kube-dns
+  ports:
+    - {name: dns, port: 53, targetPort: dns, protocol: UDP}
+    - {name: dns-tcp, port: 53, targetPort: dns-tcp, protocol: TCP}
+    - {name: metrics, port: 9153, targetPort: metrics, protocol: TCP}
+`
+
+const kubectl = new Kubectl(cluster, interruption())
+await printOrDelete('CoreDNS', manifest, flags, () => kubectl.delete(manifest))
+
+const workers = await step('pods can start', () => readyWorkers(cluster, kubectl))
+await step(`CoreDNS ${COREDNS_VERSION} at ${K8S_CLUSTER_DNS}`, () =>
+  kubectl.apply(manifest, { manager: 'deploy-coredns', forceConflicts: flags['force-conflicts'] }),
+)
+await step('CoreDNS is ready', (detail) =>
+  kubectl.rollout('deployment/coredns', { namespace: 'kube-system', timeout, detail }),
+)
+await step('looking names up from every worker', async (detail) => {
+  // Where not even this computer gets out, a pod need not.
+  const outside = await lookup(outsideName).then(
+    () => true,
+    () => false,
+  )
+  await withProbePods(cluster, kubectl, { workers, timeout, detail }, async (pods) => {
+    for (const pod of pods) {
+      detail(pod.node.name)
+      await expectLookup(pod, `kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`, 'found')
+      await expectLookup(pod, `no-such-service.default.svc.${K8S_CLUSTER_DOMAIN}`, 'missing')
+      if (outside) await expectLookup(pod, outsideName, 'found')
+    }
+  })
+  detail(outside ? '' : `${outsideName} is unknown here, so not looked up there`)
+})
+console.log(
+  `Try: kubectl run dns -it --rm --restart=Never --image=${SMOKE_IMAGE} -- nslookup kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`,
+)
+
+/**
+ * Looks a name up so often that each replica is asked. A missing name must be answered with "no",
+ * not with silence.
+ */
+async function expectLookup(pod: ProbePod, name: string, expected: 'found' | 'missing') {
+  const times = expected === 'found' ? 10 : 1
+  const once = `nslookup ${name}. ${K8S_CLUSTER_DNS}`
+  const { stdout, stderr } = await pod.exec([
+    'sh',
+    '-c',
+    `for i in $(seq ${times}); do out=$(${once} 2>&1) && echo found || echo "failed: $out"; done`,
+  ])
+  const found = stdout.match(/^found$/gm)?.length ?? 0
+  if (expected === 'found' ? found === times : /NXDOMAIN|can't resolve/.test(stdout)) return
+  throw new StepError(
+    expected === 'found'
+      ? `a pod on ${pod.node.name} finds ${name} in ${found} of ${times} lookups`
+      : `a pod on ${pod.node.name} is not told that ${name} does not exist`,
+    {
+      output: `${stdout}${stderr}`.replaceAll('found\n', '').trim(),
+      command: once,
+      hint: 'kubectl logs --namespace=kube-system deployment/coredns',
+    },
+  )
+}

@@ -1,0 +1,373 @@
+#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+// Storage for claims: local-path-provisioner makes a folder on a worker's disk for each. What is
+// in it outlives the pod, but never leaves that worker.
+import { addOnFlags, printOrDelete, readyWorkers } from '../lib/add-on.mts'
+import { loadCluster } from '../lib/cluster.mts'
+import { interruption } from '../lib/interrupt.mts'
+import { type ApiObject, Kubectl } from '../lib/kubectl.mts'
+import { waitForPods } from '../lib/rollout.mts'
+import { scratchAccount, withScratchNamespace } from '../lib/scratch-namespace.mts'
+import { script } from '../lib/script.mts'
+import { StepError } from '../lib/step-error.mts'
+import { step } from '../lib/steps.mts'
+import { waitFor } from '../lib/wait-for.mts'
+
+const { flags } = script({
+  does: 'Deploys local-path-provisioner with the default StorageClass local-path and one for each worker,\nand checks that claims of all of them are bound and keep their data when their pods are replaced.',
+  reads: ['cluster.env', 'configs/admin.kubeconfig'],
+  writes: [],
+  flags: addOnFlags,
+  examples: ['./bin/deploy-local-storage.mts', './bin/deploy-local-storage.mts --print | less'],
+})
+const { timeout = 300 } = flags
+const cluster = loadCluster()
+const { LOCAL_PATH_VERSION, SMOKE_IMAGE } = cluster.settings
+const provisioner = 'rancher.io/local-path'
+const workerLabel = 'local-path/worker'
+
+const manifest = `\
+# Its helper pods run as root and mount a folder of the machine: Pod Security lets them only here.
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: local-path-storage
+  labels:
+    pod-security.kubernetes.io/enforce: privileged
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata:
+  name: local-path-provisioner
+  namespace: local-path-storage
+---
+# It answers claims with volumes.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  name: local-path-provisioner
+rules:
+  - apiGroups: ['']
+    resources: [nodes]
+    verbs: [get]
+  - apiGroups: ['']
+    resources: [persistentvolumeclaims]
+    verbs: [get, list, watch]
+  - apiGroups: ['']
+    resources: [persistentvolumes]
+    verbs: [get, list, watch, create, patch, delete]
+  - apiGroups: [storage.k8s.io]
+    resources: [storageclasses]
+    verbs: [get, list, watch]
+  - apiGroups: ['']
+    resources: [events]
+    verbs: [create, patch]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata:
+  name: local-path-provisioner
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: ClusterRole
+  name: local-path-provisioner
+subjects:
+  - kind: ServiceAccount
+    name: local-path-provisioner
+    namespace: local-path-storage
+---
+# A helper pod on the claim's worker makes the folder, and another removes it.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata:
+  name: local-path-provisioner
+  namespace: local-path-storage
+rules:
+  - apiGroups: ['']
+    resources: [pods]
+    verbs: [get, list, create, delete]
+  - apiGroups: ['']
+    resources: [pods/log]
+    verbs: [get]
+  - apiGroups: ['']
+    resources: [configmaps]
+    verbs: [list]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: local-path-provisioner
+  namespace: local-path-storage
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: Role
+  name: local-path-provisioner
+subjects:
+  - kind: ServiceAccount
+    name: local-path-provisioner
+    namespace: local-path-storage
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: local-path-config
+  namespace: local-path-storage
+data:
+  config.json: |
+    {
+      "nodePathMap": [
+        { "node": "DEFAULT_PATH_FOR_NON_LISTED_NODES", "paths": ["/var/lib/local-path"] }
+      ]
+    }
+  # For any user, as a pod's user is not known when the folder is made.
+  setup: |
+    #!/bin/sh
+    set -eu
+    mkdir -m 0777 -p "$VOL_DIR"
+  teardown: |
+    #!/bin/sh
+    set -eu
+    rm -rf "$VOL_DIR"
+  # Root, since only root may write to /var/lib, and the files in a volume are anybody's.
+  helperPod.yaml: |
+    apiVersion: v1
+    kind: Pod
+    metadata:
+      name: helper-pod
+    spec:
+      priorityClassName: system-node-critical
+      automountServiceAccountToken: false
+      tolerations:
+        - {key: node.kubernetes.io/disk-pressure, operator: Exists, effect: NoSchedule}
+      containers:
+        - name: helper-pod
+          image: ${SMOKE_IMAGE}
+          imagePullPolicy: IfNotPresent
+          securityContext:
+            runAsUser: 0
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: local-path-provisioner
+  namespace: local-path-storage
+  labels:
+    app: local-path-provisioner
+spec:
+  selector:
+    matchLabels:
+      app: local-path-provisioner
+  # Two at the same time would both answer a claim.
+  strategy:
+    type: Recreate
+  template:
+    metadata:
+      labels:
+        app: local-path-provisioner
+    spec:
+      serviceAccountName: local-path-provisioner
+      securityContext:
+        runAsNonRoot: true
+        runAsUser: 65532
+        runAsGroup: 65532
+        seccompProfile:
+          type: RuntimeDefault
+      containers:
+        - name: local-path-provisioner
+          image: docker.io/rancher/local-path-provisioner:v${LOCAL_PATH_VERSION}
+          imagePullPolicy: IfNotPresent
+          command:
+            - local-path-provisioner
+            - start
+            - --provisioner-name=${provisioner}
+            - --service-account-name=local-path-provisioner
+            - --config=/etc/config/config.json
+            - --helper-pod-file=/etc/config/helperPod.yaml
+          env:
+            - name: POD_NAMESPACE
+              valueFrom:
+                fieldRef: {fieldPath: metadata.namespace}
+            # Reads the helper pod anew when it changes.
+            - {name: CONFIG_MOUNT_PATH, value: /etc/config/}
+          ports:
+            - {name: health, containerPort: 8080, protocol: TCP}
+          resources:
+            requests: {cpu: 10m, memory: 32Mi}
+          livenessProbe:
+            httpGet: {path: /health, port: health}
+          readinessProbe:
+            httpGet: {path: /ready, port: health}
+          securityContext:
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop: [ALL]
+          volumeMounts:
+            - {name: config, mountPath: /etc/config, readOnly: true}
+      volumes:
+        - name: config
+          configMap:
+            name: local-path-config
+---
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata:
+  name: local-path
+  annotations:
+    storageclass.kubernetes.io/is-default-class: 'true'
+    # A local volume's folder has to be there; a hostPath volume's would be made anew, empty.
+    defaultVolumeType: local
+provisioner: ${provisioner}
+# The scheduler chooses the worker first, by all that the pod needs; then there is a volume.
+volumeBindingMode: WaitForFirstConsumer
+reclaimPolicy: Delete
+${cluster.workers.map(({ name }) => classOf(name)).join('')}`
+
+/** For pods that have to be on a certain worker, with their data. */
+function classOf(worker: string): string {
+  return `\
+---
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata:
+  name: local-path-${worker}
+  labels:
+    ${workerLabel}: ${worker}
+  annotations:
+    defaultVolumeType: local
+provisioner: ${provisioner}
+volumeBindingMode: WaitForFirstConsumer
+reclaimPolicy: Delete
+allowedTopologies:
+  - matchLabelExpressions:
+      - {key: kubernetes.io/hostname, values: [${worker}]}
+`
+}
+
+interface Volume extends ApiObject {
+  spec: { claimRef?: { namespace: string; name: string } }
+}
+
+const kubectl = new Kubectl(cluster, interruption())
+await printOrDelete('local storage', manifest, flags, async () => {
+  await refuseWhileUsed()
+  await removeClasses(workerLabel)
+  await kubectl.delete(manifest)
+})
+
+const workers = await step('pods can start', () => readyWorkers(cluster, kubectl))
+await step(`local-path-provisioner ${LOCAL_PATH_VERSION}`, async () => {
+  await kubectl.apply(manifest, {
+    manager: 'deploy-local-storage',
+    forceConflicts: flags['force-conflicts'],
+  })
+  // Workers that cluster.env no longer has.
+  const names = cluster.workers.map(({ name }) => name)
+  await removeClasses(`${workerLabel},${workerLabel} notin (${names.join(',')})`)
+})
+await step('local-path-provisioner is ready', (detail) =>
+  kubectl.rollout('deployment/local-path-provisioner', {
+    namespace: 'local-path-storage',
+    timeout,
+    detail,
+  }),
+)
+await step('claims keep their data when their pods are replaced', async (detail) => {
+  const limits = { namespace: 'storage-probe', timeout, detail }
+  const claims = [undefined, ...workers.map(({ name }) => name)]
+  await withScratchNamespace(cluster, kubectl, { name: limits.namespace, timeout }, async () => {
+    const forClaims = (verb: string) => claims.map((worker) => probe(worker, verb)).join('')
+    const apply = (text: string) => kubectl.apply(text, { manager: 'storage-probe' })
+    await apply(claims.map(claimOf).join(''))
+    await apply(forClaims('write'))
+    for (const { metadata, spec } of await waitForPods(kubectl, 'Succeeded', limits)) {
+      const { worker } = metadata.labels ?? {}
+      if (worker && worker !== spec.nodeName) {
+        throw new StepError(`a claim of class local-path-${worker} was bound on ${spec.nodeName}`)
+      }
+    }
+    await kubectl.delete(forClaims('write'))
+    await apply(forClaims('read'))
+    await waitForPods(kubectl, 'Succeeded', limits)
+  })
+  detail('removing the volumes')
+  await waitFor({ failure: 'volumes of deleted claims are still there', ...limits }, async () => {
+    const left = (await volumes()).filter((volume) => volume.claim.startsWith('storage-probe/'))
+    return left.map(({ name }) => name).join(', ') || undefined
+  })
+})
+console.log('Try: kubectl get storageclasses; a claim that names none gets local-path')
+
+/** A claim of a worker's class, or of the default one. */
+function claimOf(worker: string | undefined): string {
+  return `\
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata:
+  name: ${worker ?? 'default'}
+  namespace: storage-probe
+spec:
+  accessModes: [ReadWriteOnce]
+  ${worker ? `storageClassName: local-path-${worker}` : ''}
+  resources:
+    requests: {storage: 1Mi}
+---
+`
+}
+
+/** A pod that writes a word into the claim's volume, or looks whether it is there. */
+function probe(worker: string | undefined, verb: string): string {
+  const claim = worker ?? 'default'
+  const command = verb === 'write' ? `echo ${claim} >/data/word` : `grep -x ${claim} /data/word`
+  return `\
+apiVersion: v1
+kind: Pod
+metadata:
+  name: ${verb}-${claim}
+  namespace: storage-probe
+  labels: {${worker ? `worker: ${worker}` : ''}}
+spec:
+  restartPolicy: Never
+  serviceAccountName: ${scratchAccount}
+  automountServiceAccountToken: false
+  securityContext: {runAsNonRoot: true, runAsUser: 65534, seccompProfile: {type: RuntimeDefault}}
+  containers:
+    - name: probe
+      image: ${SMOKE_IMAGE}
+      imagePullPolicy: IfNotPresent
+      command: [sh, -c, '${command}']
+      securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+      volumeMounts:
+        - {name: data, mountPath: /data}
+  volumes:
+    - name: data
+      persistentVolumeClaim: {claimName: ${claim}}
+---
+`
+}
+
+async function removeClasses(selector: string): Promise<void> {
+  await kubectl.run(['delete', 'storageclasses', `--selector=${selector}`, '--ignore-not-found'])
+}
+
+/** The volumes that the provisioner has made, and whose they are. */
+async function volumes(): Promise<{ name: string; claim: string }[]> {
+  const { items } = await kubectl.get<{ items: Volume[] }>('persistentvolumes')
+  return items
+    .filter(({ metadata }) => Object.values(metadata.annotations ?? {}).includes(provisioner))
+    .map(({ metadata, spec }) => {
+      const { namespace = '', name = '' } = spec.claimRef ?? {}
+      return { name: metadata.name, claim: `${namespace}/${name}` }
+    })
+}
+
+/** Without the provisioner, nobody would ever remove the volumes of claims. */
+async function refuseWhileUsed(): Promise<void> {
+  const left = await volumes()
+  if (left.length === 0) return
+  throw new StepError('there are volumes, which nobody could remove any more', {
+    output: left.map(({ name, claim }) => `${name} of claim ${claim}`).join('\n'),
+    hint: 'delete the claims first: kubectl get persistentvolumeclaims --all-namespaces',
+  })
+}
