@@ -25,6 +25,7 @@ const quitTimeout = 10
  * to quit, as if the plug were pulled, and at last its process is killed. A machine that is being
  * installed has nothing to save and is told to quit at once.
  *
+ * @param options.atOnce its system is not asked: what the disk holds is of no more use
  * @param options.powerOff another way to ask, such as ssh; if it fails, the power button is pressed
  * @param options.report is told what is being done
  * @throws StepError if even the last does not help; the signal's reason if it is aborted
@@ -33,6 +34,7 @@ export async function stopMachine(
   cluster: Cluster,
   node: Node,
   options: {
+    atOnce?: boolean
     powerOff?: () => Promise<unknown>
     report?: (text: string) => void
     signal?: AbortSignal
@@ -55,13 +57,13 @@ async function stepDown(
   node: Node,
   options: Parameters<typeof stopMachine>[2] & object,
 ): Promise<Ending> {
-  const { powerOff, report = () => {}, signal } = options
+  const { atOnce = false, powerOff, report = () => {}, signal } = options
   const { STOP_TIMEOUT } = cluster.settings
   const found = await machineState(cluster, node)
   if (found.state === 'stopped') return 'not running'
   const hasEnded = () => isGone(found.pid)
 
-  if (found.mode === 'boot') {
+  if (found.mode === 'boot' && !atOnce) {
     report('asked to power off')
     const asked = await powerOff?.().then(
       () => true,

@@ -62,7 +62,8 @@ export async function prepareFolders(cluster: Cluster): Promise<void> {
 
 /**
  * Starts a machine from its installed disk, and the lan switch if that does not run yet. A machine
- * that runs already is left alone. Ends when QEMU answers; its system has the boot still before it.
+ * that runs already is left alone, or goes on if it stands still. Ends when QEMU answers; its
+ * system has the boot still before it.
  *
  * @throws StepError if there is no disk, a port is taken, or QEMU ends; it is then not left running
  */
@@ -83,6 +84,7 @@ async function startOnce(cluster: Cluster, node: Node, host: Host) {
   if (found.state === 'running') {
     if (found.mode === 'boot') {
       await ensureLanSwitch(cluster)
+      await resumeIfPaused(filesOf(cluster, node).qmp)
       return { pid: found.pid, alreadyRunning: true }
     }
     throw new StepError(`${node.name} is being installed (pid ${found.pid})`, {
@@ -99,6 +101,16 @@ async function startOnce(cluster: Cluster, node: Node, host: Host) {
   await prepareEfiVars(cluster, node, host)
   await ensureLanSwitch(cluster)
   return { pid: await launch(cluster, node, host), alreadyRunning: false }
+}
+
+/** A machine that stands still, after a snapshot that was killed or on a full disk, goes on. */
+async function resumeIfPaused(socket: string): Promise<void> {
+  // QEMU that talks to somebody else just now is looked after by that one.
+  const qmp = await Qmp.connect(socket, { timeout: 5 }).catch(() => undefined)
+  if (!qmp) return
+  const { status } = (await qmp.execute('query-status')) as { status: string }
+  if (status === 'paused' || status === 'io-error') await qmp.execute('cont')
+  qmp.close()
 }
 
 async function launch(cluster: Cluster, node: Node, host: Host): Promise<number> {
