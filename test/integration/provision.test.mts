@@ -18,7 +18,7 @@ import { giveDisk, type Machines, makeMachines, noMachines } from '../uefi-machi
 
 // The machines are shells in namespaces here, started under the name of QEMU: what is tested is
 // what stands around the dialogue. (The rehearsal does all of it with the real QEMU.)
-describe('provision --iso', { skip: noLiveSystem || noIso, timeout: 600_000 }, () => {
+describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout: 600_000 }, () => {
   let checkout: Checkout
   let system: LiveSystem
   let iso: string
