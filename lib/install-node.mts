@@ -1,8 +1,6 @@
 // A machine's installation from outside: disk, QEMU and dialogue, and nothing left of them if it
 // fails.
-import { mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { mkdir, rm } from 'node:fs/promises'
 import type { Cluster, Node } from './cluster.mts'
 import { createDisk, discardDisk, finishDisk, prepareEfiVars } from './disk.mts'
 import { ExpectError, spawn } from './expect.mts'
@@ -85,7 +83,10 @@ async function installOnce(
   options: InstallOptions,
 ): Promise<void> {
   const { iso, host, row, signal, replace = false } = options
-  const folder = await mkdtemp(join(tmpdir(), `install-${node.name}-`))
+  // One place, so that what a killed attempt left is the next one's to remove.
+  const folder = cluster.path('run', `${node.name}-install`)
+  await rm(folder, { recursive: true, force: true })
+  await mkdir(folder)
   try {
     const kernel = host.arch === 'x86_64' ? await extractKernel(iso, folder) : undefined
     await createDisk(cluster, node, { replace })
