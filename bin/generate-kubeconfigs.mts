@@ -64,7 +64,7 @@ async function generate(): Promise<void> {
       key: pair.keyPem ?? '',
     })
     const present = await readIfThere(file)
-    if (!flags.force && present !== undefined && isUpToDate(present, fresh)) {
+    if (!flags.force && present !== undefined && (await isUpToDate(present, fresh))) {
       await chmod(file, 0o600)
       continue
     }

@@ -1,6 +1,5 @@
 // Kubeconfigs: where the API server is, whom to believe it, and as whom to log in, in one file.
 import { isDeepStrictEqual } from 'node:util'
-import { parse, stringify } from 'yaml'
 import { type CertificateEntry, certificatesOf } from './certificates.mts'
 import type { Cluster } from './cluster.mts'
 
@@ -35,9 +34,10 @@ export function kubeconfigsOf(cluster: Cluster): KubeconfigEntry[] {
   })
 }
 
-const context = 'default'
-
-/** A kubeconfig as YAML, everything embedded (kubeconfig v1, client-go's api/v1 types). */
+/**
+ * A kubeconfig as YAML, everything embedded (client-go's api/v1 types). Names are quoted, as YAML
+ * takes some of them for numbers.
+ */
 export function formatKubeconfig(
   cluster: Cluster,
   { certificate, server }: KubeconfigEntry,
@@ -45,29 +45,26 @@ export function formatKubeconfig(
 ): string {
   const name = cluster.settings.CLUSTER_NAME
   const user = certificate.subject.CN
-  const kubeconfig = {
-    apiVersion: 'v1',
-    kind: 'Config',
-    clusters: [
-      {
-        name,
-        cluster: { server, 'certificate-authority-data': base64(credentials.authority) },
-      },
-    ],
-    users: [
-      {
-        name: user,
-        user: {
-          'client-certificate-data': base64(credentials.certificate),
-          'client-key-data': base64(credentials.key),
-        },
-      },
-    ],
-    contexts: [{ name: context, context: { cluster: name, user } }],
-    'current-context': context,
-    preferences: {},
-  }
-  return stringify(kubeconfig, { lineWidth: 0 })
+  return `apiVersion: v1
+kind: Config
+clusters:
+  - name: "${name}"
+    cluster:
+      server: ${server}
+      certificate-authority-data: ${base64(credentials.authority)}
+users:
+  - name: "${user}"
+    user:
+      client-certificate-data: ${base64(credentials.certificate)}
+      client-key-data: ${base64(credentials.key)}
+contexts:
+  - name: default
+    context:
+      cluster: "${name}"
+      user: "${user}"
+current-context: default
+preferences: {}
+`
 }
 
 /**
@@ -76,16 +73,16 @@ export function formatKubeconfig(
  *
  * @param text of the file that is there, YAML or not
  */
-export function isUpToDate(text: string, fresh: string): boolean {
-  return text === fresh || isDeepStrictEqual(effective(text), effective(fresh))
+export async function isUpToDate(text: string, fresh: string): Promise<boolean> {
+  return text === fresh || isDeepStrictEqual(await effective(text), await effective(fresh))
 }
 
 /** The parts of the context's cluster and user that we set. */
-function effective(text: string): unknown {
-  const config = parseOrNothing(text)
+async function effective(text: string): Promise<unknown> {
+  const config = await parseOrNothing(text)
   const named = (list: unknown, name: unknown) =>
     Array.isArray(list) ? list.find((item) => item?.name === name) : undefined
-  const chosen = named(config?.contexts, context)?.context
+  const chosen = named(config?.contexts, 'default')?.context
   const cluster = named(config?.clusters, chosen?.cluster)?.cluster
   const user = named(config?.users, chosen?.user)
   return [
@@ -97,7 +94,9 @@ function effective(text: string): unknown {
   ]
 }
 
-function parseOrNothing(text: string): Record<string, unknown> | null {
+async function parseOrNothing(text: string): Promise<Record<string, unknown> | null> {
+  // Only loaded where it is needed: it would make up a tenth of the time of making them all.
+  const { parse } = await import('yaml')
   try {
     return parse(text)
   } catch {

@@ -1,7 +1,7 @@
 // How long our steps take beside the programs that they stand in for, on this computer: cold
 // starts of both, in turn, several rounds. Ends with status 1 if a ratio is above its target.
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { availableParallelism, loadavg, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/certificates.mts'
 import { type Cluster, loadCluster } from '../lib/cluster.mts'
@@ -68,6 +68,10 @@ try {
       ratio.toFixed(2),
       `${met ? 'at most' : 'NOT at most'} ${contest.target}`,
     ])
+  }
+  const [load = 0] = loadavg()
+  if (load > availableParallelism() + 1) {
+    console.log(`This computer has more to do (load ${load.toFixed(1)}): the ratios say little.`)
   }
   console.log(formatTable(['MEDIANS', 'OURS', 'OTHER', 'RATIO', 'TARGET'], rows))
 } finally {

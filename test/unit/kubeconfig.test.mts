@@ -61,44 +61,53 @@ describe('a kubeconfig', () => {
     })
   })
 
+  it('has names that YAML would take for something else', () => {
+    const odd = loadCluster({ env: { CLUSTER_NAME: '0123' } })
+    const [entry] = kubeconfigsOf(odd)
+    assert.ok(entry)
+    const { clusters, contexts } = parse(formatKubeconfig(odd, entry, credentials))
+    assert.equal(clusters[0].name, '0123')
+    assert.equal(contexts[0].context.cluster, '0123')
+  })
+
   it('keeps long lines whole', () => {
     const line = /certificate-authority-data: (\S+)\n/
     assert.equal(format('admin', { authority: 'x'.repeat(3000) }).match(line)?.[1]?.length, 4000)
   })
 
-  it('is up to date if it says the same, in whatever words', () => {
+  it('is up to date if it says the same, in whatever words', async () => {
     const text = format('admin')
-    assert.ok(isUpToDate(text, text))
-    assert.ok(isUpToDate(stringify(parse(text), { indent: 4 }), text))
-    assert.ok(isUpToDate(JSON.stringify(parse(text)), text))
+    assert.ok(await isUpToDate(text, text))
+    assert.ok(await isUpToDate(stringify(parse(text), { indent: 4 }), text))
+    assert.ok(await isUpToDate(JSON.stringify(parse(text)), text))
   })
 
-  it('is up to date with a namespace, another context, another current one', () => {
+  it('is up to date with a namespace, another context, another current one', async () => {
     const config = parse(format('admin'))
     config.contexts[0].context.namespace = 'kube-system'
     config.contexts.unshift({ name: 'work', context: { cluster: 'work', user: 'me' } })
     config.clusters.unshift({ name: 'work', cluster: { server: 'https://example.test' } })
     config['current-context'] = 'work'
-    assert.ok(isUpToDate(stringify(config), format('admin')))
+    assert.ok(await isUpToDate(stringify(config), format('admin')))
   })
 
   for (const part of ['authority', 'certificate', 'key'] as const) {
-    it(`is out of date if the ${part} is another`, () => {
-      assert.ok(!isUpToDate(format('admin', { [part]: 'another' }), format('admin')))
+    it(`is out of date if the ${part} is another`, async () => {
+      assert.ok(!(await isUpToDate(format('admin', { [part]: 'another' }), format('admin'))))
     })
   }
 
-  it('is out of date if the server or the user is another', () => {
+  it('is out of date if the server or the user is another', async () => {
     const config = parse(format('admin'))
     config.clusters[0].cluster.server = 'https://127.0.0.1:6443'
-    assert.ok(!isUpToDate(stringify(config), format('admin')))
-    assert.ok(!isUpToDate(format('kube-scheduler'), format('admin')))
+    assert.ok(!(await isUpToDate(stringify(config), format('admin'))))
+    assert.ok(!(await isUpToDate(format('kube-scheduler'), format('admin'))))
   })
 
-  it('is out of date if it is empty, cut off or something else', () => {
+  it('is out of date if it is empty, cut off or something else', async () => {
     const text = format('admin')
     for (const other of ['', '[]', '42', 'a: b: c', 'clusters: none', text.slice(0, 300)]) {
-      assert.ok(!isUpToDate(other, text), other)
+      assert.ok(!(await isUpToDate(other, text)), other)
     }
   })
 })
