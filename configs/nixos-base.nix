@@ -41,8 +41,11 @@ in
     "virtio_blk"
   ];
 
-  # The last console is where systemd writes: QEMU's serial port, kept in a log on the host.
   boot.kernelParams = [
+    # Three machines that boot at once under emulation keep each other waiting for disks and
+    # consoles longer than the default of 90 seconds.
+    "systemd.default_device_timeout_sec=15min"
+    # The last console is where systemd writes: QEMU's serial port, kept in a log on the host.
     "console=tty0"
     "console=${if pkgs.stdenv.hostPlatform.isAarch64 then "ttyAMA0" else "ttyS0"},115200n8"
   ];
