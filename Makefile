@@ -6,8 +6,9 @@ FLAGS =
 .DEFAULT_GOAL := help
 # The steps build on each other, also under make -j.
 .NOTPARALLEL:
-.PHONY: help packages check all up down wait network dns storage metrics clean clobber download pki certs certs-check \
-  kubeconfigs encryption configs prepare install logs rehearse
+.PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore clean clobber \
+  download certs certs-check kubeconfigs encryption pki configs prepare install logs \
+  rehearse help packages
 
 # ── The cluster ──────────────────────────────────────────────────────────────────────────────
 check: packages ## Verify prerequisites (QEMU, kubectl, firmware)
@@ -25,6 +26,9 @@ down: packages ## Gracefully shut down all nodes
 wait: packages ## Live dashboard — monitor cluster readiness
 	@./bin/wait-for-cluster.mts $(FLAGS)
 
+status: packages ## Comprehensive cluster health status
+	@./bin/cluster-status.mts $(FLAGS)
+
 network: packages ## Install Cilium CNI + RBAC + node labels
 	@./bin/install-cilium.mts $(FLAGS)
 
@@ -36,6 +40,18 @@ storage: packages ## Deploy local storage, with a default StorageClass
 
 metrics: packages ## Deploy Metrics Server (kubectl top)
 	@./bin/deploy-metrics-server.mts $(FLAGS)
+
+smoke: packages ## Deploy nginx and verify pod networking
+	@./bin/smoke.mts $(FLAGS)
+
+test: packages ## Test the running cluster, from services to pod traffic
+	@./bin/test-cluster.mts $(FLAGS)
+
+snapshot: packages ## Save cluster state for instant restore
+	@./bin/snapshot.mts $(FLAGS)
+
+restore: packages ## Restore from snapshot (~30s vs ~15min rebuild)
+	@./bin/restore.mts $(FLAGS)
 
 ssh-%: packages ## SSH into nodes
 	@./bin/ssh.mts $* $(FLAGS)

@@ -7,7 +7,7 @@ import { createInterface } from 'node:readline'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { filesOf } from '../lib/machine-files.mts'
-import { services } from '../lib/probes.mts'
+import { servicesOf } from '../lib/probes.mts'
 import { script } from '../lib/script.mts'
 import { quoteForShell, sshArguments, sshFolder } from '../lib/ssh.mts'
 import { StepError } from '../lib/step-error.mts'
@@ -71,7 +71,7 @@ async function show(node: Node): Promise<number> {
 }
 
 function journalOf(node: Node): string[] {
-  const named = services[node.role].map(({ unit }) => unit)
+  const named = servicesOf(cluster, node).map(({ unit }) => unit)
   const units = flags.all ? [] : flags.unit ? [flags.unit] : named
   const journalctl = [
     ...['journalctl', '--no-pager', `--lines=${lines}`],

@@ -81,9 +81,10 @@ export class Machine {
   }
 
   /** What systemd says of the machine now. */
-  async systemState(): Promise<SystemState> {
+  async systemState(timeout = 60): Promise<SystemState> {
     const lines = await this.succeed(
       'systemctl is-system-running || true; systemctl list-units --state=failed --plain --no-legend',
+      { timeout },
     )
     const [state = '', ...units] = lines.trim().split('\n')
     return { state, failedUnits: units.map((line) => line.trim().split(/\s+/)[0] ?? '') }

@@ -1,7 +1,7 @@
 // Measuring what runs: systemd units and health endpoints of a machine in one ssh call, and the
 // API server over its forwarded port. Only what was measured is told, never what should be.
 import { askApiServer } from './api-server.mts'
-import type { Cluster, Role } from './cluster.mts'
+import type { Cluster, Node } from './cluster.mts'
 import type { Machine } from './machine.mts'
 import { StepError } from './step-error.mts'
 
@@ -12,17 +12,25 @@ export interface Service {
   health?: string
 }
 
-/** The services by the machines' roles, in the order in which they come up. */
-export const services: Readonly<Record<Role, readonly Service[]>> = {
-  'control-plane': [
-    // The listener for health and metrics, which asks for no certificate.
-    { unit: 'etcd', health: 'http://127.0.0.1:2381/health' },
-    // Its health is asked for from outside, as everybody who uses it does.
-    { unit: 'kube-apiserver' },
-    { unit: 'kube-controller-manager', health: 'https://127.0.0.1:10257/healthz' },
-    { unit: 'kube-scheduler', health: 'https://127.0.0.1:10259/readyz' },
-  ],
-  worker: [{ unit: 'containerd' }, { unit: 'kubelet', health: 'http://127.0.0.1:10248/healthz' }],
+const controlPlaneServices: readonly Service[] = [
+  // The listener for health and metrics, which asks for no certificate.
+  { unit: 'etcd', health: 'http://127.0.0.1:2381/health' },
+  // Its health is asked for from outside, as everybody who uses it does.
+  { unit: 'kube-apiserver' },
+  { unit: 'kube-controller-manager', health: 'https://127.0.0.1:10257/healthz' },
+  { unit: 'kube-scheduler', health: 'https://127.0.0.1:10259/readyz' },
+]
+const workerServices: readonly Service[] = [
+  { unit: 'containerd' },
+  { unit: 'kubelet', health: 'http://127.0.0.1:10248/healthz' },
+]
+const kubeProxy: Service = { unit: 'kube-proxy', health: 'http://127.0.0.1:10256/healthz' }
+
+/** The cluster's services on a machine, in the order in which they come up. */
+export function servicesOf(cluster: Cluster, node: Node): readonly Service[] {
+  if (node.role === 'control-plane') return controlPlaneServices
+  const cilium = cluster.settings.KUBE_PROXY_MODE === 'cilium'
+  return cilium ? workerServices : [...workerServices, kubeProxy]
 }
 
 /** One service as it was found. */
@@ -56,17 +64,19 @@ export interface ApiState {
  *
  * @throws NoAnswer if the machine cannot be reached
  */
-export async function probeServices(machine: Machine): Promise<ServiceState[]> {
-  const wanted = services[machine.node.role]
+export async function probeServices(machine: Machine, timeout = 20): Promise<ServiceState[]> {
+  const wanted = servicesOf(machine.cluster, machine.node)
   const units = wanted.map(({ unit }) => `${unit}.service`).join(' ')
   const properties = 'LoadState,ActiveState,SubState,Result,NRestarts'
   const checks = wanted.flatMap(({ unit, health }) =>
     // -k: these certificates are made by the programs for themselves, and loopback is the machine.
-    health ? `echo '== ${unit}'; curl -sSk -m 3 -w '\n%{http_code}\n' ${health} 2>&1 || true` : [],
+    health
+      ? `echo '== ${unit}'; curl -sSk -m 3 -w '\\n%{http_code}\\n' ${health} 2>&1 || true`
+      : [],
   )
   // Early in its boot a machine lets us in, but systemd does not answer yet.
   const show = `systemctl show --property=${properties} ${units} || true`
-  const text = await machine.succeed([show, ...checks].join('\n'), { timeout: 20 })
+  const text = await machine.succeed([show, ...checks].join('\n'), { timeout })
   const [shown = '', ...sections] = text.split(/^== (?=\S+$)/m)
   const blocks = shown.trim().split(/\n\n+/)
   return wanted.map(({ unit, health }, index) => {
@@ -78,15 +88,18 @@ export async function probeServices(machine: Machine): Promise<ServiceState[]> {
 }
 
 /** Whether the API server is ready, and the nodes it knows. Never throws: no answer is a state. */
-export async function probeApiServer(cluster: Cluster, signal?: AbortSignal): Promise<ApiState> {
+export async function probeApiServer(
+  cluster: Cluster,
+  options: { timeout?: number; signal?: AbortSignal | undefined } = {},
+): Promise<ApiState> {
   try {
-    const readiness = await askApiServer(cluster, '/readyz?verbose', { signal })
+    const readiness = await askApiServer(cluster, '/readyz?verbose', options)
     if (readiness.status !== 200) return { ready: false, reason: failingChecks(readiness) }
-    const { status, body } = await askApiServer(cluster, '/api/v1/nodes', { signal })
+    const { status, body } = await askApiServer(cluster, '/api/v1/nodes', options)
     if (status !== 200) return { ready: true, reason: `listing nodes: HTTP ${status}` }
     return { ready: true, reason: '', nodes: nodesOf(JSON.parse(body)) }
   } catch (error) {
-    signal?.throwIfAborted()
+    options.signal?.throwIfAborted()
     if (!(error instanceof StepError)) throw error
     return { ready: false, reason: error.message }
   }

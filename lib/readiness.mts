@@ -145,7 +145,7 @@ export async function watchReadiness(
   }
   const loops = [
     again(async () => {
-      measured.api = await probeApiServer(cluster, signal)
+      measured.api = await probeApiServer(cluster, { signal })
     }),
     ...cluster.nodes.map((node) => {
       const machine = new Machine(cluster, node, signal)

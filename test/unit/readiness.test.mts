@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { describe, it } from 'node:test'
 import { loadCluster } from '../../lib/cluster.mts'
-import { type ApiState, type NodeState, type ServiceState, services } from '../../lib/probes.mts'
+import { type ApiState, type NodeState, type ServiceState, servicesOf } from '../../lib/probes.mts'
 import {
   assess,
   componentsOf,
@@ -12,7 +12,7 @@ import {
 
 const cluster = loadCluster({ env: {} })
 
-const node = (ready: boolean): NodeState => ({
+const registered = (ready: boolean): NodeState => ({
   ready,
   reason: ready ? '' : 'cni plugin not initialized',
   address: '192.168.100.11',
@@ -32,16 +32,20 @@ function measured(
 ): Measured {
   const { broken = {}, unreachable = [] } = options
   const machines: Measured['machines'] = new Map(
-    cluster.nodes.map(({ name, role }): [string, MachineState] => {
+    cluster.nodes.map((node): [string, MachineState] => {
+      const { name } = node
       if (unreachable.includes(name)) return [name, { unreachable: `${name} does not answer ssh` }]
-      const states: ServiceState[] = services[role].map(({ unit }) => {
+      const states: ServiceState[] = servicesOf(cluster, node).map(({ unit }) => {
         const reason = broken[unit] ?? ''
         return { unit, healthy: reason === '', reason, restarts: 0 }
       })
       return [name, { services: states }]
     }),
   )
-  return { api: options.api ?? api({ sigma: node(false), gamma: node(false) }), machines }
+  return {
+    api: options.api ?? api({ sigma: registered(false), gamma: registered(false) }),
+    machines,
+  }
 }
 
 const rowsOf = (now: Measured, nodesReady = false): Map<string, Row> =>
@@ -89,7 +93,7 @@ describe('the rows of the dashboard', () => {
   })
 
   it('tell a worker whose kubelet runs but has not registered', () => {
-    const rows = rowsOf(measured({ api: api({ sigma: node(true) }) }))
+    const rows = rowsOf(measured({ api: api({ sigma: registered(true) }) }))
     assert.equal(rows.get('sigma')?.active, true)
     assert.match(rows.get('gamma')?.reason ?? '', /not registered/)
   })

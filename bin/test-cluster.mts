@@ -1,0 +1,156 @@
+#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+// The live cluster put to the test, from the machines' services up to a pod that asks another.
+import { CheckList } from '../lib/check-list.mts'
+import { loadCluster } from '../lib/cluster.mts'
+import { type InstalledCertificate, installedCertificates } from '../lib/installed-certificates.mts'
+import { interruption } from '../lib/interrupt.mts'
+import { Kubectl } from '../lib/kubectl.mts'
+import { Machine } from '../lib/machine.mts'
+import { probeApiServer, probeServices } from '../lib/probes.mts'
+import { withScratchNamespace } from '../lib/scratch-namespace.mts'
+import { script } from '../lib/script.mts'
+import { StepError } from '../lib/step-error.mts'
+import { encryptionOfSecrets } from '../lib/stored-secret.mts'
+import { inspectTls } from '../lib/tls-report.mts'
+import { startWebPods, type WebPod, webService } from '../lib/web-pods.mts'
+
+const { flags } = script({
+  does: 'Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption\nof Secrets, certificates. Does all checks, then sums up. What it makes it takes away again.',
+  reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig'],
+  writes: [],
+  flags: {
+    json: { help: 'the results as JSON' },
+    timeout: { value: 'SECONDS', number: true, help: 'how long to wait for pods (300)' },
+  },
+  examples: ['./bin/test-cluster.mts', "./bin/test-cluster.mts --json | jq '.[] | .result'"],
+})
+const { timeout = 300 } = flags
+const cluster = loadCluster()
+const signal = interruption()
+const kubectl = new Kubectl(cluster, signal)
+const alpha = new Machine(cluster, cluster.controlPlane, signal)
+const machines = [alpha, ...cluster.workers.map((node) => new Machine(cluster, node, signal))]
+const list = new CheckList()
+
+// ── Machines ─────────────────────────────────────────────────────────────────────────────────
+for (const machine of machines) {
+  const { name } = machine.node
+  const answers = await list.check(`${name} is up`, {}, async () => {
+    const { state, failedUnits } = await machine.systemState()
+    if (failedUnits.length > 0) throw new StepError(`failed units: ${failedUnits.join(', ')}`)
+    return state
+  })
+  const skip = !answers && `${name} is not up`
+  await list.check(`the services of ${name} are healthy`, { skip }, async () => {
+    const sick = (await probeServices(machine)).filter(({ healthy }) => !healthy)
+    if (sick.length > 0) throw new StepError(sick.map(({ reason }) => reason).join('\n'))
+    return undefined
+  })
+  await list.check(`the certificates on ${name} are valid for long enough`, { skip }, async () =>
+    assertLongEnough(await installedCertificates(machine)),
+  )
+}
+await list.check('the certificates in tls/ are right', {}, async () => {
+  const { certificates } = await inspectTls(cluster)
+  const problems = certificates.flatMap(({ name, problems }) =>
+    problems.map((p) => `${name}: ${p}`),
+  )
+  if (problems.length > 0) throw new StepError(problems.join('\n'), { hint: 'make certs-check' })
+  return undefined
+})
+
+// ── Control plane ────────────────────────────────────────────────────────────────────────────
+const api = await probeApiServer(cluster, { signal })
+const skip = !api.ready && 'the API server is not ready'
+await list.check('the API server is ready', {}, async () => {
+  if (!api.ready) throw new StepError(api.reason)
+  return undefined
+})
+for (const name of ['kube-controller-manager', 'kube-scheduler']) {
+  await list.check(`${name} leads`, { skip }, async () => {
+    const lease = `lease/${name}`
+    const { spec } = await kubectl.get<{ spec: { holderIdentity?: string; renewTime?: string } }>(
+      ...[lease, '--namespace=kube-system'],
+    )
+    const age = (Date.now() - Date.parse(spec.renewTime ?? '')) / 1000
+    if (!spec.holderIdentity || !(age < 60)) throw new StepError(`nobody has renewed the ${lease}`)
+    return spec.holderIdentity
+  })
+}
+await list.check('every worker is Ready, at its lan address', { skip }, async () => {
+  for (const { name, ip } of cluster.workers) {
+    const node = api.nodes?.get(name)
+    if (!node) throw new StepError(`${name} has not registered`)
+    if (!node.ready) throw new StepError(`${name}: ${node.reason}`, { hint: 'make network' })
+    if (node.address !== ip) throw new StepError(`${name} is at ${node.address}, not ${ip}`)
+  }
+  return undefined
+})
+
+// ── Pods ─────────────────────────────────────────────────────────────────────────────────────
+const namespace = 'cluster-test'
+const { K8S_API_SERVICE_IP: API_SERVICE, K8S_CLUSTER_DOMAIN: DOMAIN } = cluster.settings
+let pods: WebPod[] = []
+const testPods = async () => {
+  const options = { namespace, timeout, workers: cluster.workers }
+  const run = await list.check('a pod runs on every worker', { skip }, async () => {
+    pods = await startWebPods(cluster, kubectl, options)
+    return pods.map(({ name, ip }) => `${name} ${ip}`).join(', ')
+  })
+  const skipPods = !run && 'there are no pods'
+  const coredns = run && (await kubectl.exists('deployment/coredns', '--namespace=kube-system'))
+  const skipDns = skipPods || (!coredns && 'CoreDNS is not deployed: make dns')
+  const fromEveryPod = async (command: (pod: WebPod) => string) => {
+    for (const pod of pods) await pod.succeed(command(pod))
+    return undefined
+  }
+
+  await list.check('exec runs a program in every pod', { skip: skipPods }, async () => {
+    for (const pod of pods) {
+      const said = await pod.succeed('hostname')
+      if (said.trim() !== pod.name) throw new StepError(`${pod.name} calls itself ${said}`)
+    }
+    return undefined
+  })
+  await list.check('logs of every pod can be read', { skip: skipPods }, async () => {
+    for (const { name } of pods) await kubectl.run(['logs', name, `--namespace=${namespace}`])
+    return undefined
+  })
+  await list.check('every pod reaches every pod', { skip: skipPods }, () =>
+    fromEveryPod(() => pods.map(({ ip }) => `wget -q -T 10 -O /dev/null ${ip}:8080`).join('; ')),
+  )
+  await list.check('every pod reaches the service', { skip: skipPods }, async () => {
+    const ip = await webService(kubectl, namespace)
+    await fromEveryPod(() => `for i in 1 2 3 4 5 6; do wget -q -T 10 -O /dev/null ${ip}:80; done`)
+    return ip
+  })
+  await list.check('every pod reaches the API server', { skip: skipPods }, () =>
+    // Who speaks plain HTTP to it is told off, but told.
+    fromEveryPod(() => `wget -T 10 -O - ${API_SERVICE}:443 2>&1 | grep -q 400`),
+  )
+  await list.check('every pod finds a service by its name', { skip: skipDns }, () =>
+    fromEveryPod(() => `nslookup kubernetes.default.svc.${DOMAIN}.`),
+  )
+  await list.check(`${alpha.node.name} reaches every pod`, { skip: skipPods }, async () => {
+    for (const { ip } of pods) await alpha.succeed(`curl -fsS -m 10 -o /dev/null ${ip}:8080`)
+    return undefined
+  })
+  await list.check('a Secret is ciphertext in etcd', { skip }, async () => {
+    const provider = await encryptionOfSecrets(kubectl, alpha, namespace)
+    if (!provider) throw new StepError('etcd has it in the clear')
+    return provider
+  })
+}
+if (api.ready) await withScratchNamespace(cluster, kubectl, { name: namespace, timeout }, testPods)
+else await testPods()
+
+console.error(`\n${list.summary()}`)
+if (flags.json) console.log(JSON.stringify(list.results, null, 2))
+list.assertPassed()
+
+function assertLongEnough(found: InstalledCertificate[]): string {
+  const [first] = found.sort((a, b) => a.daysLeft - b.daysLeft)
+  if (!first) throw new StepError('there are none')
+  if (first.daysLeft >= cluster.settings.CERT_RENEW_DAYS) return `${first.daysLeft} days`
+  throw new StepError(`${first.file} has ${first.daysLeft} days left`, { hint: 'make certs' })
+}

@@ -1,0 +1,176 @@
+// Everything there is to know of a cluster at a glance: asked all at once, so that what does not
+// answer holds up nothing else.
+import { askApiServer } from './api-server.mts'
+import type { Cluster, Node, Role } from './cluster.mts'
+import { type InstalledCertificate, installedCertificates } from './installed-certificates.mts'
+import { lanSwitchStatus, type SwitchStatus } from './lan-switch.mts'
+import { Machine, type SystemState } from './machine.mts'
+import {
+  type ApiState,
+  type NodeState,
+  probeApiServer,
+  probeServices,
+  type ServiceState,
+} from './probes.mts'
+import { StepError } from './step-error.mts'
+import { inspectTls } from './tls-report.mts'
+import { machineState } from './vm.mts'
+
+/** What was learned of something, or why nothing was. */
+export type Learned<T> = ({ known: true } & T) | { known: false; reason: string }
+
+/** What the system inside a machine says of itself. */
+export interface SystemFacts extends SystemState {
+  /** "NixOS 26.05 (Yarara)". */
+  name: string
+  kernel: string
+  /** Seconds since it started. */
+  uptime: number
+}
+
+export interface MachineReport {
+  name: string
+  role: Role
+  process: { state: 'running' | 'installing'; pid: number } | { state: 'stopped' }
+  system: Learned<SystemFacts>
+  services: Learned<{ list: ServiceState[] }>
+  certificates: Learned<{ list: InstalledCertificate[] }>
+}
+
+export interface PodReport {
+  namespace: string
+  name: string
+  node: string
+  phase: string
+  ready: boolean
+  restarts: number
+  reason: string
+}
+
+export interface ClusterReport {
+  machines: MachineReport[]
+  api: Omit<ApiState, 'nodes'> & { version: string }
+  nodes: Learned<{ list: (NodeState & { name: string })[] }>
+  pods: Learned<{ list: PodReport[] }>
+  /** The certificates in tls/ on this computer. */
+  local: { name: string; daysLeft: number | null; problems: string[] }[]
+  lanSwitch: Learned<{ status: SwitchStatus }>
+}
+
+/** Asks for all of it. @param timeout seconds that anything may take; what takes longer is unknown */
+export async function reportOn(cluster: Cluster, timeout: number): Promise<ClusterReport> {
+  const [machines, { nodes, ...api }, version, pods, tls, lanSwitch] = await Promise.all([
+    Promise.all(cluster.nodes.map((node) => reportOnMachine(cluster, node, timeout))),
+    probeApiServer(cluster, { timeout }),
+    ask<{ gitVersion: string }>(cluster, '/version', timeout),
+    ask<PodList>(cluster, '/api/v1/pods', timeout),
+    inspectTls(cluster),
+    lanSwitchStatus(cluster, Math.min(timeout, 1)),
+  ])
+  return {
+    machines,
+    api: { ...api, version: version.known ? version.gitVersion : '' },
+    nodes: nodes
+      ? { known: true, list: [...nodes].map(([name, state]) => ({ name, ...state })) }
+      : { known: false, reason: api.reason },
+    pods: pods.known ? { known: true, list: pods.items.map(podReport) } : pods,
+    local: tls.certificates.map(({ name, daysLeft, problems }) => ({ name, daysLeft, problems })),
+    lanSwitch: lanSwitch
+      ? { known: true, status: lanSwitch }
+      : { known: false, reason: 'the lan switch does not answer' },
+  }
+}
+
+async function reportOnMachine(
+  cluster: Cluster,
+  node: Node,
+  timeout: number,
+): Promise<MachineReport> {
+  const found = await machineState(cluster, node)
+  const { name, role } = node
+  if (found.state === 'stopped' || found.mode === 'install') {
+    const stopped = found.state === 'stopped'
+    const unknown = {
+      known: false as const,
+      reason: stopped ? 'it is switched off' : 'it is being installed',
+    }
+    const process = stopped
+      ? { state: 'stopped' as const }
+      : { state: 'installing' as const, pid: found.pid }
+    return { name, role, process, system: unknown, services: unknown, certificates: unknown }
+  }
+  const machine = new Machine(cluster, node)
+  const process = { state: 'running' as const, pid: found.pid }
+  // The first opens the connection that the others share; if it gets no answer, nor would they.
+  const system = await learn(() => systemFacts(machine, timeout))
+  if (!system.known) return { name, role, process, system, services: system, certificates: system }
+  const [services, certificates] = await Promise.all([
+    learn(async () => ({ list: await probeServices(machine, timeout) })),
+    learn(async () => ({ list: await installedCertificates(machine, timeout) })),
+  ])
+  return { name, role, process, system, services, certificates }
+}
+
+async function systemFacts(machine: Machine, timeout: number): Promise<SystemFacts> {
+  const text = await machine.succeed(
+    '. /etc/os-release; echo "$PRETTY_NAME"; uname -r; cut -d. -f1 /proc/uptime',
+    { timeout },
+  )
+  const [name = '', kernel = '', uptime = ''] = text.split('\n')
+  return { ...(await machine.systemState(timeout)), name, kernel, uptime: Number(uptime) }
+}
+
+interface PodList {
+  items: {
+    metadata: { namespace: string; name: string }
+    spec: { nodeName?: string }
+    status: {
+      phase: string
+      reason?: string
+      conditions?: { type: string; status: string; message?: string }[]
+      containerStatuses?: {
+        restartCount: number
+        state?: { waiting?: { reason?: string } }
+      }[]
+    }
+  }[]
+}
+
+function podReport({ metadata, spec, status }: PodList['items'][number]): PodReport {
+  const { phase, conditions = [], containerStatuses = [] } = status
+  const condition = (type: string) => conditions.find((candidate) => candidate.type === type)
+  const waiting = containerStatuses.find(({ state }) => state?.waiting)?.state?.waiting?.reason
+  const ready = phase === 'Succeeded' || condition('Ready')?.status === 'True'
+  return {
+    namespace: metadata.namespace,
+    name: metadata.name,
+    node: spec.nodeName ?? '',
+    phase,
+    ready,
+    restarts: containerStatuses.reduce((sum, { restartCount }) => sum + restartCount, 0),
+    reason: ready
+      ? ''
+      : (waiting ?? status.reason ?? condition('PodScheduled')?.message ?? 'not ready'),
+  }
+}
+
+async function ask<T extends object>(
+  cluster: Cluster,
+  path: string,
+  timeout: number,
+): Promise<Learned<T>> {
+  return learn(async () => {
+    const { status, body } = await askApiServer(cluster, path, { timeout })
+    if (status !== 200) throw new StepError(`the API server answers HTTP ${status}`)
+    return JSON.parse(body) as T
+  })
+}
+
+async function learn<T extends object>(work: () => Promise<T>): Promise<Learned<T>> {
+  try {
+    return { known: true, ...(await work()) }
+  } catch (error) {
+    if (!(error instanceof StepError)) throw error
+    return { known: false, reason: error.message }
+  }
+}
