@@ -1,6 +1,7 @@
 // A throwaway copy of the project for one test: the real scripts in a folder of their own, with
 // ports of their own, so that nothing of a learner's cluster (or of another test) is touched.
 import { execFile } from 'node:child_process'
+import { createSocket } from 'node:dgram'
 import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -55,8 +56,7 @@ export async function makeCheckout(
     SSH_PORT_sigma: sigma ?? 0,
     SSH_PORT_gamma: gamma ?? 0,
     API_PORT: api ?? 0,
-    // Below the range that the system hands out, and far enough from another test's switch.
-    LAN_SWITCH_PORT: 12000 + Math.floor(Math.random() * 60) * 300,
+    LAN_SWITCH_PORT: await freeLanPort(),
     ...options.settings,
   })
   return checkout
@@ -113,6 +113,21 @@ export async function freePorts(count: number): Promise<number[]> {
       return typeof address === 'object' && address ? address.port : 0
     }),
   )
+}
+
+/** A UDP port for a switch, with room above it for machines that no other test's switch uses. */
+async function freeLanPort(): Promise<number> {
+  for (;;) {
+    // Below the range that the system hands out; each machine's port is 1 to 254 above.
+    const port = 12000 + Math.floor(Math.random() * 70) * 256
+    const socket = createSocket('udp4')
+    const free = await new Promise<boolean>((resolve) => {
+      socket.once('error', () => resolve(false))
+      socket.bind({ port, address: '127.0.0.1', exclusive: true }, () => resolve(true))
+    })
+    socket.close()
+    if (free) return port
+  }
 }
 
 async function setValues(file: string, values: Record<string, string | number>): Promise<void> {
