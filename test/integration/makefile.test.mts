@@ -107,6 +107,8 @@ describe('cluster.env', () => {
     await writeFile(file, `${await readFile(file, 'utf8')}${tricky.join('\n')}\n`)
     const { assignments } = parseEnvFile(await readFile(file, 'utf8'))
     names = [...new Set(assignments.map(({ name }) => name))]
+    // What runs the tests may have set some, QEMU_ACCEL for one.
+    for (const name of names) delete process.env[name]
   })
   after(() => checkout.remove())
 
