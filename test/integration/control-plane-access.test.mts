@@ -6,9 +6,8 @@ import { text } from 'node:stream/consumers'
 import { after, before, describe, it } from 'node:test'
 import type { TLSSocket } from 'node:tls'
 import type { Cluster } from '../../lib/cluster.mts'
-import { kubeletApiAccess } from '../../lib/kubelet-api-access.mts'
 import { becomes } from '../../lib/processes.mts'
-import type { Checkout, Outcome } from '../checkout.mts'
+import { type Checkout, type Outcome, run } from '../checkout.mts'
 import type { ControlPlane } from '../kubernetes/control-plane.mts'
 import { findTools, prepareControlPlane } from '../kubernetes/prepared.mts'
 
@@ -333,7 +332,8 @@ describe('access to the API server', { skip }, () => {
     })
 
     it('may reach them with it, and nothing else', async () => {
-      await ok(as('admin', ['apply', '-f=-'], kubeletApiAccess))
+      const manifest = await ok(run(checkout, 'bin/install-cilium.mts', ['--print']))
+      await ok(controlPlane.kubectl('admin', ['apply', '-f=-'], manifest))
       assert.ok(await becomes(async () => (await allowed()).length > 0, 10))
       assert.deepEqual(await allowed(), may)
     })

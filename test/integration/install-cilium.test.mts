@@ -12,7 +12,9 @@ import { HollowCluster } from '../kubernetes/hollow-cluster.mts'
 import { findTools } from '../kubernetes/prepared.mts'
 
 const tools = await findTools()
-const skip = typeof tools === 'string' ? tools : false
+const skip = typeof tools === 'string' && tools
+// A skipped suite is counted nowhere; a skipped test is.
+it('what this needs is there', { skip }, () => {})
 
 interface Node {
   metadata: { labels: Record<string, string> }
