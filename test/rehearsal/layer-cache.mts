@@ -8,8 +8,8 @@ import { join } from 'node:path'
 import { withLock } from '../../lib/lock.mts'
 import { step } from '../../lib/steps.mts'
 
-/** Entries that no build has used for so long are deleted. */
-const forgetAfterDays = 14
+/** Of each name, so many entries stay; others are deleted when no build has used them for a day. */
+const kept = 2
 
 /** The folder of all entries. */
 export function cacheFolder(env: NodeJS.ProcessEnv = process.env): string {
@@ -55,20 +55,36 @@ export async function cached(
 
 /** Takes away entries of former inputs, and what a killed build has left. */
 export async function forgetOld(now = Date.now()): Promise<void> {
-  for (const name of await readdir(cacheFolder()).catch(() => [])) {
-    const path = join(cacheFolder(), name)
-    const days = (now - (await stat(path)).mtimeMs) / 86_400_000
-    if (days > (name.startsWith('.partial-') ? 1 : forgetAfterDays)) {
-      await rm(path, { recursive: true, force: true })
-    }
+  const seen = new Map<string, number>()
+  const names = await readdir(cacheFolder()).catch(() => [])
+  const used = await Promise.all(names.map(async (name) => (await stat(path(name))).mtimeMs))
+  const newestFirst = names
+    .map((name, index) => ({ name, used: used[index] ?? 0 }))
+    .sort((one, other) => other.used - one.used)
+  for (const { name, used } of newestFirst) {
+    const kind = name.slice(0, name.lastIndexOf('-'))
+    const newer = seen.get(kind) ?? 0
+    seen.set(kind, newer + 1)
+    const spared = newer < kept && !kind.startsWith('.partial')
+    if (!spared && now - used > 86_400_000) await rm(path(name), { recursive: true, force: true })
+  }
+
+  function path(name: string): string {
+    return join(cacheFolder(), name)
   }
 }
 
-/** Every file below a folder (or a file itself) as one input: names, modes and contents. */
-export async function contentOf(path: string): Promise<string> {
+/**
+ * Every file below a folder (or a file itself) as one input: names, modes and contents.
+ *
+ * @param ending of the names that count, in the folder
+ */
+export async function contentOf(path: string, ending = ''): Promise<string> {
   const info = await stat(path)
   if (info.isFile()) return `${info.mode & 0o111} ${hash(await readFile(path))}`
-  const names = (await readdir(path)).filter((name) => name !== '__pycache__').sort()
+  const names = (await readdir(path))
+    .filter((name) => name.endsWith(ending) && name !== '__pycache__')
+    .sort()
   const parts = await Promise.all(
     names.map(async (name) => `${name}: ${await contentOf(join(path, name))}`),
   )

@@ -1,15 +1,11 @@
-// The layer of the stand-in's own: what makes the Debian programs look like NixOS, the programs
-// that install and switch, and the evaluator. And the ramdisk that mounts all layers.
+// The layer of the stand-in's own, with the system of the installer's CD, and the ramdisk that
+// mounts all layers.
 import { chmod, cp, mkdir, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises'
-import { basename, dirname, join } from 'node:path'
+import { basename, join } from 'node:path'
 import { $ } from 'zx'
 import type { DebianLayer } from './debian-layer.mts'
 import { cached, contentOf, hash } from './layer-cache.mts'
-
-const machine = join(import.meta.dirname, 'machine')
-const evaluator = join(import.meta.dirname, '..', 'nixos')
-/** Where the running system has the layers. */
-const mounted = { debian: '/nix/.layers/debian', own: '/nix/.layers/stand-in' }
+import { evaluator, machine, mounted, ownTree } from './own-tree.mts'
 
 export interface OwnLayer {
   /** squashfs. */
@@ -30,30 +26,18 @@ export async function ownLayer(debian: DebianLayer, release: string): Promise<Ow
     'own 1',
     release,
     await contentOf(machine),
-    await contentOf(evaluator),
+    await contentOf(evaluator, '.nix'),
     debian.programs.join(' '),
     await contentOf(debian.modules),
     await contentOf(import.meta.filename),
+    await contentOf(join(import.meta.dirname, 'own-tree.mts')),
   ]
   const label = `nixos-minimal-${release}-${process.arch === 'arm64' ? 'aarch64' : 'x86_64'}`
   const live = storePath(`nixos-system-nixos-minimal-${release}`, inputs.join())
   const folder = await cached('own', inputs, async (into) => {
     const tree = join(into, 'tree')
-    for (const part of ['accounts', 'bin', 'etc', 'nixos', 'stage-2.sh', 'tools', 'units']) {
-      await cp(join(machine, part), join(tree, part), { recursive: true })
-    }
-    await writeFile(join(tree, 'release'), `${release}\n`)
-    await chmod(join(tree, 'stage-2.sh'), 0o755)
-    // Not a link but a copy on a machine, as whatever is not everybody's to read.
-    await chmod(join(tree, 'etc', 'sudoers'), 0o440)
-    await cp(evaluator, join(tree, 'evaluator'), { recursive: true })
-    await writeFile(join(tree, 'etc', 'os-release'), osRelease(release))
-    // The name by which Debian's bash knows it.
-    await symlink('bashrc', join(tree, 'etc', 'bash.bashrc'))
-    await linkUnits(join(tree, 'etc', 'systemd', 'system'), always)
-    await sessionUsr(join(tree, 'session', 'usr'))
+    await ownTree(tree, release)
     await liveSystem(join(tree, 'live'), debian, release, live)
-    await executable(join(tree, 'bin'))
     const options = ['-quiet', '-no-progress', '-all-root', '-comp', 'lz4']
     await $({ quiet: true })`mksquashfs ${tree} ${join(into, 'stand-in.squashfs')} ${options}`
     await rm(tree, { recursive: true })
@@ -70,48 +54,6 @@ export async function ownLayer(debian: DebianLayer, release: string): Promise<Ow
 /** A path that looks like one of Nix' store; the same name and content give the same one. */
 export function storePath(name: string, content: string): string {
   return `/nix/store/${hash(`${name}\n${content}`).slice(0, 32)}-stand-in-${name}`
-}
-
-function osRelease(release: string): string {
-  return [
-    'NAME=NixOS',
-    'ID=nixos',
-    `VERSION="${release} (Stand-in)"`,
-    'VERSION_CODENAME=stand-in',
-    `VERSION_ID="${release}"`,
-    `BUILD_ID="${release}.stand-in"`,
-    `PRETTY_NAME="NixOS ${release} (Stand-in)"`,
-    '',
-  ].join('\n')
-}
-
-/** Units that run on the installer's CD and on installed machines, and what pulls them in. */
-const always: Record<string, string[]> = {
-  'multi-user.target': ['getty.target', 'systemd-networkd.service', 'systemd-resolved.service'],
-  'getty.target': ['getty@tty1.service'],
-  'sysinit.target': ['systemd-timesyncd.service'],
-  'sockets.target': ['dbus.socket', 'systemd-networkd.socket'],
-}
-
-async function linkUnits(folder: string, wants: Record<string, string[]>): Promise<void> {
-  await symlink('/usr/lib/systemd/system/multi-user.target', join(folder, 'default.target'))
-  await symlink('/usr/lib/systemd/system/reboot.target', join(folder, 'ctrl-alt-del.target'))
-  for (const [target, units] of Object.entries(wants)) {
-    await mkdir(join(folder, `${target}.wants`))
-    for (const unit of units) await symlink(`../${unit}`, join(folder, `${target}.wants`, unit))
-  }
-}
-
-/** What a session has as /usr: the one program that NixOS has there, and what libraries need. */
-async function sessionUsr(usr: string): Promise<void> {
-  // PAM calls the second by this path; on NixOS by another.
-  for (const program of ['bin/env', 'sbin/unix_chkpwd']) {
-    await mkdir(join(usr, dirname(program)), { recursive: true })
-    await symlink(`${mounted.debian}/usr/${program}`, join(usr, program))
-  }
-  for (const folder of ['lib', 'lib64', 'libexec', 'share']) {
-    await symlink(`${mounted.debian}/usr/${folder}`, join(usr, folder))
-  }
 }
 
 /** The system on the installer's CD: its /etc, and in its store init and the programs on the PATH. */
@@ -147,10 +89,6 @@ async function liveSystem(
   for (const name of wanted) {
     await symlink(`${mounted.debian}/${paths.get(name)}`, join(programs, name))
   }
-}
-
-async function executable(folder: string): Promise<void> {
-  for (const name of await readdir(folder)) await chmod(join(folder, name), 0o755)
 }
 
 /** An uncompressed cpio archive: the kernel unpacks it fastest, and it is small. */

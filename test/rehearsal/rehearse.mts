@@ -8,7 +8,7 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { stat } from 'node:fs/promises'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { type Cluster, chooseNodes, loadCluster, type Node } from '../../lib/cluster.mts'
 import { interruption } from '../../lib/interrupt.mts'
 import { withLock } from '../../lib/lock.mts'
@@ -39,7 +39,8 @@ async function rehearse(): Promise<void> {
   await ensureHostPackages(Boolean(YES))
   if (existsSync(join(rehearsalFolder, 'run'))) await script('shutdown')
 
-  const iso = await timed('the stand-in for the ISO', () => buildIso({ kubeBinDir: KUBE_BIN_DIR }))
+  const programs = KUBE_BIN_DIR ? [resolve(KUBE_BIN_DIR)] : []
+  const iso = await timed('the stand-in for the ISO', () => buildIso(programs))
   await makeRehearsalFolder(real, iso)
   const cluster = loadCluster({ root: rehearsalFolder })
   const nodes = chosen.map(({ name }) => cluster.node(name))
