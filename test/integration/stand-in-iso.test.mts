@@ -1,0 +1,185 @@
+// The image that the rehearsal installs from, in miniature: the real recipe with a Debian layer of
+// empty programs. That the layers boot is shown by the rehearsal itself.
+import assert from 'node:assert/strict'
+import { mkdir, mkdtemp, readdir, readFile, rm, utimes, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { after, before, describe, it } from 'node:test'
+import { $ } from 'zx'
+import { extractKernel } from '../../lib/iso-boot.mts'
+import type { DebianLayer } from '../rehearsal/debian-layer.mts'
+import { isoImage } from '../rehearsal/iso.mts'
+import { kubernetesLayer } from '../rehearsal/kubernetes-layer.mts'
+import { cached, cacheFolder, forgetOld } from '../rehearsal/layer-cache.mts'
+import { ownLayer } from '../rehearsal/own-layer.mts'
+import { machine } from '../rehearsal/own-tree.mts'
+import { missing } from '../tools.mts'
+
+const tools = ['mksquashfs', 'unsquashfs', 'xorriso', 'grub-mkimage', 'mcopy', 'bsdtar']
+const skip = missing(...tools)
+const run = $({ quiet: true })
+
+let folder: string
+const formerCache = process.env.XDG_CACHE_HOME
+before(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'stand-in-iso-'))
+  process.env.XDG_CACHE_HOME = join(folder, 'cache')
+})
+after(async () => {
+  if (formerCache === undefined) delete process.env.XDG_CACHE_HOME
+  else process.env.XDG_CACHE_HOME = formerCache
+  await rm(folder, { recursive: true })
+})
+
+describe("the stand-in's ISO", { skip }, () => {
+  let iso: string
+  let files: string[]
+  let menu: string
+  let own: string[]
+
+  before(async () => {
+    const debian = await smallDebian(join(folder, 'debian'))
+    const layer = await ownLayer(debian, '26.05')
+    own = (await run`unsquashfs -ll -d / ${layer.image}`).stdout.split('\n')
+    const programs = join(folder, 'programs')
+    await mkdir(programs)
+    await writeFile(join(programs, 'kubelet'), '#!/bin/sh\n', { mode: 0o755 })
+    const kubernetes = await kubernetesLayer([programs])
+    iso = await isoImage(debian, layer, [kubernetes], '26.05')
+    files = (await run`bsdtar -tf ${iso}`).stdout.split('\n')
+    menu = (await run`bsdtar -xOf ${iso} EFI/BOOT/grub.cfg`).stdout
+  })
+
+  it('starts as the real one does: UEFI, GRUB, and a menu of which we know the form', async () => {
+    const efi = process.arch === 'arm64' ? 'BOOTAA64.EFI' : 'BOOTX64.EFI'
+    assert.ok(files.some((path) => path.endsWith(`EFI/BOOT/${efi}`)))
+    const report = (await run`xorriso -indev ${iso} -report_el_torito plain`).stdout
+    assert.match(report, /El Torito boot img :\s+\d+\s+UEFI/)
+    assert.match(
+      menu,
+      /^ {2}linux \/boot\/\/nix\/store\/\S+-linux-\S+\/bzImage \$\{isoboot\} init=\/nix\/store\/\S+\/init /m,
+    )
+  })
+
+  it('has no serial console in the entry that starts by itself, and one in another', () => {
+    const [first = '', ...others] = menu.match(/^\s*linux .*$/gm) ?? []
+    assert.doesNotMatch(first, /console=/)
+    assert.ok(others.some((line) => line.endsWith(' console=ttyS0,115200n8')))
+  })
+
+  it('gives kernel and ramdisk to the installer', async () => {
+    const into = join(folder, 'kernel')
+    await mkdir(into)
+    const { kernel, initrd, append } = await extractKernel(iso, into)
+    assert.equal(await readFile(kernel, 'utf8'), 'vmlinuz')
+    const label = (await run`bsdtar -tf ${initrd}`).stdout
+    assert.match(label, /^\.\/init$/m)
+    assert.match(append, /root=LABEL=nixos-minimal-26\.05-/)
+    assert.doesNotMatch(append, /isoboot/)
+  })
+
+  it('carries the layers, and not as parts of each other', () => {
+    for (const layer of ['debian', 'stand-in', 'kubernetes']) {
+      assert.ok(
+        files.some((path) => path.endsWith(`layers/${layer}.squashfs`)),
+        layer,
+      )
+    }
+  })
+
+  it('lets a session see of /usr what NixOS has', () => {
+    const usr = own.filter((line) => line.includes('/session/usr/'))
+    const names = usr.map((line) => line.match(/\/session\/usr\/(\S+)/)?.[1])
+    assert.deepEqual(names.sort(), [
+      ...['bin', 'bin/env', 'lib', 'lib64', 'libexec', 'sbin', 'sbin/unix_chkpwd', 'share'],
+    ])
+  })
+
+  it('has on its PATH no program that the real one lacks', () => {
+    const path = own.flatMap((line) => line.match(/\/live\/store\/\S+\/sw\/bin\/(\S+)/)?.[1] ?? [])
+    assert.ok(path.includes('parted') && path.includes('nixos-install'))
+    const foreign = ['apt', 'apt-get', 'dpkg', 'python3', 'perl', 'jq', 'etcd', 'containerd']
+    for (const name of foreign) assert.ok(!path.includes(name), name)
+  })
+
+  it('tells which program of its lists no package has', async () => {
+    const debian = await smallDebian(join(folder, 'without'))
+    const programs = debian.programs.filter((path) => !path.endsWith('/parted'))
+    await assert.rejects(ownLayer({ ...debian, programs }, '26.05'), /no package has parted$/)
+  })
+})
+
+describe('the cache', () => {
+  const entries = async () => (await readdir(cacheFolder())).filter((name) => name.startsWith('x-'))
+
+  it('builds once for the same inputs, also for two that come at once', async () => {
+    let builds = 0
+    const build = async (into: string) => {
+      builds += 1
+      await writeFile(join(into, 'file'), 'whole')
+    }
+    const twice = await Promise.all([cached('x', ['a'], build), cached('x', ['a'], build)])
+    assert.equal(twice[0], twice[1])
+    assert.equal(await cached('x', ['a'], build), twice[0])
+    assert.equal(builds, 1)
+    assert.notEqual(await cached('x', ['b'], build), twice[0])
+  })
+
+  it('keeps nothing of a build that broke off', async () => {
+    const before = await entries()
+    const broken = cached('x', ['c'], async (into) => {
+      await writeFile(join(into, 'file'), 'half')
+      throw new Error('broke off')
+    })
+    await assert.rejects(broken, /broke off/)
+    assert.deepEqual(
+      await readdir(cacheFolder()).then((names) =>
+        names.filter((name) => name.includes('partial')),
+      ),
+      [],
+    )
+    assert.deepEqual(await entries(), before)
+  })
+
+  it('forgets what was not used for a day, but for the last two of a name', async () => {
+    const names: string[] = []
+    for (const [index, input] of ['old', 'older', 'oldest'].entries()) {
+      const entry = await cached('y', [input], () => Promise.resolve())
+      const time = new Date(Date.now() - (2 + index) * 86_400_000)
+      await utimes(entry, time, time)
+      names.push(entry)
+    }
+    await forgetOld()
+    const left = (await readdir(cacheFolder())).filter((name) => name.startsWith('y-'))
+    assert.deepEqual(
+      left.sort(),
+      names
+        .slice(0, 2)
+        .map((path) => path.split('/').at(-1))
+        .sort(),
+    )
+  })
+})
+
+/** A Debian layer of the right names and next to no content. */
+async function smallDebian(into: string): Promise<DebianLayer> {
+  const path = (name: string) => join(into, name)
+  await mkdir(path('modules'), { recursive: true })
+  await mkdir(path('root'))
+  for (const name of ['vmlinuz', 'busybox', 'modules/01-loop.ko']) await writeFile(path(name), name)
+  await run`mksquashfs ${path('root')} ${path('debian.squashfs')} -quiet -no-progress`
+  const lists = await Promise.all(
+    ['required.list', 'installer.list'].map((name) =>
+      readFile(join(machine, 'tools', name), 'utf8'),
+    ),
+  )
+  const names = lists.join('\n').replaceAll(/#.*/g, '').split(/\s+/).filter(Boolean)
+  return {
+    image: path('debian.squashfs'),
+    kernel: path('vmlinuz'),
+    kernelVersion: '6.12.0',
+    modules: path('modules'),
+    busybox: path('busybox'),
+    programs: names.map((name) => `usr/bin/${name}`),
+  }
+}
