@@ -2,10 +2,11 @@
 // The live cluster put to the test, from the machines' services up to a pod that asks another.
 import { CheckList } from '../lib/check-list.mts'
 import { loadCluster } from '../lib/cluster.mts'
-import { type InstalledCertificate, installedCertificates } from '../lib/installed-certificates.mts'
+import { certificateProbe, type InstalledCertificate } from '../lib/installed-certificates.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { Kubectl } from '../lib/kubectl.mts'
 import { Machine } from '../lib/machine.mts'
+import { runProbes } from '../lib/probe.mts'
 import { probeApiServer, probeServices } from '../lib/probes.mts'
 import { withScratchNamespace } from '../lib/scratch-namespace.mts'
 import { script } from '../lib/script.mts'
@@ -46,9 +47,10 @@ for (const machine of machines) {
     if (sick.length > 0) throw new StepError(sick.map(({ reason }) => reason).join('\n'))
     return undefined
   })
-  await list.check(`the certificates on ${name} are valid for long enough`, { skip }, async () =>
-    assertLongEnough(await installedCertificates(machine)),
-  )
+  await list.check(`the certificates on ${name} are valid for long enough`, { skip }, async () => {
+    const { found } = await runProbes(machine, { found: certificateProbe }, 60)
+    return assertLongEnough(found)
+  })
 }
 await list.check('the certificates in tls/ are right', {}, async () => {
   const { certificates } = await inspectTls(cluster)

@@ -2,17 +2,19 @@
 // answer holds up nothing else.
 import { askApiServer } from './api-server.mts'
 import type { Cluster, Node, Role } from './cluster.mts'
-import { type InstalledCertificate, installedCertificates } from './installed-certificates.mts'
+import { certificateProbe, type InstalledCertificate } from './installed-certificates.mts'
 import { lanSwitchStatus, type SwitchStatus } from './lan-switch.mts'
-import { Machine, type SystemState } from './machine.mts'
+import { Machine } from './machine.mts'
+import { type Probe, runProbes } from './probe.mts'
 import {
   type ApiState,
   type NodeState,
   probeApiServer,
-  probeServices,
   type ServiceState,
+  serviceProbe,
 } from './probes.mts'
 import { StepError } from './step-error.mts'
+import { type SystemState, systemStateProbe } from './system-state.mts'
 import { inspectTls } from './tls-report.mts'
 import { machineState } from './vm.mts'
 
@@ -99,25 +101,36 @@ async function reportOnMachine(
       : { state: 'installing' as const, pid: found.pid }
     return { name, role, process, system: unknown, services: unknown, certificates: unknown }
   }
-  const machine = new Machine(cluster, node)
   const process = { state: 'running' as const, pid: found.pid }
-  // The first opens the connection that the others share; if it gets no answer, nor would they.
-  const system = await learn(() => systemFacts(machine, timeout))
-  if (!system.known) return { name, role, process, system, services: system, certificates: system }
-  const [services, certificates] = await Promise.all([
-    learn(async () => ({ list: await probeServices(machine, timeout) })),
-    learn(async () => ({ list: await installedCertificates(machine, timeout) })),
-  ])
-  return { name, role, process, system, services, certificates }
+  const probes = {
+    system: systemProbe,
+    services: serviceProbe(cluster, node),
+    certificates: certificateProbe,
+  }
+  const answer = await learn(() => runProbes(new Machine(cluster, node), probes, timeout))
+  if (!answer.known) {
+    return { name, role, process, system: answer, services: answer, certificates: answer }
+  }
+  const { system, services, certificates } = answer
+  return {
+    ...{ name, role, process, system: { known: true, ...system } },
+    services: { known: true, list: services },
+    certificates: { known: true, list: certificates },
+  }
 }
 
-async function systemFacts(machine: Machine, timeout: number): Promise<SystemFacts> {
-  const text = await machine.succeed(
-    '. /etc/os-release; echo "$PRETTY_NAME"; uname -r; cut -d. -f1 /proc/uptime',
-    { timeout },
-  )
-  const [name = '', kernel = '', uptime = ''] = text.split('\n')
-  return { ...(await machine.systemState(timeout)), name, kernel, uptime: Number(uptime) }
+const systemProbe: Probe<SystemFacts> = {
+  command: `
+    . /etc/os-release
+    echo "$PRETTY_NAME"
+    echo "$(</proc/sys/kernel/osrelease)"
+    read -r uptime _ </proc/uptime
+    echo "$uptime"
+    ${systemStateProbe.command}`,
+  read(output) {
+    const [name = '', kernel = '', uptime = '', ...state] = output.split('\n')
+    return { ...systemStateProbe.read(state.join('\n')), name, kernel, uptime: Number(uptime) }
+  },
 }
 
 interface PodList {

@@ -7,14 +7,8 @@ import { findBootFailure, lastConsoleLines } from './console-log.mts'
 import { filesOf } from './machine-files.mts'
 import { type Answer, NoAnswer, quoteForShell, runOverSsh } from './ssh.mts'
 import { StepError } from './step-error.mts'
+import { type SystemState, systemStateProbe } from './system-state.mts'
 import { isRunning } from './vm.mts'
-
-/** What systemd says of the whole machine. */
-export interface SystemState {
-  /** running, degraded (some unit failed), starting, … as `systemctl is-system-running` has it. */
-  state: string
-  failedUnits: string[]
-}
 
 interface Limits {
   /** Seconds. */
@@ -81,13 +75,8 @@ export class Machine {
   }
 
   /** What systemd says of the machine now. */
-  async systemState(timeout = 60): Promise<SystemState> {
-    const lines = await this.succeed(
-      'systemctl is-system-running || true; systemctl list-units --state=failed --plain --no-legend',
-      { timeout },
-    )
-    const [state = '', ...units] = lines.trim().split('\n')
-    return { state, failedUnits: units.map((line) => line.trim().split(/\s+/)[0] ?? '') }
+  async systemState(): Promise<SystemState> {
+    return systemStateProbe.read(await this.succeed(systemStateProbe.command))
   }
 
   /** Waits until the machine lets us in. */

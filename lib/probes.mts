@@ -3,6 +3,7 @@
 import { askApiServer } from './api-server.mts'
 import type { Cluster, Node } from './cluster.mts'
 import type { Machine } from './machine.mts'
+import { type Probe, runProbes } from './probe.mts'
 import { StepError } from './step-error.mts'
 
 /** A service that is part of the cluster. */
@@ -59,32 +60,37 @@ export interface ApiState {
   nodes?: Map<string, NodeState>
 }
 
-/**
- * The states of all the cluster's services on a machine.
- *
- * @throws NoAnswer if the machine cannot be reached
- */
-export async function probeServices(machine: Machine, timeout = 20): Promise<ServiceState[]> {
-  const wanted = servicesOf(machine.cluster, machine.node)
+/** The states of all the cluster's services on a machine, with one systemctl and one curl. */
+export function serviceProbe(cluster: Cluster, node: Node): Probe<ServiceState[]> {
+  const wanted = servicesOf(cluster, node)
   const units = wanted.map(({ unit }) => `${unit}.service`).join(' ')
-  const properties = 'LoadState,ActiveState,SubState,Result,NRestarts'
-  const checks = wanted.flatMap(({ unit, health }) =>
+  const urls = wanted.flatMap(({ health }) => health ?? []).join(' ')
+  return {
+    // Early in its boot a machine lets us in, but systemd does not answer yet.
     // -k: these certificates are made by the programs for themselves, and loopback is the machine.
-    health
-      ? `echo '== ${unit}'; curl -sSk -m 3 -w '\\n%{http_code}\\n' ${health} 2>&1 || true`
-      : [],
-  )
-  // Early in its boot a machine lets us in, but systemd does not answer yet.
-  const show = `systemctl show --property=${properties} ${units} || true`
-  const text = await machine.succeed([show, ...checks].join('\n'), { timeout })
-  const [shown = '', ...sections] = text.split(/^== (?=\S+$)/m)
-  const blocks = shown.trim().split(/\n\n+/)
-  return wanted.map(({ unit, health }, index) => {
-    const properties = propertiesOf(blocks[index] ?? '')
-    const answer = sections.find((section) => section.startsWith(`${unit}\n`)) ?? ''
-    const reason = unitReason(unit, properties) || (health ? healthReason(unit, answer) : '')
-    return { unit, healthy: reason === '', reason, restarts: Number(properties.NRestarts ?? 0) }
-  })
+    command: `
+      systemctl show --property=LoadState,ActiveState,SubState,Result,NRestarts ${units} || true
+      echo '== health'
+      curl -sk -m 3 -w '\\n== %{http_code} %{url} %{errormsg}\\n' ${urls} || true`,
+    read(output) {
+      const [shown = '', health = ''] = output.split('== health\n')
+      const blocks = shown.trim().split(/\n\n+/)
+      const answers = healthAnswers(health)
+      return wanted.map(({ unit, health: url }, index) => {
+        const properties = propertiesOf(blocks[index] ?? '')
+        const trouble = url ? (answers.get(url) ?? 'no answer') : ''
+        const reason =
+          unitReason(unit, properties) || (trouble && `${unit} is not healthy: ${trouble}`)
+        return { unit, healthy: reason === '', reason, restarts: Number(properties.NRestarts ?? 0) }
+      })
+    },
+  }
+}
+
+/** The states of all the cluster's services on a machine. @throws NoAnswer */
+export async function probeServices(machine: Machine, timeout = 20): Promise<ServiceState[]> {
+  const services = serviceProbe(machine.cluster, machine.node)
+  return (await runProbes(machine, { services }, timeout)).services
 }
 
 /** Whether the API server is ready, and the nodes it knows. Never throws: no answer is a state. */
@@ -149,13 +155,16 @@ function unitReason(unit: string, properties: Record<string, string>): string {
   return `${unit} is ${ActiveState} (${SubState}${Result === 'success' ? '' : `, ${Result}`})`
 }
 
-/** Why a health endpoint is not content, from what curl printed; empty if it is. */
-function healthReason(unit: string, answer: string): string {
-  const status = answer.match(/^\d{3}$/m)?.[0]
-  if (status === '200') return ''
-  const [, ...body] = answer.replace(/^\d{3}$/m, '').split('\n')
-  const said = body.join(' ').replace('curl: ', '').trim().slice(0, 200)
-  return `${unit} is not healthy: ${status === '000' ? said : `HTTP ${status} ${said}`}`
+/** Why health endpoints are not content, by address, from what curl printed; empty if one is. */
+function healthAnswers(printed: string): Map<string, string> {
+  const answers = printed.matchAll(/([\s\S]*?)\n== (\d{3}) (\S+) ?(.*)\n/g)
+  return new Map(
+    [...answers].map(([, body = '', status = '', url = '', error = '']) => {
+      if (status === '200') return [url, '']
+      const said = status === '000' ? error : `HTTP ${status} ${body.replaceAll('\n', ' ').trim()}`
+      return [url, said.slice(0, 200)]
+    }),
+  )
 }
 
 function propertiesOf(block: string): Record<string, string> {

@@ -29,9 +29,18 @@ for unit; do
 done
 `
 const curl = `#!/bin/bash
-for url; do :; done
-case $url in *:2381/*) name=etcd;; *:10257/*) name=kube-controller-manager;; *:10259/*) name=kube-scheduler;; *) name=kubelet;; esac
-if [ -e "$HERE/ill-$name" ]; then printf '[-]leaderElection failed\\n503\\n'; else printf 'ok\\n200\\n'; fi
+for url; do
+  case $url in
+    *:2381/*) name=etcd;;
+    *:10257/*) name=kube-controller-manager;;
+    *:10259/*) name=kube-scheduler;;
+    *:10248/*) name=kubelet;;
+    *) continue;;
+  esac
+  if [ -e "$HERE/ill-$name" ]; then body='[-]leaderElection failed' status=503; else body=ok status=200; fi
+  if [ -e "$HERE/gone-$name" ]; then printf '\\n== 000 %s Connection refused\\n' "$url"; continue; fi
+  printf '%s\\n== %s %s \\n' "$body" $status "$url"
+done
 `
 
 describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
@@ -142,28 +151,30 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
 
   it('gives up in the end, and says who was missing and why', async () => {
     await setState('alpha', 'ill-kube-scheduler')
+    await setState('alpha', 'gone-etcd')
     api.answers['/readyz'] = { status: 500, body: '[+]ping ok\n[-]etcd failed: reason withheld\n' }
-    const outcome = await run(checkout, script, ['--timeout', '3', '--json'])
+    const outcome = await run(checkout, script, ['--timeout', '6', '--json'])
     assert.equal(outcome.exitCode, 1)
-    assert.match(outcome.stderr, /not active after 3 s: API server, scheduler, sigma, gamma/)
+    assert.match(outcome.stderr, /not active after 6 s: API server, etcd, scheduler, sigma, gamma/)
     assert.equal(reasonOf(outcome, 'API server'), 'not ready: etcd')
     assert.equal(
       reasonOf(outcome, 'scheduler'),
       'kube-scheduler is not healthy: HTTP 503 [-]leaderElection failed',
     )
-    assert.equal(reasonOf(outcome, 'etcd'), '')
+    assert.equal(reasonOf(outcome, 'etcd'), 'etcd is not healthy: Connection refused')
+    assert.equal(reasonOf(outcome, 'controller-manager'), '')
   })
 
   it('names an API server that is down while the rest is up', async () => {
     await api.stop()
-    const outcome = await run(checkout, script, ['--timeout', '3', '--json'])
+    const outcome = await run(checkout, script, ['--timeout', '6', '--json'])
     assert.match(reasonOf(outcome, 'API server') ?? '', /nothing listens there/)
     assert.equal(reasonOf(outcome, 'etcd'), '')
     api = await startFakeApiServer(checkout)
   })
 
   it('waits with --ready until the workers are Ready', async () => {
-    const early = await run(checkout, script, ['--ready', '--timeout', '3', '--json'])
+    const early = await run(checkout, script, ['--ready', '--timeout', '6', '--json'])
     assert.equal(early.exitCode, 1)
     assert.equal(reasonOf(early, 'sigma'), 'not Ready: cni plugin not initialized')
     api.answers['/api/v1/nodes'] = {
@@ -175,9 +186,9 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   it('names a worker that never comes, with its last console lines', async () => {
     await machines.get('gamma')?.sshd.stop()
     await consoleSays('gamma', 'A start job is running for /dev/vda2 (1min / no limit)\r\n')
-    const { stderr, exitCode } = await run(checkout, script, ['--timeout', '3'])
+    const { stderr, exitCode } = await run(checkout, script, ['--timeout', '6'])
     assert.equal(exitCode, 1)
-    assert.match(stderr, /not active after 3 s: gamma/)
+    assert.match(stderr, /not active after 6 s: gamma/)
     assert.match(stderr, /gamma does not answer ssh: .*refused/)
     assert.match(stderr, /the console of gamma:\n.*A start job is running for \/dev\/vda2/)
     await stop('gamma')
@@ -209,7 +220,7 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     await api.stop()
     await other.set({ API_PORT: loadCluster({ root: checkout.root, env: {} }).settings.API_PORT })
     const stranger = await startFakeApiServer(other)
-    const outcome = await run(checkout, script, ['--timeout', '3', '--json'])
+    const outcome = await run(checkout, script, ['--timeout', '6', '--json'])
     assert.match(reasonOf(outcome, 'API server') ?? '', /not of this cluster's CA/)
     await stranger.stop()
     await other.remove()
