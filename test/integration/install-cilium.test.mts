@@ -28,7 +28,7 @@ describe('install-cilium', { skip }, () => {
     hollow = await HollowCluster.start(tools)
     process.env.PATH = `${tools.kubernetes}:${process.env.PATH}`
     await hollow.checkout.set({ KUBE_PROXY_MODE: 'iptables' })
-    hollow.programs.add('cilium', `exec ${join(projectRoot, 'test/rehearsal/bin/cilium')} "$@"`)
+    hollow.programs.add('cilium', `exec '${join(projectRoot, 'test/rehearsal/bin/cilium')}' "$@"`)
   })
   after(() => hollow?.stop())
 
