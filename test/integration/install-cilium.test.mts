@@ -68,9 +68,10 @@ describe('install-cilium', { skip }, () => {
   })
 
   it('gives up when agents do not become ready, and says why', async () => {
-    const { exitCode, stderr } = await install('--timeout', '1')
+    // (Time enough for the controllers of a busy host to see the daemon set at all.)
+    const { exitCode, stderr } = await install('--timeout', '10')
     assert.equal(exitCode, 1)
-    assert.match(stderr, /daemonset\/cilium is not ready after 1 s/)
+    assert.match(stderr, /daemonset\/cilium is not ready after 10 s/)
     assert.match(stderr, /nodes are available/)
   })
 
