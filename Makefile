@@ -6,7 +6,8 @@ FLAGS =
 .DEFAULT_GOAL := help
 # The steps build on each other, also under make -j.
 .NOTPARALLEL:
-.PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore clean clobber \
+.PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
+  etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
   rehearse help packages
 
@@ -47,11 +48,17 @@ smoke: packages ## Deploy nginx and verify pod networking
 test: packages ## Test the running cluster, from services to pod traffic
 	@./bin/test-cluster.mts $(FLAGS)
 
-snapshot: packages ## Save cluster state for instant restore
-	@./bin/snapshot.mts $(FLAGS)
+snapshot: packages ## Save cluster state for instant restore (NAME=before-lab-3)
+	@./bin/snapshot.mts $(FLAGS) $(if $(NAME),"$(NAME)")
 
-restore: packages ## Restore from snapshot (~30s vs ~15min rebuild)
-	@./bin/restore.mts $(FLAGS)
+restore: packages ## Restore from snapshot (~30s vs ~15min rebuild; NAME=before-lab-3)
+	@./bin/restore.mts $(FLAGS) $(if $(NAME),"$(NAME)")
+
+etcd-snapshot: packages ## Create etcd data backup (saved to backups/)
+	@./bin/etcd-backup.mts snapshot $(FLAGS)
+
+etcd-restore: packages ## Restore etcd from latest backup (or FILE=backups/etcd-….db)
+	@./bin/etcd-backup.mts restore $(FLAGS) $(if $(FILE),"$(FILE)")
 
 ssh-%: packages ## SSH into nodes
 	@./bin/ssh.mts $* $(FLAGS)

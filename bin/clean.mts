@@ -4,17 +4,17 @@
 import { readdir, rm, rmdir } from 'node:fs/promises'
 import { basename, dirname } from 'node:path'
 import { type Cluster, loadCluster } from '../lib/cluster.mts'
-import { hasDisk } from '../lib/disk.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { stopLanSwitch } from '../lib/lan-switch.mts'
+import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
 import { withLock } from '../lib/lock.mts'
-import { pidFrom } from '../lib/processes.mts'
+import { hasDisk } from '../lib/qemu/disk.mts'
+import { pidFrom } from '../lib/qemu/processes.mts'
+import { stopMachine } from '../lib/qemu/stop-machine.mts'
+import { machineState } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
-import { stopMachine } from '../lib/stop-machine.mts'
 import { formatTable } from '../lib/table.mts'
-import { machineState } from '../lib/vm.mts'
 
 const { flags } = script({
   does: 'Removes what the other steps made: the ISO, staged configurations, certificates, kubeconfigs.\nCertificates and keys that an installed machine needs stay, unless its disk goes too (--disks).\nShows what it removes, and does not ask.',

@@ -2,7 +2,7 @@
 // The whole cluster at a glance: machines, services, nodes, pods, certificates, lan switch, and
 // what is wrong with any of them.
 import { loadCluster } from '../lib/cluster.mts'
-import { type ClusterReport, type Learned, reportOn } from '../lib/cluster-report.mts'
+import { type ClusterReport, type Learned, reportOn } from '../lib/kubernetes/cluster-report.mts'
 import { script } from '../lib/script.mts'
 import { formatTable } from '../lib/table.mts'
 
@@ -94,6 +94,7 @@ function problemsOf({ machines, api, nodes, pods, local, lanSwitch }: ClusterRep
     ...(services.known ? services.list : [])
       .filter(({ healthy }) => !healthy)
       .map(({ reason }) => `${name}: ${reason}`),
+    ...(certificates.known && certificates.list.length === 0 ? [`${name}: no certificates`] : []),
     ...(certificates.known ? certificates.list : [])
       .filter(({ daysLeft }) => daysLeft < CERT_RENEW_DAYS)
       .map(({ file, daysLeft }) => `${name}: ${file} has ${daysLeft} days left`),

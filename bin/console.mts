@@ -2,13 +2,13 @@
 // The serial console of a machine, in this terminal: what one has when ssh does not answer.
 import { once } from 'node:events'
 import { loadCluster } from '../lib/cluster.mts'
-import { lastConsoleLines } from '../lib/console-log.mts'
 import { withLock } from '../lib/lock.mts'
-import { filesOf } from '../lib/machine-files.mts'
+import { lastConsoleLines } from '../lib/qemu/console-log.mts'
+import { filesOf } from '../lib/qemu/machine-files.mts'
+import { connectUnixSocket } from '../lib/qemu/unix-socket.mts'
+import { machineState } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
-import { connectUnixSocket } from '../lib/unix-socket.mts'
-import { machineState } from '../lib/vm.mts'
 
 const { args } = script({
   does: 'Attaches this terminal to the serial console of a running machine. Ctrl-] leaves it; the\nmachine runs on. What the console said before is in images/NODE-console.log.',

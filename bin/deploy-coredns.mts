@@ -2,11 +2,11 @@
 // Names for services: CoreDNS watches the API and answers at the address that the kubelets write
 // into every pod's /etc/resolv.conf.
 import { lookup } from 'node:dns/promises'
-import { addOnFlags, printOrDelete, readyWorkers } from '../lib/add-on.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { Kubectl } from '../lib/kubectl.mts'
-import { type ProbePod, withProbePods } from '../lib/probe-pods.mts'
+import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
+import { Kubectl } from '../lib/kubernetes/kubectl.mts'
+import { type ProbePod, withProbePods } from '../lib/kubernetes/probe-pods.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'

@@ -1,12 +1,12 @@
 #!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
-// Storage for claims: local-path-provisioner makes a folder on a worker's disk for each. What is
-// in it outlives the pod, but never leaves that worker.
-import { addOnFlags, printOrDelete, readyWorkers } from '../lib/add-on.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { type ApiObject, Kubectl } from '../lib/kubectl.mts'
-import { waitForPods } from '../lib/rollout.mts'
-import { scratchAccount, withScratchNamespace } from '../lib/scratch-namespace.mts'
+// Storage for claims: local-path-provisioner makes a folder on a worker's disk for each. What is
+// in it outlives the pod, but never leaves that worker.
+import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
+import { type ApiObject, Kubectl } from '../lib/kubernetes/kubectl.mts'
+import { waitForPods } from '../lib/kubernetes/rollout.mts'
+import { scratchAccount, withScratchNamespace } from '../lib/kubernetes/scratch-namespace.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'

@@ -3,10 +3,10 @@
 // three connections are verified with the cluster's CA: API server to it, it to the kubelets, and
 // it to the API server.
 import { existsSync, readFileSync } from 'node:fs'
-import { addOnFlags, printOrDelete, readyWorkers } from '../lib/add-on.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { Kubectl } from '../lib/kubectl.mts'
+import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
+import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'

@@ -2,10 +2,8 @@
 // The installer ISO of NixOS, in images/: downloaded and verified, or a file of yours.
 import { relative } from 'node:path'
 import { loadCluster } from '../lib/cluster.mts'
-import { download } from '../lib/download.mts'
-import { detectArchitecture, detectSystem } from '../lib/host.mts'
-import { hostProxy } from '../lib/host-proxy.mts'
-import { interruption } from '../lib/interrupt.mts'
+import { download } from '../lib/download/download.mts'
+import { hostProxy } from '../lib/download/host-proxy.mts'
 import {
   adoptIso,
   findRelease,
@@ -15,9 +13,11 @@ import {
   isoSource,
   recordIso,
   sourceName,
-} from '../lib/iso.mts'
+} from '../lib/download/iso.mts'
+import { progressListener } from '../lib/download/progress-bar.mts'
+import { interruption } from '../lib/interrupt.mts'
 import { withLock } from '../lib/lock.mts'
-import { progressListener } from '../lib/progress-bar.mts'
+import { detectArchitecture, detectSystem } from '../lib/qemu/host.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'

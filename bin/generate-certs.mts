@@ -1,13 +1,13 @@
 #!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
 // The cluster's public key infrastructure: an authority, a certificate for everyone who talks to
-// anyone (the table is in lib/certificates.mts), and the ssh keys.
+// anyone (the table is in lib/pki/certificates.mts), and the ssh keys.
 import { createPublicKey, type KeyObject } from 'node:crypto'
 import { writeFileAtomic } from '../lib/atomic-write.mts'
-import { problemsOf, usableAuthority } from '../lib/certificate-check.mts'
-import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/certificates.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { withLock } from '../lib/lock.mts'
 import { readIfThere } from '../lib/optional-file.mts'
+import { problemsOf, usableAuthority } from '../lib/pki/certificate-check.mts'
+import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/pki/certificates.mts'
 import {
   isExposed,
   type Pair,
@@ -15,20 +15,20 @@ import {
   readPair,
   removeCertificate,
   writePair,
-} from '../lib/pki.mts'
-import { generateRsaKey } from '../lib/rsa-key.mts'
-import { script } from '../lib/script.mts'
+} from '../lib/pki/pki.mts'
+import { generateRsaKey } from '../lib/pki/rsa-key.mts'
 import {
   keepSshKey,
   knownHosts,
   makeSshKey,
   type SshKeyEntry,
   sshKeysOf,
-} from '../lib/ssh-keys.mts'
+} from '../lib/pki/ssh-keys.mts'
+import { formatReport, inspectTls, isSound } from '../lib/pki/tls-report.mts'
+import type { Credential } from '../lib/pki/x509.mts'
+import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
-import { formatReport, inspectTls, isSound } from '../lib/tls-report.mts'
-import type { Credential } from '../lib/x509.mts'
 
 const { flags } = script({
   does:
@@ -149,5 +149,5 @@ function keyFor({ keepsKey }: CertificateEntry, { key }: Pair): KeyObject | Prom
 
 /** Not loaded before the keys are under way, nor if there is nothing to make. */
 function x509() {
-  return import('../lib/x509.mts')
+  return import('../lib/pki/x509.mts')
 }

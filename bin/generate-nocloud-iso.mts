@@ -3,8 +3,8 @@
 import { relative } from 'node:path'
 import { chooseNodes, loadCluster } from '../lib/cluster.mts'
 import { script } from '../lib/script.mts'
-import { stagedFiles } from '../lib/staged-files.mts'
-import { stage, stagingFolder } from '../lib/staging.mts'
+import { stagedFiles } from '../lib/staging/staged-files.mts'
+import { stage, stagingFolder } from '../lib/staging/staging.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags, args } = script({

@@ -2,13 +2,24 @@
 // The pod network. Until it is there kubelets wait for a CNI plugin and no node is Ready; and the
 // API server may not ask kubelets for logs until RBAC says so.
 import { $ } from 'zx/core'
-import { addOnFlags, getNodes, notReady, printAndExit, printOrDelete } from '../lib/add-on.mts'
 import { writeFileAtomic } from '../lib/atomic-write.mts'
-import { ciliumCommand, ciliumEnvironment } from '../lib/cilium-cli.mts'
 import { loadCluster } from '../lib/cluster.mts'
-import { differingValues, type HelmValue, helmRelease, valuesFile } from '../lib/helm.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { Kubectl } from '../lib/kubectl.mts'
+import {
+  addOnFlags,
+  getNodes,
+  notReady,
+  printAndExit,
+  printOrDelete,
+} from '../lib/kubernetes/add-on.mts'
+import { ciliumCommand, ciliumEnvironment } from '../lib/kubernetes/cilium-cli.mts'
+import {
+  differingValues,
+  type HelmValue,
+  helmRelease,
+  valuesFile,
+} from '../lib/kubernetes/helm.mts'
+import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'

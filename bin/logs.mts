@@ -6,10 +6,10 @@ import { constants } from 'node:os'
 import { createInterface } from 'node:readline'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { filesOf } from '../lib/machine-files.mts'
-import { servicesOf } from '../lib/probes.mts'
+import { servicesOf } from '../lib/machine/probes.mts'
+import { quoteForShell, sshArguments, sshFolder } from '../lib/machine/ssh.mts'
+import { filesOf } from '../lib/qemu/machine-files.mts'
 import { script } from '../lib/script.mts'
-import { quoteForShell, sshArguments, sshFolder } from '../lib/ssh.mts'
 import { StepError } from '../lib/step-error.mts'
 
 const { flags, args } = script({

@@ -3,15 +3,15 @@
 import { existsSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { chooseNodes, loadCluster } from '../lib/cluster.mts'
-import { assertDiskSpace, hasDisk } from '../lib/disk.mts'
-import { detectHost } from '../lib/host.mts'
-import { installNode } from '../lib/install-node.mts'
+import { inspectIso, verifiedIso } from '../lib/download/iso.mts'
+import { installNode } from '../lib/installer/install-node.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { inspectIso, verifiedIso } from '../lib/iso.mts'
+import { assertDiskSpace, hasDisk } from '../lib/qemu/disk.mts'
+import { detectHost } from '../lib/qemu/host.mts'
+import { assertPortsFree, startMachine } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { inParallel } from '../lib/steps.mts'
-import { assertPortsFree, startMachine } from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `Starts installed machines in the background, all of them unless some are named. With --iso it

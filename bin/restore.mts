@@ -2,18 +2,18 @@
 // Back to a snapshot: the machines stop, become what they were, and start again.
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { withClusterLock, withMachineLocks } from '../lib/cluster-lock.mts'
-import { setClocks, syncGuests } from '../lib/guests.mts'
-import { detectHost, type Host } from '../lib/host.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { Machine } from '../lib/machine.mts'
-import { componentsOf, watchReadiness } from '../lib/readiness.mts'
-import { assertRestorable, overwriteWith } from '../lib/restore-snapshot.mts'
+import { componentsOf, watchReadiness } from '../lib/kubernetes/readiness.mts'
+import { Machine } from '../lib/machine/machine.mts'
+import { detectHost, type Host } from '../lib/qemu/host.mts'
+import { stopMachine } from '../lib/qemu/stop-machine.mts'
+import { isRunning, startMachine } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { findSnapshot, type Snapshot } from '../lib/snapshots.mts'
+import { setClocks, syncGuests } from '../lib/snapshot/guests.mts'
+import { assertRestorable, overwriteWith } from '../lib/snapshot/restore-snapshot.mts'
+import { findSnapshot, type Snapshot } from '../lib/snapshot/snapshots.mts'
 import { StepError } from '../lib/step-error.mts'
 import { formatDuration, inParallel, step } from '../lib/steps.mts'
-import { stopMachine } from '../lib/stop-machine.mts'
-import { isRunning, startMachine } from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `Makes the cluster what it was when a snapshot was taken, the newest unless one is named: disks,

@@ -2,12 +2,12 @@
 // Machines down: the workers first, then the control plane, then the network between them.
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { stopLanSwitch } from '../lib/lan-switch.mts'
-import { Machine } from '../lib/machine.mts'
+import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
+import { Machine } from '../lib/machine/machine.mts'
+import { type Ending, type Stopped, stopMachine } from '../lib/qemu/stop-machine.mts'
+import { isRunning } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
 import { formatDuration, inParallel } from '../lib/steps.mts'
-import { type Ending, type Stopped, stopMachine } from '../lib/stop-machine.mts'
-import { isRunning } from '../lib/vm.mts'
 
 const { args } = script({
   does: 'Shuts machines down, all of them unless some are named: asks over ssh, else presses the\npower button; who is still up after STOP_TIMEOUT seconds is switched off. Disks stay.',

@@ -3,14 +3,19 @@
 import { formatBytes } from '../lib/bytes.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { withClusterLock, withMachineLocks } from '../lib/cluster-lock.mts'
-import { setClocks, syncGuests } from '../lib/guests.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
-import { checkSnapshotName, findSnapshot, listSnapshots, type Snapshot } from '../lib/snapshots.mts'
+import { setClocks, syncGuests } from '../lib/snapshot/guests.mts'
+import {
+  checkSnapshotName,
+  findSnapshot,
+  listSnapshots,
+  type Snapshot,
+} from '../lib/snapshot/snapshots.mts'
+import { deleteSnapshot, takeSnapshot } from '../lib/snapshot/take-snapshot.mts'
 import { StepError } from '../lib/step-error.mts'
 import { formatDuration, step } from '../lib/steps.mts'
 import { formatTable } from '../lib/table.mts'
-import { deleteSnapshot, takeSnapshot } from '../lib/take-snapshot.mts'
 import { timestamp } from '../lib/timestamp.mts'
 
 const { flags, args } = script({

@@ -4,10 +4,10 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { constants } from 'node:os'
 import { loadCluster } from '../lib/cluster.mts'
+import { sshArguments, sshFolder } from '../lib/machine/ssh.mts'
+import { machineState } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { sshArguments, sshFolder } from '../lib/ssh.mts'
 import { StepError } from '../lib/step-error.mts'
-import { machineState } from '../lib/vm.mts'
 
 const { args } = script({
   does: "Opens a shell on a running machine, or runs a command there, as root. The cluster's own key\nlets us in; the machine has to prove itself by the host key in tls/known_hosts.",

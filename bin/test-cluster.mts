@@ -2,18 +2,21 @@
 // The live cluster put to the test, from the machines' services up to a pod that asks another.
 import { CheckList } from '../lib/check-list.mts'
 import { loadCluster } from '../lib/cluster.mts'
-import { certificateProbe, type InstalledCertificate } from '../lib/installed-certificates.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { Kubectl } from '../lib/kubectl.mts'
-import { Machine } from '../lib/machine.mts'
-import { runProbes } from '../lib/probe.mts'
-import { probeApiServer, probeServices } from '../lib/probes.mts'
-import { withScratchNamespace } from '../lib/scratch-namespace.mts'
+import { Kubectl } from '../lib/kubernetes/kubectl.mts'
+import { withScratchNamespace } from '../lib/kubernetes/scratch-namespace.mts'
+import { encryptionOfSecrets } from '../lib/kubernetes/stored-secret.mts'
+import { startWebPods, type WebPod, webService } from '../lib/kubernetes/web-pods.mts'
+import {
+  certificateProbe,
+  type InstalledCertificate,
+} from '../lib/machine/installed-certificates.mts'
+import { Machine } from '../lib/machine/machine.mts'
+import { runProbes } from '../lib/machine/probe.mts'
+import { probeApiServer, probeServices } from '../lib/machine/probes.mts'
+import { inspectTls } from '../lib/pki/tls-report.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
-import { encryptionOfSecrets } from '../lib/stored-secret.mts'
-import { inspectTls } from '../lib/tls-report.mts'
-import { startWebPods, type WebPod, webService } from '../lib/web-pods.mts'
 
 const { flags } = script({
   does: 'Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption\nof Secrets, certificates. Does all checks, then sums up. What it makes it takes away again.',

@@ -1,11 +1,16 @@
 #!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
 // The dashboard of a cluster that is coming up: a row for each component until all are active.
 import { loadCluster } from '../lib/cluster.mts'
-import { lastConsoleLines } from '../lib/console-log.mts'
 import { interruption } from '../lib/interrupt.mts'
+import {
+  componentsOf,
+  notAskedYet,
+  type Row,
+  watchReadiness,
+} from '../lib/kubernetes/readiness.mts'
 import { LiveLines } from '../lib/live-lines.mts'
-import { filesOf } from '../lib/machine-files.mts'
-import { componentsOf, notAskedYet, type Row, watchReadiness } from '../lib/readiness.mts'
+import { lastConsoleLines } from '../lib/qemu/console-log.mts'
+import { filesOf } from '../lib/qemu/machine-files.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { formatDuration } from '../lib/steps.mts'

@@ -2,7 +2,7 @@
 // configurations, a bootstrap, cleaning up. Each would be in the other's way.
 import type { Cluster, Node } from './cluster.mts'
 import { withLock } from './lock.mts'
-import { filesOf } from './machine-files.mts'
+import { filesOf } from './qemu/machine-files.mts'
 
 /** Seconds for another script to finish starting or stopping a machine. */
 const patience = 60

@@ -1,12 +1,12 @@
 // The cluster as cluster.env describes it: read once, checked as a whole, then typed data.
 import { readFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
-import { type Assignment, parseEnvFile } from './env-file.mts'
-import { nodesFrom } from './nodes.mts'
-import { checkRanges } from './ranges.mts'
-import { SettingsReader } from './settings.mts'
+import { type Assignment, parseEnvFile } from './env/env-file.mts'
+import { nodesFrom } from './env/nodes.mts'
+import { checkRanges } from './env/ranges.mts'
+import { SettingsReader } from './env/settings.mts'
+import { perNodeVariables, type Settings, variables } from './env/variables.mts'
 import { StepError } from './step-error.mts'
-import { perNodeVariables, type Settings, variables } from './variables.mts'
 
 export type Role = 'control-plane' | 'worker'
 

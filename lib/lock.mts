@@ -3,7 +3,7 @@
 import { randomBytes } from 'node:crypto'
 import { link, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { dirname } from 'node:path'
-import { becomes, commandLine } from './processes.mts'
+import { becomes, commandLine } from './qemu/processes.mts'
 import { StepError } from './step-error.mts'
 
 interface Holder {

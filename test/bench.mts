@@ -3,9 +3,9 @@
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { availableParallelism, loadavg, tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/certificates.mts'
 import { type Cluster, loadCluster } from '../lib/cluster.mts'
-import { kubeconfigsOf } from '../lib/kubeconfig.mts'
+import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/pki/certificates.mts'
+import { kubeconfigsOf } from '../lib/pki/kubeconfig.mts'
 import { formatTable } from '../lib/table.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from './checkout.mts'
 

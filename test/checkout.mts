@@ -22,12 +22,14 @@ export interface Checkout {
  *
  * @param options.settings variables of cluster.env to change
  * @param options.long a path of 150 characters with a space in it
+ * @param options.folder where, instead; what is there is deleted
  */
 export async function makeCheckout(
-  options: { settings?: Record<string, string | number>; long?: boolean } = {},
+  options: { settings?: Record<string, string | number>; long?: boolean; folder?: string } = {},
 ): Promise<Checkout> {
-  const top = await mkdtemp(join(tmpdir(), 'checkout-'))
-  let root = join(top, 'c')
+  if (options.folder) await rm(options.folder, { recursive: true, force: true })
+  const top = options.folder ?? (await mkdtemp(join(tmpdir(), 'checkout-')))
+  let root = options.folder ?? join(top, 'c')
   if (options.long) {
     root = join(top, 'with space ')
     root += 'x'.repeat(150 - root.length)

@@ -8,7 +8,7 @@ import { connect } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import { loadCluster } from '../lib/cluster.mts'
-import { sshArguments } from '../lib/ssh.mts'
+import { sshArguments } from '../lib/machine/ssh.mts'
 import type { Checkout } from './checkout.mts'
 
 const exec = promisify(execFile)
@@ -43,11 +43,12 @@ export async function makeSshKeys(checkout: Checkout): Promise<void> {
  * Starts sshd at the port of a node, and returns when it listens.
  *
  * @param options.hostKeyOf serve another node's host key
+ * @param options.home a folder that is seen there as /var/lib/kubernetes
  */
 export async function startSshd(
   checkout: Checkout,
   name: string,
-  options: { hostKeyOf?: string } = {},
+  options: { hostKeyOf?: string; home?: string } = {},
 ): Promise<Sshd> {
   const node = loadCluster({ root: checkout.root, env: {} }).node(name)
   const folder = checkout.path('..', `sshd-${name}`)
@@ -69,7 +70,14 @@ export async function startSshd(
   // is left whatever becomes of the test.
   const sudo = process.getuid?.() === 0 ? [] : ['sudo', '-n']
   const script = `mkdir -p /run/sshd; ${program} -D -e -f "$1" & read -r _; kill $!; wait`
-  const [file = '', ...args] = [...sudo, 'sh', '-c', script, 'sh', `${folder}/sshd_config`]
+  const mount = 'mount -t tmpfs none /var/lib && mkdir /var/lib/kubernetes'
+  const [file = '', ...args] = [
+    ...sudo,
+    ...(options.home ? ['unshare', '--mount'] : []),
+    ...['sh', '-c'],
+    options.home ? `${mount} && mount --bind "$2" /var/lib/kubernetes; ${script}` : script,
+    ...['sh', `${folder}/sshd_config`, options.home ?? ''],
+  ]
   const child = spawn(file, args, { stdio: ['pipe', 'ignore', 'pipe'] })
   let said = ''
   child.stderr.on('data', (chunk) => {

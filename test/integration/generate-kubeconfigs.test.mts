@@ -3,7 +3,7 @@ import { chmod, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { parse } from 'yaml'
 import { loadCluster } from '../../lib/cluster.mts'
-import { kubeconfigsOf } from '../../lib/kubeconfig.mts'
+import { kubeconfigsOf } from '../../lib/pki/kubeconfig.mts'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
 import { missing } from '../tools.mts'
 

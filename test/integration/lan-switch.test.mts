@@ -9,8 +9,8 @@ import {
   lanSwitchStatus,
   pidFileOf,
   stopLanSwitch,
-} from '../../lib/lan-switch.mts'
-import { becomes, commandLine, isGone } from '../../lib/processes.mts'
+} from '../../lib/lan/lan-switch.mts'
+import { becomes, commandLine, isGone } from '../../lib/qemu/processes.mts'
 import { type Checkout, makeCheckout } from '../checkout.mts'
 import { type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
 

@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
-import { stagedFiles, targetOf } from '../../lib/staged-files.mts'
+import { stagedFiles, targetOf } from '../../lib/staging/staged-files.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from '../checkout.mts'
 import { evaluate, instantiate, type Machine } from '../nixos/evaluate.mts'
 

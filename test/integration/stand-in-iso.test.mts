@@ -6,7 +6,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { $ } from 'zx'
-import { extractKernel } from '../../lib/iso-boot.mts'
+import { extractKernel } from '../../lib/installer/iso-boot.mts'
+import { projectRoot } from '../checkout.mts'
 import type { DebianLayer } from '../rehearsal/debian-layer.mts'
 import { isoImage } from '../rehearsal/iso.mts'
 import { kubernetesLayer } from '../rehearsal/kubernetes-layer.mts'
@@ -106,6 +107,32 @@ describe("the stand-in's ISO", { skip }, () => {
     const debian = await smallDebian(join(folder, 'without'))
     const programs = debian.programs.filter((path) => !path.endsWith('/parted'))
     await assert.rejects(ownLayer({ ...debian, programs }, '26.05'), /no package has parted$/)
+  })
+})
+
+describe('make rehearse', () => {
+  const rehearse = (env: Record<string, string>) =>
+    $({
+      env: { ...process.env, YES: '', NODES: '', ...env },
+      quiet: true,
+      nothrow: true,
+    })`${process.execPath} --import tsx ${join(projectRoot, 'test/rehearsal/rehearse.mts')}`
+
+  it('names the packages that are missing and the command for them, and stops', async () => {
+    const { exitCode, stderr } = await rehearse({ PATH: folder })
+    assert.equal(exitCode, 1)
+    assert.match(
+      stderr,
+      /needs packages that are not installed\n(?: {2}\| .*\n)* {2}\| mmdebstrap /,
+    )
+    assert.match(stderr, /command: .*apt-get install --no-install-recommends .*mmdebstrap/)
+    assert.match(stderr, /make rehearse YES=1/)
+  })
+
+  it('knows only the nodes of cluster.env', async () => {
+    const { exitCode, stderr } = await rehearse({ NODES: 'alpha,nobody' })
+    assert.notEqual(exitCode, 0)
+    assert.match(stderr, /nobody/)
   })
 })
 

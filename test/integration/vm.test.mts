@@ -5,14 +5,14 @@ import { copyFile, readFile, rename, stat, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
 import { loadCluster, type Node } from '../../lib/cluster.mts'
-import { detectHost } from '../../lib/host.mts'
-import { filesOf } from '../../lib/machine-files.mts'
-import { becomes, commandLine } from '../../lib/processes.mts'
-import { qemuArguments } from '../../lib/qemu.mts'
-import { Qmp } from '../../lib/qmp.mts'
+import { detectHost } from '../../lib/qemu/host.mts'
+import { filesOf } from '../../lib/qemu/machine-files.mts'
+import { becomes, commandLine } from '../../lib/qemu/processes.mts'
+import { qemuArguments } from '../../lib/qemu/qemu.mts'
+import { Qmp } from '../../lib/qemu/qmp.mts'
+import { stopMachine } from '../../lib/qemu/stop-machine.mts'
+import { machineState, startMachine } from '../../lib/qemu/vm.mts'
 import type { StepError } from '../../lib/step-error.mts'
-import { stopMachine } from '../../lib/stop-machine.mts'
-import { machineState, startMachine } from '../../lib/vm.mts'
 import { run } from '../checkout.mts'
 import { giveDisk, type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
 
@@ -62,8 +62,8 @@ describe('starting a machine', { skip: noMachines }, () => {
     await giveDisk(cluster, alpha)
     const text = `
       const { loadCluster } = await import('./lib/cluster.mts')
-      const { detectHost } = await import('./lib/host.mts')
-      const { startMachine } = await import('./lib/vm.mts')
+      const { detectHost } = await import('./lib/qemu/host.mts')
+      const { startMachine } = await import('./lib/qemu/vm.mts')
       const cluster = loadCluster()
       const { pid } = await startMachine(cluster, cluster.controlPlane, await detectHost(cluster))
       console.log(pid)`

@@ -1,67 +1,21 @@
 import assert from 'node:assert/strict'
-import { existsSync } from 'node:fs'
-import { rm, writeFile } from 'node:fs/promises'
+import { writeFile } from 'node:fs/promises'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { loadCluster } from '../../lib/cluster.mts'
 import { type FakeApiServer, nodeList, startFakeApiServer } from '../api-server.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
-import { type IdleQemu, noQemu, startIdleQemu } from '../idle-qemu.mts'
-import { noSshd, type Sshd, startSshd } from '../sshd.mts'
+import { HollowMachines } from '../hollow-machines.mts'
+import { noQemu } from '../idle-qemu.mts'
+import { noSshd } from '../sshd.mts'
 
 const names = ['alpha', 'sigma', 'gamma']
 const script = 'bin/wait-for-cluster.mts'
 
-// systemctl and curl as they are on a machine whose services are all well; a file
-// broken-UNIT makes systemd, and ill-UNIT the health endpoint, say otherwise.
-const systemctl = `#!/bin/bash
-: 2>/dev/null >"$HERE/asked"
-for unit; do
-  case $unit in
-    *.service)
-      name=\${unit%.service}
-      if [ -e "$HERE/broken-$name" ]; then
-        printf 'LoadState=loaded\\nActiveState=activating\\nSubState=auto-restart\\nResult=exit-code\\nNRestarts=4\\n\\n'
-      else
-        printf 'LoadState=loaded\\nActiveState=active\\nSubState=running\\nResult=success\\nNRestarts=0\\n\\n'
-      fi;;
-  esac
-done
-`
-const curl = `#!/bin/bash
-for url; do
-  case $url in
-    *:2381/*) name=etcd;;
-    *:10257/*) name=kube-controller-manager;;
-    *:10259/*) name=kube-scheduler;;
-    *:10248/*) name=kubelet;;
-    *) continue;;
-  esac
-  if [ -e "$HERE/ill-$name" ]; then body='[-]leaderElection failed' status=503; else body=ok status=200; fi
-  if [ -e "$HERE/gone-$name" ]; then printf '\\n== 000 %s Connection refused\\n' "$url"; continue; fi
-  printf '%s\\n== %s %s \\n' "$body" $status "$url"
-done
-`
-
 describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   let checkout: Checkout
   let api: FakeApiServer
-  const machines = new Map<string, { sshd: Sshd; qemu: IdleQemu }>()
-
-  async function start(name: string): Promise<void> {
-    const qemu = await startIdleQemu(checkout, name)
-    const sshd = await startSshd(checkout, name)
-    await sshd.program('systemctl', systemctl.replaceAll('$HERE', checkout.path('state', name)))
-    await sshd.program('curl', curl.replaceAll('$HERE', checkout.path('state', name)))
-    machines.set(name, { sshd, qemu })
-  }
-  async function stop(name: string): Promise<void> {
-    await machines.get(name)?.sshd.stop()
-    await machines.get(name)?.qemu.stop()
-    machines.delete(name)
-  }
-  const setState = (name: string, what: string) =>
-    run(checkout, 'sh', ['-c', `mkdir -p state/${name} && : >state/${name}/${what}`])
+  let machines: HollowMachines
   const consoleSays = (name: string, text: string) =>
     writeFile(checkout.path('images', `${name}-console.log`), text)
 
@@ -69,10 +23,11 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     checkout = await makeCheckout()
     const made = await run(checkout, 'bin/generate-certs.mts')
     assert.equal(made.exitCode, 0, made.stderr)
-    for (const name of names) await start(name)
+    machines = new HollowMachines(checkout)
+    await machines.start(...names)
   })
   after(async () => {
-    for (const name of names) await stop(name)
+    await machines?.stop(...names)
     await checkout?.remove()
   })
   beforeEach(async () => {
@@ -85,9 +40,9 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   afterEach(async () => {
     await api.stop()
     for (const name of names) {
-      await rm(checkout.path('state', name), { recursive: true, force: true })
+      await machines.reset(name)
       await consoleSays(name, '')
-      if (!machines.has(name)) await start(name)
+      await machines.start(name)
     }
   })
 
@@ -139,10 +94,10 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   })
 
   it('waits for a service that comes later', async () => {
-    await setState('alpha', 'broken-etcd')
+    await machines.set('alpha', 'broken-etcd')
     const waiting = run(checkout, script, ['--timeout', '60'])
-    while (!existsSync(checkout.path('state', 'alpha', 'asked'))) await sleep(50)
-    await rm(checkout.path('state', 'alpha', 'broken-etcd'))
+    while (!machines.asked('alpha')) await sleep(50)
+    await machines.unset('alpha', 'broken-etcd')
     const { stderr, exitCode } = await waiting
     assert.equal(exitCode, 0, stderr)
     assert.match(stderr, /• etcd +waiting .*etcd is activating \(auto-restart, exit-code\)/)
@@ -150,8 +105,8 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   })
 
   it('gives up in the end, and says who was missing and why', async () => {
-    await setState('alpha', 'ill-kube-scheduler')
-    await setState('alpha', 'gone-etcd')
+    await machines.set('alpha', 'ill-kube-scheduler')
+    await machines.set('alpha', 'gone-etcd')
     api.answers['/readyz'] = { status: 500, body: '[+]ping ok\n[-]etcd failed: reason withheld\n' }
     const outcome = await run(checkout, script, ['--timeout', '6', '--json'])
     assert.equal(outcome.exitCode, 1)
@@ -184,18 +139,18 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   })
 
   it('names a worker that never comes, with its last console lines', async () => {
-    await machines.get('gamma')?.sshd.stop()
+    await machines.sshd('gamma').stop()
     await consoleSays('gamma', 'A start job is running for /dev/vda2 (1min / no limit)\r\n')
     const { stderr, exitCode } = await run(checkout, script, ['--timeout', '6'])
     assert.equal(exitCode, 1)
     assert.match(stderr, /not active after 6 s: gamma/)
     assert.match(stderr, /gamma does not answer ssh: .*refused/)
     assert.match(stderr, /the console of gamma:\n.*A start job is running for \/dev\/vda2/)
-    await stop('gamma')
+    await machines.stop('gamma')
   })
 
   it('gives up at once when a machine does not run', async () => {
-    await stop('sigma')
+    await machines.stop('sigma')
     const { stderr, exitCode } = await run(checkout, script)
     assert.equal(exitCode, 1)
     assert.match(stderr, /sigma will not come: its QEMU is not running/)
@@ -203,7 +158,7 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   })
 
   it('gives up at once when the kernel of a machine has panicked', async () => {
-    await machines.get('sigma')?.sshd.stop()
+    await machines.sshd('sigma').stop()
     await consoleSays(
       'sigma',
       '[  3.1] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n',
@@ -211,7 +166,7 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     const { stderr, exitCode } = await run(checkout, script)
     assert.equal(exitCode, 1)
     assert.match(stderr, /sigma will not come: Kernel panic - not syncing: VFS/)
-    await stop('sigma')
+    await machines.stop('sigma')
   })
 
   it('does not take another cluster for ours', async () => {

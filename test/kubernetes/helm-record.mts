@@ -1,6 +1,6 @@
-// A release's record as Helm writes it: what lib/helm.mts reads, from the other side.
+// A release's record as Helm writes it: what lib/kubernetes/helm.mts reads, from the other side.
 import { gzipSync } from 'node:zlib'
-import type { HelmRelease } from '../../lib/helm.mts'
+import type { HelmRelease } from '../../lib/kubernetes/helm.mts'
 
 /** The Secret of one revision, in namespace kube-system. */
 export function helmRecord(

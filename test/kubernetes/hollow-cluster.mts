@@ -1,10 +1,11 @@
 // A cluster for the add-ons' scripts: a real control plane, workers without machines, and a PATH
 // with the real kubectl and, in place of what containers would run, programs of the test.
+import { writeFile } from 'node:fs/promises'
 import type { Cluster } from '../../lib/cluster.mts'
 import { type Checkout, type Outcome, run } from '../checkout.mts'
 import { FakePrograms } from '../fake-programs.mts'
 import type { ControlPlane } from './control-plane.mts'
-import { HollowNodes } from './hollow-nodes.mts'
+import { defaultFate, HollowNodes } from './hollow-nodes.mts'
 import { prepareControlPlane, type Tools } from './prepared.mts'
 
 export class HollowCluster {
@@ -54,8 +55,16 @@ export class HollowCluster {
 
   /** Runs a script of bin/. */
   script(name: string, ...args: string[]): Promise<Outcome> {
-    const PATH = `${this.programs.path}:${process.env.PATH}`
-    return run(this.checkout, `bin/${name}.mts`, args, { env: { PATH } })
+    return run(this.checkout, `bin/${name}.mts`, args, { env: this.env() })
+  }
+
+  /** Runs shell text with the same PATH. */
+  shell(text: string): Promise<Outcome> {
+    return run(this.checkout, 'sh', ['-c', text], { env: this.env() })
+  }
+
+  private env(): Record<string, string> {
+    return { PATH: `${this.programs.path}:${process.env.PATH}` }
   }
 
   /** kubectl as admin. @returns its standard output @throws Error with its standard error */
@@ -68,5 +77,30 @@ export class HollowCluster {
   /** The answer of `kubectl get ARGS`. */
   async get<T>(...args: string[]): Promise<T> {
     return JSON.parse(await this.kubectl(['get', ...args, '--output=json'])) as T
+  }
+
+  /** @param fate what becomes of pods from now on; all run unless said otherwise */
+  setFate(fate: HollowNodes['fate'] = defaultFate): void {
+    if (this.nodes) this.nodes.fate = fate
+  }
+
+  /** Writes a kubeconfig with which a program has the rights of a service account. */
+  async kubeconfigOf(account: string, namespace: string): Promise<string> {
+    const token = await this.kubectl(['create', 'token', account, `--namespace=${namespace}`])
+    const path = this.checkout.path(`${account}.kubeconfig`)
+    const cluster = {
+      server: `https://127.0.0.1:${this.cluster.settings.API_PORT}`,
+      'certificate-authority': this.checkout.path('tls', 'ca.pem'),
+    }
+    const config = {
+      apiVersion: 'v1',
+      kind: 'Config',
+      clusters: [{ name: 'here', cluster }],
+      users: [{ name: account, user: { token: token.trim() } }],
+      contexts: [{ name: 'here', context: { cluster: 'here', user: account } }],
+      'current-context': 'here',
+    }
+    await writeFile(path, JSON.stringify(config), { mode: 0o600 })
+    return path
   }
 }

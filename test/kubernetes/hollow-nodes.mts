@@ -5,15 +5,20 @@ import { Agent, request } from 'node:https'
 import { text } from 'node:stream/consumers'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Cluster, Node } from '../../lib/cluster.mts'
-import type { ApiObject } from '../../lib/kubectl.mts'
+import type { ApiObject } from '../../lib/kubernetes/kubectl.mts'
 
 interface HollowPod extends ApiObject {
   spec: { nodeName?: string; restartPolicy?: string; containers: { name: string; image: string }[] }
   status: { phase?: string }
 }
 
-/** What becomes of a pod: it runs, it ends well, or its container waits for a reason. */
-export type Fate = 'Running' | 'Succeeded' | { reason: string; message: string }
+/** What becomes of a pod: it runs, it ends, or its container waits for a reason. */
+export type Fate = 'Running' | 'Succeeded' | 'Failed' | { reason: string; message: string }
+
+/** Those that are to end do so at once, the others run. */
+export function defaultFate({ spec }: HollowPod): Fate {
+  return spec.restartPolicy === 'Never' ? 'Succeeded' : 'Running'
+}
 
 export class HollowNodes {
   private readonly cluster: Cluster
@@ -21,9 +26,9 @@ export class HollowNodes {
   private stopped = false
   private readonly loops: Promise<void>[] = []
   private lastAddress = 1
-  /** Decides about pods; those that are to end do so at once, the others run. */
-  fate: (pod: HollowPod) => Fate = ({ spec }) =>
-    spec.restartPolicy === 'Never' ? 'Succeeded' : 'Running'
+  private readonly statuses = new Map<string, object>()
+  /** Decides about each pod when it has come to a node. */
+  fate: (pod: HollowPod) => Fate = defaultFate
 
   private constructor(cluster: Cluster, agent: Agent) {
     this.cluster = cluster
@@ -50,6 +55,12 @@ export class HollowNodes {
       this.repeat(5000, () => this.beat()),
       this.repeat(100, () => this.runPods()),
     )
+  }
+
+  /** Says something else of a node from now on. @param status fields of its status */
+  async setStatus(name: string, status: object): Promise<void> {
+    this.statuses.set(name, status)
+    await this.beat()
   }
 
   async stop(): Promise<void> {
@@ -89,15 +100,17 @@ export class HollowNodes {
   private async beat(): Promise<void> {
     const { items } = await this.api<{ items: ApiObject[] }>('GET', '/api/v1/nodes')
     for (const { metadata } of items) {
-      const { ip } = this.cluster.node(metadata.name)
       const now = new Date().toISOString()
       const capacity = { cpu: '4', memory: '8Gi', pods: '110' }
       const ready = { type: 'Ready', status: 'True', reason: 'KubeletReady', message: 'hollow' }
       const status = {
         capacity,
         allocatable: capacity,
-        addresses: [{ type: 'InternalIP', address: ip }],
+        // Whoever asks for logs finds nobody, and nobody of another network is asked.
+        addresses: [{ type: 'InternalIP', address: '127.0.0.1' }],
+        daemonEndpoints: { kubeletEndpoint: { Port: 1 } },
         conditions: [{ ...ready, lastHeartbeatTime: now }],
+        ...this.statuses.get(metadata.name),
       }
       await this.api('PATCH', `/api/v1/nodes/${metadata.name}/status`, { status })
     }
@@ -109,7 +122,7 @@ export class HollowNodes {
       const { namespace, name, deletionTimestamp } = pod.metadata
       const path = `/api/v1/namespaces/${namespace}/pods/${name}`
       if (deletionTimestamp) {
-        await this.api('DELETE', path, { gracePeriodSeconds: 0 })
+        await this.api('DELETE', `${path}?gracePeriodSeconds=0`)
       } else if (pod.spec.nodeName && (pod.status.phase ?? 'Pending') === 'Pending') {
         await this.api('PATCH', `${path}/status`, { status: this.statusOf(pod) })
       }
@@ -126,7 +139,7 @@ export class HollowNodes {
         ? { waiting: fate }
         : fate === 'Running'
           ? { running: { startedAt: new Date().toISOString() } }
-          : { terminated: { exitCode: 0 } }
+          : { terminated: { exitCode: fate === 'Succeeded' ? 0 : 1 } }
     return {
       phase: typeof fate === 'object' ? 'Pending' : fate,
       podIP,

@@ -3,6 +3,7 @@
 import { createReadStream } from 'node:fs'
 import {
   access,
+  chmod,
   constants,
   mkdir,
   mkdtemp,
@@ -18,6 +19,7 @@ import { StepError } from '../../lib/step-error.mts'
 import { findSource } from './distribution.mts'
 import { cached, contentOf } from './layer-cache.mts'
 
+const asRoot = process.getuid?.() === 0
 const recipe = join(import.meta.dirname, 'debian')
 
 export interface DebianLayer {
@@ -53,8 +55,11 @@ export async function debianLayer(): Promise<DebianLayer> {
   const folder = await cached('debian', inputs, async (into, detail) => {
     const scratch = await mkdtemp(join(await roomyFolder(), 'stand-in-'))
     try {
+      // Without rights, mmdebstrap's root is another user, who has to get through here.
+      await chmod(scratch, 0o755)
       const aptSettings = join(scratch, 'apt.conf')
-      await writeFile(aptSettings, `APT::Install-Recommends "false";\n${settings}\n`)
+      const text = `APT::Install-Recommends "false";\n${settings}\n`
+      await writeFile(aptSettings, text, { mode: asRoot ? 0o600 : 0o644 })
       await mkdir(join(into, 'boot'))
       const root = join(scratch, 'root.tar')
       const unwanted = ['man', 'doc', 'info', 'locale'].map((kind) => `/usr/share/${kind}/*`)
@@ -89,7 +94,7 @@ export async function debianLayer(): Promise<DebianLayer> {
         const output = String(cause.stderr).trim().split('\n').slice(-15).join('\n')
         throw new StepError(`mmdebstrap could not build a ${source.release} root`, {
           output,
-          hint: process.getuid?.() === 0 ? undefined : withoutRights,
+          hint: asRoot ? undefined : withoutRights,
           cause,
         })
       })

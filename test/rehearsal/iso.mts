@@ -52,7 +52,7 @@ export async function isoImage(
       // With the doubled slash that the real one has.
       kernel: `/boot/${kernel}/bzImage`,
       ramdisk: `/boot/${ramdisk}/initrd`,
-      parameters: `init=${own.init} root=LABEL=${own.label} mitigations=off panic=5`,
+      parameters: `init=${own.init} root=LABEL=${own.label} mitigations=off no_timer_check panic=5`,
     }
     const grubConfig = configuration.replaceAll(/@([a-z]+)@/g, (_, key) => values[key] ?? '')
     await mkdir(join(tree, 'EFI', 'BOOT'), { recursive: true })

@@ -12,8 +12,8 @@ import { join, resolve } from 'node:path'
 import { type Cluster, chooseNodes, loadCluster, type Node } from '../../lib/cluster.mts'
 import { interruption } from '../../lib/interrupt.mts'
 import { withLock } from '../../lib/lock.mts'
-import { Machine } from '../../lib/machine.mts'
-import { filesOf } from '../../lib/machine-files.mts'
+import { Machine } from '../../lib/machine/machine.mts'
+import { filesOf } from '../../lib/qemu/machine-files.mts'
 import { describeError, StepError } from '../../lib/step-error.mts'
 import { formatDuration, inParallel } from '../../lib/steps.mts'
 import { formatTable } from '../../lib/table.mts'
@@ -27,16 +27,16 @@ const signal = interruption()
 const times: [what: string, took: number][] = []
 
 try {
-  await withLock(`${rehearsalFolder}.lock`, 'rehearsing', rehearse)
+  const cluster = loadCluster()
+  const chosen = chooseNodes(cluster, (NODES ?? '').split(/[\s,]+/).filter(Boolean))
+  await ensureHostPackages(Boolean(YES))
+  await withLock(`${rehearsalFolder}.lock`, 'rehearsing', () => rehearse(cluster, chosen))
 } catch (error) {
   console.error(`rehearse: ${describeError(error)}`)
   process.exitCode = error instanceof StepError ? (error.explanation.exitCode ?? 1) : 1
 }
 
-async function rehearse(): Promise<void> {
-  const real = loadCluster()
-  const chosen = chooseNodes(real, (NODES ?? '').split(/[\s,]+/).filter(Boolean))
-  await ensureHostPackages(Boolean(YES))
+async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   if (existsSync(join(rehearsalFolder, 'run'))) await script('shutdown')
 
   const programs = KUBE_BIN_DIR ? [resolve(KUBE_BIN_DIR)] : []
@@ -85,7 +85,11 @@ async function someOnly(cluster: Cluster, nodes: readonly Node[]): Promise<void>
 async function script(name: string, ...args: string[]): Promise<void> {
   console.error(`\n$ ./bin/${name}.mts ${args.join(' ')}`)
   const child = spawn(join(rehearsalFolder, 'bin', `${name}.mts`), args, { stdio: 'inherit' })
+  // Ctrl-C reaches both of us; what is sent to this process alone has to be passed on.
+  const forward = () => child.kill('SIGTERM')
+  process.once('SIGTERM', forward)
   const [status, killedBy] = await once(child, 'exit')
+  process.off('SIGTERM', forward)
   if (status === 0) return
   throw new StepError(`${name} ended with ${killedBy ?? `status ${status}`}`, {
     log: join(rehearsalFolder, 'images'),

@@ -5,8 +5,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { type Cluster, chooseNodes, loadCluster } from '../../lib/cluster.mts'
+import { perNodeVariables, variables } from '../../lib/env/variables.mts'
 import { StepError } from '../../lib/step-error.mts'
-import { perNodeVariables, variables } from '../../lib/variables.mts'
 import { projectRoot } from '../checkout.mts'
 
 const original = readFileSync(join(projectRoot, 'cluster.env'), 'utf8')

@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { withLock } from '../../lib/lock.mts'
-import { commandLine } from '../../lib/processes.mts'
+import { commandLine } from '../../lib/qemu/processes.mts'
 import type { StepError } from '../../lib/step-error.mts'
 
 describe('a lock', () => {
