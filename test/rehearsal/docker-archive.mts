@@ -1,0 +1,88 @@
+// A container image in one file, in the form of `docker save` (image-spec v1.2 of Docker):
+// manifest.json names the configuration and the layers, which are tar files beside it. Podman,
+// `ctr images import` and `docker load` read it.
+import {
+  chmod,
+  copyFile,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rm,
+  symlink,
+  writeFile,
+} from 'node:fs/promises'
+import { dirname, join } from 'node:path'
+import { $ } from 'zx'
+import { architecture } from '../kubernetes/program-cache.mts'
+import { hash } from './layer-cache.mts'
+
+export interface Image {
+  /** Its full name, with registry and tag. */
+  tag: string
+  /** By path without leading slash. */
+  files: Readonly<Record<string, ImageFile>>
+  /** Runs with the pod's arguments, or those of `command` when it has none. */
+  entrypoint?: readonly string[]
+  command?: readonly string[]
+  /** User and group id by number, as Kubernetes cannot tell whether a name is root's. */
+  user?: number
+}
+
+/** A copy of a program of this computer, a symbolic link or a small text. */
+export type ImageFile = { program: string } | { link: string } | { text: string }
+
+/**
+ * Writes the archive of an image with one layer, for this computer's architecture. The same image
+ * gives the same archive.
+ */
+export async function writeDockerArchive(image: Image, archive: string): Promise<void> {
+  const scratch = await mkdtemp(`${archive}.`)
+  const [tree, parts] = [join(scratch, 'tree'), join(scratch, 'parts')]
+  try {
+    await Promise.all([mkdir(tree), mkdir(parts)])
+    for (const [path, file] of Object.entries(image.files)) await place(file, join(tree, path))
+    const layer = join(parts, 'layer.tar')
+    await tar(tree, layer)
+    const config = `${JSON.stringify(configuration(image, hash(await readFile(layer))))}\n`
+    const manifest = { Config: 'config.json', RepoTags: [image.tag], Layers: ['layer.tar'] }
+    await writeFile(join(parts, 'config.json'), config)
+    await writeFile(join(parts, 'manifest.json'), `${JSON.stringify([manifest])}\n`)
+    await tar(parts, archive)
+  } finally {
+    await rm(scratch, { recursive: true })
+  }
+}
+
+async function place(file: ImageFile, path: string): Promise<void> {
+  await mkdir(dirname(path), { recursive: true })
+  if ('link' in file) return symlink(file.link, path)
+  if ('text' in file) return writeFile(path, file.text)
+  await copyFile(file.program, path)
+  await chmod(path, 0o755)
+}
+
+/** Everything in it belongs to root and may be read by all. Uncompressed: unpacking is quicker. */
+async function tar(folder: string, file: string): Promise<void> {
+  const same = ['--sort=name', '--mtime=@0', '--owner=0', '--group=0', '--numeric-owner']
+  const mode = '--mode=u+rwX,go+rX,go-w'
+  const names = (await readdir(folder)).sort()
+  await $({ quiet: true })`tar --format=ustar ${same} ${mode} -C ${folder} -cf ${file} ${names}`
+}
+
+/** @param layer SHA-256 of the layer's tar file */
+function configuration({ entrypoint, command, user }: Image, layer: string): object {
+  return {
+    architecture,
+    os: 'linux',
+    config: {
+      Env: ['PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'],
+      Entrypoint: entrypoint,
+      Cmd: command,
+      WorkingDir: '/',
+      ...(user === undefined ? {} : { User: `${user}:${user}` }),
+    },
+    rootfs: { type: 'layers', diff_ids: [`sha256:${layer}`] },
+    history: [{ created: '1970-01-01T00:00:00Z', created_by: 'the rehearsal' }],
+  }
+}
