@@ -49,13 +49,18 @@ export interface Cluster {
 /**
  * Reads cluster.env, lets variables of the environment win, and checks it all.
  *
+ * @param options.text what cluster.env would say, instead of what it says
  * @throws StepError with every problem found, each with file and line
  */
 export function loadCluster(
-  options: { root?: string; env?: Readonly<Record<string, string | undefined>> } = {},
+  options: {
+    root?: string
+    env?: Readonly<Record<string, string | undefined>>
+    text?: string
+  } = {},
 ): Cluster {
   const root = resolve(options.root ?? join(import.meta.dirname, '..'))
-  const { assignments, problems } = parseEnvFile(readSettingsFile(root))
+  const { assignments, problems } = parseEnvFile(options.text ?? readSettingsFile(root))
   const reader = new SettingsReader(assignments, options.env ?? process.env)
   for (const { line, reason } of problems) reader.problems.push(`cluster.env:${line}: ${reason}`)
 

@@ -9,7 +9,6 @@ import { kinds, type Settings } from './variables.mts'
 export function nodesFrom(settings: Settings, reader: SettingsReader): Node[] {
   const controlPlane = settings.CONTROL_PLANE_NODE
   const workers = settings.WORKER_NODES ?? []
-  if (settings.WORKER_NODES?.length === 0) reader.problem('WORKER_NODES', 'names no worker')
   const names = [...(controlPlane ? [controlPlane] : []), ...workers]
   for (const name of names.filter((candidate, index) => names.indexOf(candidate) !== index)) {
     reader.problem('WORKER_NODES', `names the node "${name}" twice`)
