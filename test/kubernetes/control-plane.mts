@@ -30,6 +30,8 @@ export class ControlPlane {
   readonly place: Place
   readonly ports: Ports
   private readonly running = new Map<Service, ChildProcess>()
+  /** Counts starts and stops: a start that another of them has overtaken launches nothing more. */
+  private round = 0
 
   private constructor(cluster: Cluster, machine: Machine, place: Place, ports: Ports) {
     this.cluster = cluster
@@ -65,8 +67,10 @@ export class ControlPlane {
    * @throws StepError with the last lines of the service that ended or was not ready in time
    */
   async start(): Promise<void> {
+    this.round += 1
+    const { round } = this
     for (const service of services) {
-      await this.launch(service)
+      await this.launch(service, round)
       // systemd would hold back those after it just so.
       if (this.machine.units[service]?.serviceConfig.Type === 'notify') {
         await this.waitUntilReady(service)
@@ -77,6 +81,7 @@ export class ControlPlane {
 
   /** Stops all, the API server before its store. */
   async stop(): Promise<void> {
+    this.round += 1
     for (const service of [...services].reverse()) {
       const child = this.running.get(service)
       if (!child) continue
@@ -162,7 +167,7 @@ export class ControlPlane {
     }[service]
   }
 
-  private async launch(service: Service): Promise<void> {
+  private async launch(service: Service, round: number): Promise<void> {
     const settings = this.machine.units[service]?.serviceConfig ?? {}
     for (const [kind, top] of [
       ['State', '/var/lib'],
@@ -177,6 +182,10 @@ export class ControlPlane {
     const command = commandHere(this.machine, service, this.place, this.ports)
     const log = await open(this.logFile(service), 'a')
     await log.write(`$ ${command.join(' ')}\n`)
+    if (round !== this.round) {
+      await log.close()
+      throw new StepError(`stopped before ${service} was started`)
+    }
     // Ends with this process, however this one ends.
     const child = spawn('setpriv', ['--pdeathsig', 'TERM', ...command], {
       cwd: this.place.root,

@@ -1,0 +1,23 @@
+# On the control plane: makes a data directory out of the snapshot on stdin, beside the one that is
+# in use, which is not touched. If anything fails, nothing stays.
+umask 077
+rm -rf "$WORK"
+mkdir "$WORK"
+trap '[ $? = 0 ] || rm -rf "$WORK"' EXIT
+cat >"$WORK/snapshot.db"
+
+export ETCDCTL_API=3
+tool=$(command -v etcdutl || command -v etcdctl)
+"$tool" snapshot status "$WORK/snapshot.db" >&2
+# Whoever watches the API server knows a revision already. From one above all that there ever
+# were, with none before it, they start afresh; else they would miss what the restore changed.
+"$tool" snapshot restore "$WORK/snapshot.db" --data-dir="$WORK/data" --name="$NAME" \
+  --initial-cluster="$INITIAL_CLUSTER" --initial-cluster-token="$INITIAL_CLUSTER_TOKEN" \
+  --initial-advertise-peer-urls="$INITIAL_ADVERTISE_PEER_URLS" \
+  --bump-revision=1000000000 --mark-compacted >&2
+rm "$WORK/snapshot.db"
+if [ -e "$DATA_DIR" ]; then
+  chown -R --reference="$DATA_DIR" "$WORK/data"
+  chmod --reference="$DATA_DIR" "$WORK/data"
+fi
+sync

@@ -1,0 +1,333 @@
+// etcd-backup with the real programs: etcd and the control plane as processes of this computer, an
+// sshd in alpha's place. Only systemctl is the test's own.
+import assert from 'node:assert/strict'
+import { randomBytes } from 'node:crypto'
+import { chmod, copyFile, readdir, readFile, stat, truncate, writeFile } from 'node:fs/promises'
+import { request } from 'node:https'
+import { join } from 'node:path'
+import { after, before, describe, it } from 'node:test'
+import type { Cluster } from '../../lib/cluster.mts'
+import { withLock } from '../../lib/lock.mts'
+import { becomes } from '../../lib/qemu/processes.mts'
+import { type Checkout, type Outcome, run } from '../checkout.mts'
+import { type IdleQemu, noQemu, startIdleQemu } from '../idle-qemu.mts'
+import type { ControlPlane } from '../kubernetes/control-plane.mts'
+import { commandHere, services } from '../kubernetes/mapping.mts'
+import { findTools, prepareControlPlane } from '../kubernetes/prepared.mts'
+import { noSshd, type Sshd, startSshd } from '../sshd.mts'
+import { fakeSystemctl, type Systemctl } from '../systemctl.mts'
+
+const tools = await findTools()
+const skip = (typeof tools === 'string' && tools) || noSshd || noQemu
+// A skipped suite is counted nowhere; a skipped test is.
+it('what this needs is there', { skip }, () => {})
+
+describe('etcd-backup', { skip, timeout: 900_000 }, () => {
+  let checkout: Checkout
+  let cluster: Cluster
+  let controlPlane: ControlPlane
+  let sshd: Sshd
+  let qemu: IdleQemu
+  let systemctl: Systemctl
+  let trouble: string | undefined
+  let data: string
+
+  before(async () => {
+    if (typeof tools === 'string') return
+    ;({ checkout, cluster, controlPlane } = await prepareControlPlane(tools))
+    await controlPlane.start()
+    data = join(controlPlane.place.root, 'var/lib/etcd')
+    qemu = await startIdleQemu(checkout, 'alpha')
+    sshd = await startSshd(checkout, 'alpha')
+    systemctl = await fakeSystemctl(sshd, answer)
+    for (const name of ['etcdctl', 'etcdutl']) {
+      await sshd.program(name, `#!/bin/sh\nexec ${tools.etcd}/${name} "$@"\n`)
+    }
+    // The health endpoints have other ports here.
+    const { etcdMetrics, controllerManager, scheduler } = controlPlane.ports
+    const ports = { 2381: etcdMetrics, 10257: controllerManager, 10259: scheduler }
+    const connections = Object.entries(ports).map(
+      ([there, here]) => `--connect-to 127.0.0.1:${there}:127.0.0.1:${here}`,
+    )
+    await sshd.program('curl', `#!/bin/sh\nexec /usr/bin/curl ${connections.join(' ')} "$@"\n`)
+    await sshd.program('journalctl', '#!/bin/sh\necho "the end of the journal"\n')
+  })
+  after(async () => {
+    await controlPlane?.stop()
+    await systemctl?.stop()
+    await sshd?.stop()
+    await qemu?.stop()
+    await checkout?.remove()
+  })
+
+  async function answer(args: string): Promise<string> {
+    const [verb] = args.split(' ')
+    if (verb === 'stop') {
+      starts += 1
+      await controlPlane.stop()
+    }
+    if (verb === 'start') {
+      trouble = undefined
+      const mine = ++starts
+      controlPlane.start().catch((error) => {
+        // One that was stopped in the middle is no trouble of the next.
+        if (mine === starts) trouble = String(error)
+      })
+    }
+    if (args === 'show --property=ExecStart --value etcd') {
+      const words = commandHere(
+        controlPlane.machine,
+        'etcd',
+        controlPlane.place,
+        controlPlane.ports,
+      )
+      return `{ path=${words[0]} ; argv[]=${words.join(' ')} ; ignore_errors=no ; pid=0 }\n`
+    }
+    if (!args.startsWith('show')) return ''
+    const states = await Promise.all(
+      services.map(async (service) => {
+        const path = service === 'kube-controller-manager' ? '/healthz' : '/readyz'
+        const well = (await controlPlane.trouble(service, path)) === undefined
+        const state = well ? 'active' : 'activating'
+        // systemd would have started it again meanwhile.
+        const restarts = well || !trouble ? 0 : 5 * rounds++
+        return `LoadState=loaded\nActiveState=${state}\nSubState=x\nResult=success\nNRestarts=${restarts}\n`
+      }),
+    )
+    return states.join('\n')
+  }
+  let rounds = 0
+  let starts = 0
+
+  const backup = (...args: string[]): Promise<Outcome> =>
+    run(checkout, 'bin/etcd-backup.mts', args, { timeout: 300_000 })
+  const admin = (...args: string[]) => controlPlane.kubectl('admin', args)
+  const namespaces = async () => (await admin('get', 'namespaces', '-o=name')).stdout
+  const files = async () => (await readdir(checkout.path('backups'))).toSorted()
+  async function save(): Promise<string> {
+    const { stdout, stderr, exitCode } = await backup('snapshot')
+    assert.equal(exitCode, 0, stderr)
+    return stdout.match(/^backups\/etcd-\S+\.db/m)?.[0] ?? ''
+  }
+  /** Calls that changed something. */
+  const changes = () => systemctl.calls.filter((call) => !call.startsWith('show'))
+
+  it('saves a snapshot that is named by the time, for its owner alone', async () => {
+    await admin('create', 'namespace', 'before')
+    await admin('create', 'secret', 'generic', 'kept', '--from-literal=word=swordfish')
+    const { stdout, stderr, exitCode } = await backup('snapshot')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(
+      stdout,
+      /^backups\/etcd-\d{4}-\d\d-\d\d-\d{6}\.db: \d+ keys at revision \d+, [\d.]+ [kM]B$/m,
+    )
+    const [name = ''] = await files()
+    assert.equal((await stat(checkout.path('backups', name))).mode & 0o777, 0o600)
+    assert.equal((await stat(checkout.path('backups'))).mode & 0o777, 0o700)
+    const { stdout: status } = await controlPlane.run('etcdutl', [
+      'snapshot',
+      'status',
+      checkout.path('backups', name),
+    ])
+    assert.match(status, /^[0-9a-f]+, \d+, \d+,/)
+    assert.deepEqual(await readdir(join(data, '..')), ['etcd', 'kubernetes'], 'nothing stays there')
+    assert.deepEqual(changes(), [])
+  })
+
+  it('keeps as many as it is told, and what is not its own', async () => {
+    await writeFile(checkout.path('backups', 'etcd-mine.db'), '')
+    for (const day of ['01', '02', '03']) {
+      await writeFile(checkout.path('backups', `etcd-2020-01-${day}-000000.db`), '')
+    }
+    const { stdout } = await backup('snapshot', '--keep', '2')
+    assert.match(stdout, /removed backups\/etcd-2020-01-01-000000\.db, as 2 are kept/)
+    const left = await files()
+    assert.equal(left.length, 3, left.join(' '))
+    assert.ok(left.includes('etcd-mine.db'))
+    assert.ok(!left.some((name) => name.includes('2020')))
+  })
+
+  it('restores what was deleted since, and nothing newer stays', async () => {
+    const { stdout: before } = await admin(
+      'get',
+      'namespace',
+      'before',
+      '-o=jsonpath={.metadata.resourceVersion}',
+    )
+    await admin('delete', 'namespace', 'before')
+    await admin('create', 'namespace', 'later')
+    await run({ root: '/' }, 'chown', ['-R', '12345:12346', data])
+    await chmod(data, 0o700)
+
+    const { stdout, stderr, exitCode } = await backup('restore')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(await namespaces(), /namespace\/before/)
+    assert.doesNotMatch(await namespaces(), /namespace\/later/)
+    const secret = await admin('get', 'secret', 'kept', '-o=jsonpath={.data.word}')
+    assert.equal(Buffer.from(secret.stdout, 'base64').toString(), 'swordfish')
+
+    assert.match(stdout, /restored in \d/)
+    const former = stdout.match(/kept on alpha: (\S+)/)?.[1] ?? ''
+    assert.ok((await stat(`${former}/member`)).isDirectory())
+    for (const path of [data, `${data}/member/snap/db`]) {
+      const { uid, gid } = await stat(path)
+      assert.deepEqual([uid, gid], [12345, 12346], path)
+    }
+    assert.equal((await stat(data)).mode & 0o777, 0o700)
+
+    // Informers of before are told that what they know is of the past.
+    const old = await watchFrom(before)
+    assert.match(old, /"code":410/)
+    const list = JSON.parse((await admin('get', '--raw', '/api/v1/namespaces')).stdout)
+    assert.ok(Number(list.metadata.resourceVersion) > 1_000_000_000, list.metadata)
+  })
+
+  /** The first event of a watch on namespaces from a resource version on. */
+  async function watchFrom(version: string): Promise<string> {
+    const [ca, cert, key] = await Promise.all(
+      ['ca', 'admin', 'admin-key'].map((name) => readFile(checkout.path('tls', `${name}.pem`))),
+    )
+    const path = `/api/v1/namespaces?watch=1&resourceVersion=${version}&timeoutSeconds=5`
+    const port = cluster.settings.API_PORT
+    return new Promise((resolve, reject) => {
+      const sent = request(
+        { host: '127.0.0.1', port, path, ca, cert, key, agent: false },
+        (answer) => {
+          answer.once('data', (chunk) => {
+            resolve(String(chunk))
+            answer.destroy()
+          })
+          answer.once('end', () => resolve(''))
+        },
+      )
+      sent.on('error', reject).end()
+    })
+  }
+
+  it('keeps only the last former data on the machine', async () => {
+    const { exitCode, stderr } = await backup('restore')
+    assert.equal(exitCode, 0, stderr)
+    const folders = await readdir(join(data, '..'))
+    assert.equal(folders.filter((name) => name.startsWith('etcd')).length, 2, folders.join(' '))
+  })
+
+  describe('refuses, before it touches anything,', () => {
+    const scratch = (name: string) => checkout.path(name)
+    let good: string
+    before(async () => {
+      good = checkout.path(await save())
+    })
+    async function assertRefused(args: string[], reason: RegExp, status = 1): Promise<void> {
+      const before = changes().length
+      const { stderr, exitCode } = await backup(...args)
+      assert.match(stderr, reason)
+      assert.equal(exitCode, status, stderr)
+      assert.equal(changes().length, before)
+      assert.equal(await controlPlane.trouble('etcd'), undefined)
+      // A command whose connection was cut may be at its end a moment later.
+      const tidy = async () => !(await readdir(join(data, '..'))).includes('etcd.new')
+      assert.ok(await becomes(tidy, 10))
+    }
+
+    it('a snapshot whose end is missing', async () => {
+      const { size } = await stat(good)
+      for (const length of [size - 1, size - 32, size - 512, size - 4096, 20, 0]) {
+        await copyFile(good, scratch('short.db'))
+        await truncate(scratch('short.db'), length)
+        await assertRefused(['restore', 'short.db'], /short\.db is no whole etcd snapshot/)
+      }
+    })
+
+    it('a snapshot with a byte changed, and what is none', async () => {
+      const bytes = await readFile(good)
+      bytes[100_000] = (bytes[100_000] ?? 0) ^ 1
+      await writeFile(scratch('changed.db'), bytes)
+      await assertRefused(['restore', 'changed.db'], /its checksum does not fit/)
+      await writeFile(scratch('none.db'), randomBytes(8192))
+      await assertRefused(['restore', 'none.db'], /does not begin as a database of etcd/)
+      await assertRefused(['restore', 'nowhere.db'], /there is no file .*nowhere\.db/)
+      await assertRefused(['restore', 'tls'], /there is no file .*tls/)
+    })
+
+    it('a snapshot of another cluster', async () => {
+      const ca = checkout.path('tls', 'ca.pem')
+      const own = await readFile(ca, 'utf8')
+      await writeFile(ca, own.replace('MII', 'MIJ'))
+      await assertRefused(['restore', good], /is of another cluster: the certificate tls\/ca\.pem/)
+      await writeFile(ca, own)
+    })
+
+    it('when etcd on the machine cannot make data of it', async () => {
+      await sshd.program('etcdutl', '#!/bin/sh\necho "no space left on device" >&2\nexit 1\n')
+      await assertRefused(
+        ['restore', good],
+        /a command on alpha ended with status 1\n.*no space left/,
+      )
+      await useEtcdutl()
+    })
+
+    it('when the connection is cut in the middle', async () => {
+      // The parent of the shell that runs there is the session's sshd.
+      const cut =
+        '#!/bin/bash\npid=$PPID\nwhile [ "$(cat /proc/$pid/comm)" != sshd ]; do pid=$(cut -d" " -f4 /proc/$pid/stat); done\nkill -9 $pid\nsleep 1\nexit 1\n'
+      await sshd.program('etcdutl', cut)
+      await assertRefused(['restore', good], /the connection to alpha was cut/)
+      const before = await files()
+      await assertRefused(['snapshot'], /the connection to alpha was cut/)
+      assert.deepEqual(await files(), before, 'nothing half is left')
+      await useEtcdutl()
+    })
+
+    it('wrong words', async () => {
+      await assertRefused([], /snapshot or restore, not nothing/, 2)
+      await assertRefused(['save'], /snapshot or restore, not "save"/, 2)
+      await assertRefused(['snapshot', 'x.db'], /a snapshot is named by the time/, 2)
+      await assertRefused(['snapshot', '--keep', '0'], /--keep is at least 1/, 2)
+    })
+
+    it('while another script is at work', async () => {
+      await withLock(checkout.path('run', 'bootstrap.lock'), 'taking a snapshot', () =>
+        assertRefused(['restore', good], /another process is taking a snapshot/),
+      )
+    })
+
+    it('when the machine is not running', async () => {
+      await qemu.stop()
+      for (const args of [['snapshot'], ['restore', good]]) {
+        await assertRefused(args, /alpha is not running\n.*make boot-alpha/)
+      }
+      qemu = await startIdleQemu(checkout, 'alpha')
+    })
+
+    async function useEtcdutl() {
+      if (typeof tools === 'string') return
+      await sshd.program('etcdutl', `#!/bin/sh\nexec ${tools.etcd}/etcdutl "$@"\n`)
+    }
+  })
+
+  it('puts the former data back when the API server cannot read the Secrets of the snapshot', async () => {
+    const path = await save()
+    const { root } = controlPlane.place
+    const configuration = join(root, 'var/lib/kubernetes/encryption-config.yaml')
+    const key = await readFile(configuration, 'utf8')
+    // As after a change of the key, with all Secrets written anew.
+    await admin('delete', 'secret', 'kept')
+    await controlPlane.stop()
+    await writeFile(
+      configuration,
+      key.replace(/secret: .*/, `secret: ${randomBytes(32).toString('base64')}`),
+    )
+    await controlPlane.start()
+    await admin('create', 'namespace', 'newer')
+
+    const { stderr, exitCode } = await backup('restore', path)
+    assert.equal(exitCode, 1)
+    assert.match(stderr, /etcd was not restored: alpha has its former data again/)
+    assert.match(stderr, /cannot decrypt the Secrets of the snapshot/)
+    assert.match(await namespaces(), /namespace\/newer/)
+    assert.ok(!(await readdir(join(data, '..'))).includes('etcd.new'))
+    await controlPlane.stop()
+    await writeFile(configuration, key)
+    await controlPlane.start()
+  })
+})
