@@ -1,8 +1,8 @@
 #!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
-import { loadCluster, type Node } from '../lib/cluster.mts'
-import { interruption } from '../lib/interrupt.mts'
 // The first thing one runs on a cluster: a web server on every worker, one service before them,
 // asked from inside and from outside.
+import { loadCluster, type Node } from '../lib/cluster.mts'
+import { interruption } from '../lib/interrupt.mts'
 import { readyWorkers } from '../lib/kubernetes/add-on.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { waitForPods } from '../lib/kubernetes/rollout.mts'
@@ -12,7 +12,7 @@ import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({
-  does: 'Deploys nginx with a NodePort service, waits for it, and asks for its page: from pod to pod,\nthrough the service, and from the control plane through the NodePort of every worker. Can be\nrun again; what it deployed stays to be looked at, until --cleanup.',
+  does: 'Deploys nginx with a NodePort service, waits for it, and asks for its page: from pod to pod,\nthrough the service (by its name too, after make dns), and from the control plane through the\nNodePort of every worker. Can be run again; what it deployed stays to be looked at, until\n--cleanup.',
   reads: ['cluster.env', 'configs/admin.kubeconfig', 'tls/'],
   writes: [],
   flags: {
@@ -95,7 +95,9 @@ spec:
 
 if (flags.cleanup) {
   await step('taking nginx away', () =>
-    kubectl.run(['delete', 'namespace', namespace, '--ignore-not-found'], { timeout }),
+    kubectl.run(['delete', 'namespace', namespace, '--ignore-not-found', `--timeout=${timeout}s`], {
+      timeout: timeout + 30,
+    }),
   )
   process.exit(0)
 }
@@ -124,6 +126,12 @@ await step('every pod is reached from every pod', async () => {
 await step(`every pod reaches the service at ${spec.clusterIP}`, async () => {
   for (const { metadata } of pods) await fetchInPod(metadata.name, `${spec.clusterIP}:80`, tries)
 })
+if (await kubectl.exists('deployment/coredns', '--namespace=kube-system')) {
+  const name = `nginx.${namespace}.svc.${cluster.settings.K8S_CLUSTER_DOMAIN}`
+  await step('every pod reaches the service by its name', async () => {
+    for (const { metadata } of pods) await fetchInPod(metadata.name, `${name}:80`, tries)
+  })
+}
 await step(`NodePort ${nodePort} of every worker answers`, async () => {
   const machine = new Machine(cluster, cluster.controlPlane, signal)
   for (const { ip } of workers) {
