@@ -115,6 +115,21 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     assert.equal(await program('etcdctl'), join(folder, 'layers/debian/usr/bin/etcdctl'))
   })
 
+  it('has images for containers where containers run, and imports them before the kubelet', async () => {
+    await install()
+    assert.deepEqual(await readdir(inRoot('nix/.images')), ['debian.squashfs'])
+
+    await rm(inRoot('etc'), { recursive: true })
+    await writeConfiguration(inRoot('etc/nixos'), 'sigma')
+    const { exitCode, stderr } = await install()
+    assert.equal(exitCode, 0, stderr)
+    const layers = await readdir(inRoot('nix/.images'))
+    assert.deepEqual(layers.sort(), ['debian.squashfs', 'images.squashfs'])
+    const units = inRoot(await readlink(inRoot('etc/static')), 'systemd/system')
+    const unit = join(units, 'containerd.service.wants/stand-in-images.service')
+    assert.match(await readFile(unit, 'utf8'), /^Before=kubelet\.service$/m)
+  })
+
   it('gives the same system for the same configuration, and keeps numbers of users', async () => {
     await install()
     const [passwd, first] = [await readFile(inRoot('etc/passwd'), 'utf8'), await system()]
@@ -294,23 +309,23 @@ print(json.dumps({key: names for key, names in todo.items() if names}))`,
   })
 })
 
-/** alpha's configuration, with digests that stand for its keys. */
-async function writeConfiguration(folder: string): Promise<void> {
+/** A machine's configuration, with digests that stand for its keys. */
+async function writeConfiguration(folder: string, name = 'alpha'): Promise<void> {
   await mkdir(folder, { recursive: true })
   for (const name of await readdir(join(projectRoot, 'configs'))) {
     if (name.endsWith('.nix')) await cp(join(projectRoot, 'configs', name), join(folder, name))
   }
   const cluster = loadCluster({ env: {} })
-  const secrets = ['ca', 'kubernetes', 'front-proxy-client', 'service-account']
+  const secrets = ['ca', 'kubernetes', 'front-proxy-client', 'service-account', name]
   const digests = Object.fromEntries([
     ...secrets.map((name) => [`pki/${name}.pem`, name]),
-    ...['kube-controller-manager', 'kube-scheduler'].map((name) => [
+    ...['kube-controller-manager', 'kube-scheduler', name].map((name) => [
       `kubeconfigs/${name}.kubeconfig`,
       name,
     ]),
     ['encryption-config.yaml', 'e'],
   ])
-  const json = clusterJson(cluster, cluster.controlPlane, ['ssh-ed25519 AAAAtest test'], digests)
+  const json = clusterJson(cluster, cluster.node(name), ['ssh-ed25519 AAAAtest test'], digests)
   await writeFile(join(folder, 'cluster.json'), JSON.stringify(json))
 }
 
@@ -331,6 +346,7 @@ async function fakeCd(cd: string): Promise<void> {
     'boot/nix/store/k-linux/bzImage',
     'boot/nix/store/i-initrd/initrd',
     'layers/debian.squashfs',
+    'layers/images.squashfs',
   ]) {
     await mkdir(join(cd, path, '..'), { recursive: true })
     await writeFile(join(cd, path), basename(path))

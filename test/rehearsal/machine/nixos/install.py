@@ -50,7 +50,7 @@ def nixos_install(words: list[str], cd: Path = CD, need_mount: bool = True) -> N
     say(f"building the configuration in {configuration}...")
     spec = evaluate(configuration)
     kernel, ramdisk = copy_boot_files(cd, root)
-    copy_layers(cd, root)
+    copy_layers(cd, root, images="/etc/systemd/system/containerd.service" in spec["files"])
     system = build(spec, root, kernel, ramdisk, say)
     if options.channel:
         say("copying channel...")
@@ -88,14 +88,17 @@ def copy_boot_files(cd: Path, root: Path) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def copy_layers(cd: Path, root: Path) -> None:
-    images = root / "nix/.images"
-    images.mkdir(parents=True, exist_ok=True)
-    for image in sorted((cd / "layers").glob("*.squashfs")):
-        say(f"copying path '/nix/.images/{image.name}' from 'file://{cd}'...")
-        partial = images / f".{image.name}.partial"
-        shutil.copyfile(image, partial)
-        partial.rename(images / image.name)
+def copy_layers(cd: Path, root: Path, images: bool) -> None:
+    """images: whether containers will run there, so that theirs are of use."""
+    folder = root / "nix/.images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer in sorted((cd / "layers").glob("*.squashfs")):
+        if layer.stem == "images" and not images:
+            continue
+        say(f"copying path '/nix/.images/{layer.name}' from 'file://{cd}'...")
+        partial = folder / f".{layer.name}.partial"
+        shutil.copyfile(layer, partial)
+        partial.rename(folder / layer.name)
 
 
 def say(text: str) -> None:

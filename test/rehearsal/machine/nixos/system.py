@@ -18,6 +18,7 @@ TRIGGERS = {
 WANTS = {
     "multi-user.target": ["sshd.service"],
     "network-online.target": ["systemd-networkd-wait-online.service"],
+    "containerd.service": ["stand-in-images.service"],
 }
 
 

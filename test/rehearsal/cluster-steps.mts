@@ -1,0 +1,66 @@
+// From machines that answer ssh to a cluster that has passed its checks: what is rehearsed, in this
+// order. One more step is one more line.
+import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
+import { describeError } from '../../lib/step-error.mts'
+import { formatDuration } from '../../lib/steps.mts'
+import { formatTable } from '../../lib/table.mts'
+import { networkChecks } from './network-checks.mts'
+import type { Rehearsal } from './rehearsal.mts'
+
+type Step = readonly [what: string, work: (rehearsal: Rehearsal) => Promise<void>]
+
+const steps: readonly Step[] = [
+  ['make network', (rehearsal) => rehearsal.script('install-cilium')],
+  ['make wait, until pods can run', (rehearsal) => rehearsal.script('wait-for-cluster', '--ready')],
+  ['network checks', networkChecks],
+  ['make smoke', (rehearsal) => rehearsal.script('smoke')],
+  ['make test', (rehearsal) => rehearsal.script('test-cluster')],
+  ['make smoke, taken away', (rehearsal) => rehearsal.script('smoke', '--cleanup')],
+  ['make status', (rehearsal) => rehearsal.script('cluster-status')],
+]
+
+/** All steps, up to one that fails; then the cluster is shown as it was. */
+export async function rehearseCluster(rehearsal: Rehearsal): Promise<void> {
+  try {
+    for (const [what, work] of steps) await rehearsal.timed(what, () => work(rehearsal))
+  } catch (error) {
+    rehearsal.signal.throwIfAborted()
+    await lookAround(rehearsal)
+    throw error
+  }
+}
+
+/** Runs the dashboard until the machines' components are active, and tells when each one was. */
+export async function waitForComponents(rehearsal: Rehearsal): Promise<void> {
+  const { names, nodes } = rehearsal
+  const all = nodes.length === rehearsal.cluster.nodes.length
+  const report = await rehearsal.timed('make wait', () =>
+    rehearsal.output('wait-for-cluster', '--json', ...(all ? [] : names)),
+  )
+  const { components } = JSON.parse(report) as {
+    components: { name: string; state: string; seconds: number }[]
+  }
+  const [first] = nodes
+  const on = first ? await rehearsal.poweredOn(first) : 0
+  const rows = components.map(({ name, state, seconds }) => [
+    name,
+    state,
+    formatDuration(Date.now() - on - seconds * 1000),
+  ])
+  console.log(`\n${formatTable(['component', 'state', 'seen after power-on'], rows)}`)
+}
+
+/** What one would type after a failure. */
+async function lookAround(rehearsal: Rehearsal): Promise<void> {
+  const kubectl = new Kubectl(rehearsal.cluster)
+  const commands = [
+    ['get', 'pods', '--all-namespaces', '--output=wide'],
+    ['get', 'events', '--all-namespaces', '--sort-by=.lastTimestamp'],
+  ]
+  for (const command of commands) {
+    console.error(`\n$ kubectl ${command.join(' ')}`)
+    const { stdout, stderr } = await kubectl.execute(command)
+    console.error(`${stdout}${stderr}`.trimEnd().split('\n').slice(-40).join('\n'))
+  }
+  await rehearsal.script('cluster-status').catch((error) => console.error(describeError(error)))
+}

@@ -1,0 +1,149 @@
+// The cluster's network where no script of the project looks: from this computer through the API
+// server to pods, packets as large as they come, and the way out.
+import { spawn } from 'node:child_process'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import { createInterface } from 'node:readline'
+import { CheckList } from '../../lib/check-list.mts'
+import { contains, parseAddress, parseCidr } from '../../lib/env/cidr.mts'
+import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
+import { withScratchNamespace } from '../../lib/kubernetes/scratch-namespace.mts'
+import { startWebPods, type WebPod, webService } from '../../lib/kubernetes/web-pods.mts'
+import { Machine } from '../../lib/machine/machine.mts'
+import { StepError } from '../../lib/step-error.mts'
+import type { Rehearsal } from './rehearsal.mts'
+
+const namespace = 'network-checks'
+const timeout = 300
+
+/** All checks, each a line. @throws StepError at the end if one has failed */
+export async function networkChecks(rehearsal: Rehearsal): Promise<void> {
+  const { cluster, signal } = rehearsal
+  const kubectl = new Kubectl(cluster, signal)
+  const list = new CheckList()
+  await withScratchNamespace(cluster, kubectl, { name: namespace, timeout }, async () => {
+    const options = { namespace, workers: cluster.workers, timeout }
+    const pods = await startWebPods(cluster, kubectl, options)
+    for (const [what, check] of checks) {
+      await list.check(what, {}, () => check({ rehearsal, kubectl, pods }))
+    }
+  })
+  console.error(list.summary())
+  list.assertPassed()
+}
+
+interface Place {
+  rehearsal: Rehearsal
+  kubectl: Kubectl
+  /** One on each worker. */
+  pods: readonly WebPod[]
+}
+
+const checks: readonly [what: string, check: (place: Place) => Promise<string | undefined>][] = [
+  ['pods have addresses of their own worker', podsInTheirRanges],
+  ['logs are what a pod has written', logs],
+  ['exec passes on what it is given', execWithInput],
+  ['port-forward leads from this computer to a pod', portForward],
+  ['a page comes through the service on every machine', serviceOnMachines],
+  ['megabytes pass between workers', megabytes],
+  ['pods reach this computer, from their machine’s address', wayOut],
+]
+
+async function podsInTheirRanges({ pods }: Place): Promise<string> {
+  for (const { name, ip, node } of pods) {
+    const range = parseCidr(node.podCidr ?? '')
+    const address = parseAddress(ip)
+    const inside = range !== undefined && address !== undefined && contains(range, address)
+    expect(inside, `${name} has ${ip}, which is not of ${node.podCidr}`)
+  }
+  return pods.map(({ ip }) => ip).join(', ')
+}
+
+async function logs({ kubectl, pods }: Place): Promise<undefined> {
+  for (const { name, succeed } of pods) {
+    await succeed(`echo written by ${name} >/proc/1/fd/1`)
+    const found = await kubectl.run(['logs', name, `--namespace=${namespace}`])
+    expect(found.includes(`written by ${name}\n`), `the log of ${name} is: ${found}`)
+  }
+}
+
+async function execWithInput({ kubectl, pods }: Place): Promise<undefined> {
+  for (const { name } of pods) {
+    const command = ['exec', '--stdin', `--namespace=${namespace}`, name, '--', 'cat']
+    const input = `to ${name}\n`.repeat(10_000)
+    const found = await kubectl.run(command, { input, timeout: 120 })
+    expect(found === input, `${name} gives back ${found.length} of ${input.length} bytes`)
+  }
+}
+
+async function portForward({ kubectl, pods }: Place): Promise<undefined> {
+  for (const { name } of pods) {
+    const child = spawn(
+      'kubectl',
+      ['port-forward', `--namespace=${namespace}`, `pod/${name}`, ':8080', '--address=127.0.0.1'],
+      {
+        env: { ...process.env, KUBECONFIG: kubectl.kubeconfig },
+        stdio: ['ignore', 'pipe', 'inherit'],
+      },
+    )
+    try {
+      let port: string | undefined
+      for await (const line of createInterface(child.stdout)) {
+        port = line.match(/127\.0\.0\.1:(\d+) ->/)?.[1]
+        if (port) break
+      }
+      expect(port !== undefined, `port-forward to ${name} ended`)
+      const answer = await fetch(`http://127.0.0.1:${port}/`, {
+        signal: AbortSignal.timeout(60_000),
+      })
+      expect(answer.ok, `${name} answers with HTTP ${answer.status}`)
+    } finally {
+      child.kill()
+    }
+  }
+}
+
+async function serviceOnMachines({ rehearsal, kubectl }: Place): Promise<string> {
+  const ip = await webService(kubectl, namespace)
+  for (const node of rehearsal.cluster.workers) {
+    const machine = new Machine(rehearsal.cluster, node, rehearsal.signal)
+    await machine.succeed(
+      `for i in 1 2 3 4 5 6; do curl -fsS -m 10 -o /dev/null http://${ip}/; done`,
+    )
+  }
+  return ip
+}
+
+/** A path that drops what is larger than its MTU lets small pages through all the same. */
+async function megabytes({ pods }: Place): Promise<undefined> {
+  const size = 4_000_000
+  for (const from of pods) {
+    for (const to of pods.filter((pod) => pod !== from)) {
+      const sent = from.succeed(`head -c ${size} /dev/zero | nc -l -p 9000 -w 60`)
+      const received = to.succeed(
+        `for i in $(seq 30); do n=$(nc -w 60 ${from.ip} 9000 </dev/null | wc -c); [ "$n" = 0 ] || break; sleep 1; done; echo $n`,
+      )
+      const [, found] = await Promise.all([sent, received])
+      expect(found.trim() === String(size), `${to.name} got ${found.trim()} of ${size} bytes`)
+    }
+  }
+}
+
+/** QEMU leads its gateway's address to this computer's loopback. */
+async function wayOut({ pods }: Place): Promise<undefined> {
+  const server = createServer((_, response) => response.end('from the host'))
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
+  try {
+    const { port } = server.address() as AddressInfo
+    for (const { name, succeed } of pods) {
+      const found = await succeed(`wget -q -T 20 -O - http://10.0.2.2:${port}/`)
+      expect(found === 'from the host', `${name} got: ${found}`)
+    }
+  } finally {
+    server.close()
+  }
+}
+
+function expect(holds: boolean, reason: string): void {
+  if (!holds) throw new StepError(reason)
+}

@@ -1,0 +1,94 @@
+// A rehearsal that is under way: it runs the scripts of its copy of the project, and notes how long
+// everything takes.
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { stat } from 'node:fs/promises'
+import { join } from 'node:path'
+import { text } from 'node:stream/consumers'
+import type { Cluster, Node } from '../../lib/cluster.mts'
+import { filesOf } from '../../lib/qemu/machine-files.mts'
+import { StepError } from '../../lib/step-error.mts'
+import { formatDuration } from '../../lib/steps.mts'
+import { formatTable } from '../../lib/table.mts'
+
+export class Rehearsal {
+  /** That of the copy. */
+  readonly cluster: Cluster
+  /** The machines that take part. */
+  readonly nodes: readonly Node[]
+  readonly signal: AbortSignal
+  private readonly times: { what: string; took: number; ended: number }[] = []
+
+  constructor(cluster: Cluster, nodes: readonly Node[], signal: AbortSignal) {
+    this.cluster = cluster
+    this.nodes = nodes
+    this.signal = signal
+  }
+
+  get names(): string[] {
+    return this.nodes.map(({ name }) => name)
+  }
+
+  /** Runs a script of the copy in this terminal. @throws StepError if it fails */
+  async script(name: string, ...args: string[]): Promise<void> {
+    await this.run(name, args, 'inherit')
+  }
+
+  /** The same, but what it prints on its standard output is returned. */
+  output(name: string, ...args: string[]): Promise<string> {
+    return this.run(name, args, 'pipe')
+  }
+
+  private async run(name: string, args: string[], output: 'inherit' | 'pipe'): Promise<string> {
+    this.signal.throwIfAborted()
+    console.error(`\n$ ./bin/${name}.mts ${args.join(' ')}`)
+    const program = join(this.cluster.root, 'bin', `${name}.mts`)
+    const child = spawn(program, args, { stdio: ['inherit', output, 'inherit'] })
+    // Ctrl-C reaches both of us; what is sent to this process alone has to be passed on.
+    const forward = () => child.kill('SIGTERM')
+    process.once('SIGTERM', forward)
+    const printed = child.stdout ? text(child.stdout) : ''
+    const [status, killedBy] = await once(child, 'exit')
+    process.off('SIGTERM', forward)
+    if (status === 0) return printed
+    throw new StepError(`${name} ended with ${killedBy ?? `status ${status}`}`, {
+      log: join(this.cluster.root, 'images'),
+      hint: 'KEEP=1 leaves the machines running, to look around',
+    })
+  }
+
+  /** Does a part of the rehearsal, and notes what it took. */
+  async timed<T>(what: string, work: () => Promise<T>): Promise<T> {
+    this.signal.throwIfAborted()
+    const began = performance.now()
+    try {
+      return await work()
+    } finally {
+      this.note(what, performance.now() - began)
+    }
+  }
+
+  /** Notes the time of something that has just ended. @param took milliseconds */
+  note(what: string, took: number): void {
+    this.times.push({ what, took, ended: Date.now() })
+  }
+
+  /** When the machine was switched on, in milliseconds of the epoch; not at all: Infinity. */
+  async poweredOn(node: Node): Promise<number> {
+    return stat(filesOf(this.cluster, node).pid).then(
+      ({ mtimeMs }) => mtimeMs,
+      () => Number.POSITIVE_INFINITY,
+    )
+  }
+
+  /** A table of all that was timed. */
+  async timeTable(): Promise<string> {
+    const on = Math.min(...(await Promise.all(this.nodes.map((node) => this.poweredOn(node)))))
+    const rows = this.times.map(({ what, took, ended }) => [
+      what,
+      formatDuration(took),
+      ended > on ? formatDuration(ended - on) : '',
+    ])
+    return formatTable(['step', 'took', 'done after power-on'], rows)
+  }
+}
