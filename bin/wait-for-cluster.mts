@@ -1,6 +1,6 @@
 #!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
 // The dashboard of a cluster that is coming up: a row for each component until all are active.
-import { loadCluster } from '../lib/cluster.mts'
+import { chooseNodes, loadCluster } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
 import {
   componentsOf,
@@ -15,8 +15,8 @@ import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { formatDuration } from '../lib/steps.mts'
 
-const { flags } = script({
-  does: 'Waits until the API server, etcd, scheduler, controller-manager and every worker are active,\nand shows each of them: its state, for how long, and what is still missing. Asks their health\nendpoints and systemd. Gives up at once when a machine does not run or its boot has failed.',
+const { flags, args } = script({
+  does: 'Waits until the API server, etcd, scheduler, controller-manager and every worker are active,\nand shows each of them: its state, for how long, and what is still missing. Asks their health\nendpoints and systemd. With names, waits for those machines alone. Gives up at once when a\nmachine does not run or its boot has failed.',
   reads: ['cluster.env', 'tls/', 'run/', 'images/NODE-console.log'],
   writes: [],
   flags: {
@@ -26,11 +26,17 @@ const { flags } = script({
     },
     json: { help: 'print the rows at the end, as JSON' },
   },
-  examples: ['./bin/wait-for-cluster.mts', './bin/wait-for-cluster.mts --ready --timeout 300'],
+  args: '[NODE...]',
+  examples: [
+    './bin/wait-for-cluster.mts',
+    './bin/wait-for-cluster.mts alpha',
+    './bin/wait-for-cluster.mts --ready --timeout 300',
+  ],
 })
 
 const cluster = loadCluster()
-const components = componentsOf(cluster, flags.ready)
+const chosen = chooseNodes(cluster, args)
+const components = componentsOf(cluster, flags.ready).filter(({ node }) => chosen.includes(node))
 const width = Math.max(...components.map(({ name }) => name.length))
 const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
 const started = Date.now()

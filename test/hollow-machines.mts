@@ -6,8 +6,8 @@ import type { Checkout } from './checkout.mts'
 import { type IdleQemu, startIdleQemu } from './idle-qemu.mts'
 import { type Sshd, startSshd } from './sshd.mts'
 
-// A file broken-UNIT makes systemd say otherwise, ill-UNIT the health endpoint, and with gone-UNIT
-// nobody listens there.
+// A file broken-UNIT makes systemd say otherwise, absent-UNIT that its program is not there, ill-UNIT
+// the health endpoint, and with gone-UNIT nobody listens there. ahead-DAYS is about the clock.
 const systemctl = `#!/bin/bash
 : 2>/dev/null >"$HERE/asked"
 case $1 in
@@ -20,6 +20,8 @@ for unit; do
       name=\${unit%.service}
       if [ -e "$HERE/broken-$name" ]; then
         printf 'LoadState=loaded\\nActiveState=activating\\nSubState=auto-restart\\nResult=exit-code\\nNRestarts=4\\n\\n'
+      elif [ -e "$HERE/absent-$name" ]; then
+        printf 'LoadState=loaded\\nActiveState=activating\\nSubState=auto-restart\\nResult=exit-code\\nExecMainStatus=203\\nNRestarts=4\\n\\n'
       else
         printf 'LoadState=loaded\\nActiveState=active\\nSubState=running\\nResult=success\\nNRestarts=0\\n\\n'
       fi;;
@@ -39,6 +41,10 @@ for url; do
   if [ -e "$HERE/gone-$name" ]; then printf '\\n== 000 %s Connection refused\\n' "$url"; continue; fi
   printf '%s\\n== %s %s \\n' "$body" $status "$url"
 done
+`
+const date = `#!/bin/bash
+days=$(ls "$HERE" 2>/dev/null | sed -n 's/^ahead-//p')
+echo $(($(/bin/date +%s) + \${days:-0} * 86400))
 `
 
 export class HollowMachines {
@@ -60,6 +66,7 @@ export class HollowMachines {
       const here = this.checkout.path('state', name)
       await sshd.program('systemctl', systemctl.replaceAll('$HERE', here))
       await sshd.program('curl', curl.replaceAll('$HERE', here))
+      await sshd.program('date', date.replaceAll('$HERE', here))
     }
   }
 

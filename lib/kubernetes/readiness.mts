@@ -2,12 +2,14 @@
 // and every worker, each with its state, since when, and why it is not there yet.
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Cluster, Node } from '../cluster.mts'
+import { clockProbe, clockTrouble } from '../machine/clock.mts'
 import { Machine } from '../machine/machine.mts'
+import { runProbes } from '../machine/probe.mts'
 import {
   type ApiState,
   probeApiServer,
-  probeServices,
   type ServiceState,
+  serviceProbe,
 } from '../machine/probes.mts'
 import { NoAnswer } from '../machine/ssh.mts'
 import { findBootFailure, lastConsoleLines } from '../qemu/console-log.mts'
@@ -18,8 +20,8 @@ import { StepError } from '../step-error.mts'
 /** The reason of a row before its first measurement. */
 export const notAskedYet = 'not asked yet'
 
-/** A machine's services, or why they cannot be asked for. */
-export type MachineState = { services: ServiceState[] } | { unreachable: string }
+/** A machine's services and how far its clock is ahead, in seconds; or why it cannot be asked. */
+export type MachineState = { services: ServiceState[]; clock: number } | { unreachable: string }
 
 /** What was measured last; undefined: not yet. */
 export interface Measured {
@@ -99,6 +101,13 @@ function missingWorker(measured: Measured, node: Node, nodesReady: boolean): str
   return nodesReady && !registered.ready ? `not Ready: ${registered.reason}` : ''
 }
 
+/** A clock that is wrong is why certificates are refused, and so why much else is not there. */
+function withClock(reason: string, { machines }: Measured, { name }: Node): string {
+  const machine = machines.get(name)
+  const clock = machine && 'clock' in machine ? clockTrouble(name, machine.clock) : ''
+  return reason && clock ? `${reason}; ${clock}` : reason
+}
+
 /** Rows as measured now; a row keeps its time while its state stays the same. */
 export function assess(
   components: readonly Component[],
@@ -107,7 +116,7 @@ export function assess(
   now: number,
 ): Row[] {
   return components.map(({ name, node, missing }) => {
-    const reason = missing(measured)
+    const reason = withClock(missing(measured), measured, node)
     const former = before.find((row) => row.name === name)
     const active = reason === ''
     const machine = measured.machines.get(node.name)
@@ -152,7 +161,7 @@ export async function watchReadiness(
     again(async () => {
       measured.api = await probeApiServer(cluster, { signal })
     }),
-    ...cluster.nodes.map((node) => {
+    ...[...new Set(components.map(({ node }) => node))].map((node) => {
       const machine = new Machine(cluster, node, signal)
       return again(async () => {
         measured.machines.set(node.name, await look(machine))
@@ -174,7 +183,11 @@ export async function watchReadiness(
 async function look(machine: Machine): Promise<MachineState> {
   const { cluster, node } = machine
   try {
-    return { services: await probeServices(machine) }
+    return await runProbes(
+      machine,
+      { services: serviceProbe(cluster, node), clock: clockProbe },
+      20,
+    )
   } catch (error) {
     if (!(error instanceof NoAnswer)) throw error
     const log = filesOf(cluster, node).consoleLog

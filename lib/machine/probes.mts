@@ -70,7 +70,7 @@ export function serviceProbe(cluster: Cluster, node: Node): Probe<ServiceState[]
     // Early in its boot a machine lets us in, but systemd does not answer yet.
     // -k: these certificates are made by the programs for themselves, and loopback is the machine.
     command: `
-      systemctl show --property=LoadState,ActiveState,SubState,Result,NRestarts ${units} || true
+      systemctl show --property=LoadState,ActiveState,SubState,Result,ExecMainStatus,NRestarts ${units} || true
       echo '== health'
       curl -sk -m 3 -w '\\n== %{http_code} %{url} %{errormsg}\\n' ${urls} || true`,
     read(output) {
@@ -114,6 +114,7 @@ export async function probeApiServer(
 
 /** Of "[-]etcd failed: reason withheld" and its like, the names of what is not ready. */
 function failingChecks({ status, body }: { status: number; body: string }): string {
+  if (status === 401) return 'it does not accept the admin certificate (HTTP 401)'
   const failing = [...body.matchAll(/^\[-\](\S+)/gm)].map(([, name]) => name)
   return failing.length > 0 ? `not ready: ${failing.join(', ')}` : `HTTP ${status}`
 }
@@ -149,10 +150,12 @@ function nodesOf(list: NodeList): Map<string, NodeState> {
 
 /** Why systemd does not call a unit active; empty if it does. */
 function unitReason(unit: string, properties: Record<string, string>): string {
-  const { LoadState, ActiveState, SubState, Result } = properties
+  const { LoadState, ActiveState, SubState, Result, ExecMainStatus } = properties
   if (ActiveState === 'active') return ''
   if (!ActiveState) return 'systemd does not answer yet'
   if (LoadState === 'not-found') return `there is no unit ${unit}`
+  // systemd's own status when it cannot run a program: systemd.exec(5).
+  if (ExecMainStatus === '203') return `the program of ${unit} is missing on the machine`
   return `${unit} is ${ActiveState} (${SubState}${Result === 'success' ? '' : `, ${Result}`})`
 }
 

@@ -120,6 +120,36 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     assert.equal(reasonOf(outcome, 'controller-manager'), '')
   })
 
+  it('says when programs are missing on a machine', async () => {
+    await machines.set('sigma', 'absent-kubelet')
+    const outcome = await run(checkout, script, ['--timeout', '6', '--json'])
+    assert.equal(outcome.exitCode, 1)
+    assert.equal(reasonOf(outcome, 'sigma'), 'the program of kubelet is missing on the machine')
+    assert.equal(reasonOf(outcome, 'gamma'), '')
+  })
+
+  it('says when the clock of a machine is why certificates are refused', async () => {
+    await machines.set('alpha', 'ahead-730')
+    api.answers['/readyz'] = { status: 401, body: '{"reason":"Unauthorized"}' }
+    const outcome = await run(checkout, script, ['--timeout', '6', '--json'])
+    assert.equal(outcome.exitCode, 1)
+    assert.match(
+      reasonOf(outcome, 'API server') ?? '',
+      /does not accept the admin certificate .*; the clock of alpha is 730 days ahead/,
+    )
+  })
+
+  it('waits for no other machines than those that are named, if any are', async () => {
+    await machines.set('alpha', 'broken-etcd')
+    await machines.set('gamma', 'broken-kubelet')
+    const outcome = await run(checkout, script, ['sigma', '--json'])
+    assert.equal(outcome.exitCode, 0, outcome.stderr)
+    assert.deepEqual(
+      components(outcome).map(({ name }) => name),
+      ['sigma'],
+    )
+  })
+
   it('names an API server that is down while the rest is up', async () => {
     await api.stop()
     const outcome = await run(checkout, script, ['--timeout', '6', '--json'])
@@ -184,6 +214,6 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
 
   it('refuses what it does not know', async () => {
     assert.equal((await run(checkout, script, ['--timeout', 'soon'])).exitCode, 2)
-    assert.equal((await run(checkout, script, ['alpha'])).exitCode, 2)
+    assert.equal((await run(checkout, script, ['nobody'])).exitCode, 2)
   })
 })

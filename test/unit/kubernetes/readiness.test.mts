@@ -33,9 +33,14 @@ const api = (nodes: Record<string, NodeState>): ApiState => ({
 
 /** All machines with every service healthy, but for those that a test names. */
 function measured(
-  options: { api?: ApiState; broken?: Record<string, string>; unreachable?: string[] } = {},
+  options: {
+    api?: ApiState
+    broken?: Record<string, string>
+    unreachable?: string[]
+    clocks?: Record<string, number>
+  } = {},
 ): Measured {
-  const { broken = {}, unreachable = [] } = options
+  const { broken = {}, unreachable = [], clocks = {} } = options
   const machines: Measured['machines'] = new Map(
     cluster.nodes.map((node): [string, MachineState] => {
       const { name } = node
@@ -44,7 +49,7 @@ function measured(
         const reason = broken[unit] ?? ''
         return { unit, healthy: reason === '', reason, restarts: 0 }
       })
-      return [name, { services: states }]
+      return [name, { services: states, clock: clocks[name] ?? 0 }]
     }),
   )
   return {
@@ -112,6 +117,18 @@ describe('the rows of the dashboard', () => {
     assert.equal(rowsOf(measured()).get('sigma')?.active, true)
     const row = rowsOf(measured(), true).get('sigma')
     assert.equal(row?.reason, 'not Ready: cni plugin not initialized')
+  })
+
+  it('tell of a clock that is wrong, as certificates fail by it, but not while all is well', () => {
+    const years = 2 * 365 * 86_400
+    const broken = { kubelet: 'kubelet is activating (auto-restart, exit-code)' }
+    const rows = rowsOf(measured({ broken, clocks: { sigma: -years, gamma: 20 } }))
+    assert.equal(
+      rows.get('sigma')?.reason,
+      `${broken.kubelet}; the clock of sigma is 730 days behind this computer's`,
+    )
+    assert.equal(rows.get('gamma')?.reason, broken.kubelet)
+    assert.equal(rowsOf(measured({ clocks: { sigma: years } })).get('sigma')?.reason, '')
   })
 
   it('keep the time of a row while its state is the same, whatever the reason', () => {
