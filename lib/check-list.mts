@@ -12,18 +12,24 @@ export interface Result {
 
 export class CheckList {
   readonly results: Result[] = []
+  private readonly signal: AbortSignal | undefined
+
+  /** @param signal ends it all: no failure of the check that it meets */
+  constructor(signal?: AbortSignal) {
+    this.signal = signal
+  }
 
   /**
    * Does a check and shows it as a line.
    *
    * @param skip why there is nothing to check, if so
-   * @param work passes unless it throws; what it returns is noted
+   * @param work passes unless it throws; a text that it returns is noted
    * @returns whether it passed
    */
   async check(
     name: string,
     { skip }: { skip?: string | false },
-    work: () => Promise<string | undefined>,
+    work: () => Promise<unknown>,
   ): Promise<boolean> {
     const began = performance.now()
     const note = (result: Result['result'], detail: string) => {
@@ -36,8 +42,10 @@ export class CheckList {
       return note('skipped', skip)
     }
     try {
-      return note('passed', (await step(name, work)) ?? '')
+      const said = await step(name, work)
+      return note('passed', typeof said === 'string' ? said : '')
     } catch (error) {
+      this.signal?.throwIfAborted()
       const reason = describeError(error)
       console.error(reason.replace(/^/gm, '    '))
       return note('failed', reason)

@@ -11,6 +11,10 @@ export interface ApiAnswer {
   body: string
 }
 
+/** What it means when the API server says "unable to transform key": it cannot decrypt. */
+export const wrongEncryptionKey =
+  'Secrets in etcd are encrypted with another key than that of encryption-config.yaml'
+
 /**
  * Asks the API server, which has to prove that it has a certificate of our CA.
  *

@@ -68,7 +68,7 @@ export async function reportOn(cluster: Cluster, timeout: number): Promise<Clust
     ask<{ gitVersion: string }>(cluster, '/version', timeout),
     ask<PodList>(cluster, '/api/v1/pods', timeout),
     inspectTls(cluster),
-    lanSwitchStatus(cluster, Math.min(timeout, 1)),
+    lanSwitchStatus(cluster, timeout),
   ])
   return {
     machines,
@@ -134,7 +134,8 @@ const systemProbe: Probe<SystemFacts> = {
   },
 }
 
-interface PodList {
+/** The answer of /api/v1/pods, as far as it is read here. */
+export interface PodList {
   items: {
     metadata: { namespace: string; name: string }
     spec: { nodeName?: string }
@@ -150,7 +151,8 @@ interface PodList {
   }[]
 }
 
-function podReport({ metadata, spec, status }: PodList['items'][number]): PodReport {
+/** What a pod is up to, and why it is not ready. */
+export function podReport({ metadata, spec, status }: PodList['items'][number]): PodReport {
   const { phase, conditions = [], containerStatuses = [] } = status
   const condition = (type: string) => conditions.find((candidate) => candidate.type === type)
   const waiting = containerStatuses.find(({ state }) => state?.waiting)?.state?.waiting?.reason
@@ -168,7 +170,8 @@ function podReport({ metadata, spec, status }: PodList['items'][number]): PodRep
   }
 }
 
-async function ask<T extends object>(
+/** The answer of the API server to a GET, or why there is none. @param timeout seconds */
+export async function ask<T extends object>(
   cluster: Cluster,
   path: string,
   timeout: number,

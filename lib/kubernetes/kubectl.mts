@@ -2,6 +2,7 @@
 import { $, type ProcessOutput } from 'zx/core'
 import type { Cluster } from '../cluster.mts'
 import { StepError } from '../step-error.mts'
+import { wrongEncryptionKey } from './api-server.mts'
 import { waitForRollout } from './rollout.mts'
 
 interface RunOptions {
@@ -35,6 +36,17 @@ const causes = [
     hint: 'make status shows what runs; make logs FLAGS="--unit kubelet"',
   },
   {
+    pattern: /^Error from server: .*(x509|tls): /m,
+    reason: "the API server and the kubelet do not accept each other's certificates",
+    hint: 'make certs-check shows what is wrong; make certs renews; make reconfig brings it to the machines',
+  },
+  {
+    // Of an object in etcd.
+    pattern: /unable to transform key/,
+    reason: wrongEncryptionKey,
+    hint: 'put the former configs/encryption-config.yaml back, then make reconfig',
+  },
+  {
     pattern: /connection refused|was refused|i\/o timeout|EOF$|connection reset|no route to host/m,
     reason: 'the API server does not answer',
     hint: 'make status shows what runs; make up starts the machines; make wait waits for them',
@@ -51,8 +63,8 @@ const causes = [
   },
   {
     pattern: /Unauthorized|provide credentials/,
-    reason: 'the API server does not know the admin certificate',
-    hint: 'tls/ was made anew after the machines got theirs: make reconfig',
+    reason: 'the API server does not accept the admin certificate',
+    hint: 'make certs-check shows whether it has expired; tls/ made anew after the machines got theirs: make reconfig',
   },
 ] as const
 

@@ -9,17 +9,29 @@ export const scratchAccount = 'probe'
  * Makes a namespace in which Pod Security lets only restricted pods run, and takes it away with
  * all that is in it, however the work ends.
  *
- * @param timeout seconds for a namespace that an earlier run left to go away
+ * @param options.timeout seconds for a namespace that an earlier run left to go away
  * @throws what `work` throws
  */
 export async function withScratchNamespace<T>(
   cluster: Cluster,
   kubectl: Kubectl,
-  { name, timeout }: { name: string; timeout: number },
+  options: { name: string; timeout: number },
   work: () => Promise<T>,
 ): Promise<T> {
-  const remove = ['delete', 'namespace', name, '--ignore-not-found']
-  await kubectl.run(remove, { timeout })
+  try {
+    await makeScratchNamespace(kubectl, options)
+    return await work()
+  } finally {
+    await removeScratchNamespace(cluster, options.name)
+  }
+}
+
+/** The first half. Who calls it has the namespace removed, too. */
+export async function makeScratchNamespace(
+  kubectl: Kubectl,
+  { name, timeout }: { name: string; timeout: number },
+): Promise<void> {
+  await kubectl.run([...remove(name), `--timeout=${timeout}s`], { timeout: timeout + 30 })
   const labels = { 'pod-security.kubernetes.io/enforce': 'restricted' }
   const objects = [
     { apiVersion: 'v1', kind: 'Namespace', metadata: { name, labels } },
@@ -29,14 +41,18 @@ export async function withScratchNamespace<T>(
       metadata: { name: scratchAccount, namespace: name },
     },
   ]
-  try {
-    await kubectl.apply(objects.map((object) => JSON.stringify(object)).join('\n---\n'), {
-      manager: name,
-      forceConflicts: true,
-    })
-    return await work()
-  } finally {
-    // Without the signal: after Ctrl-C there is this left to do.
-    await new Kubectl(cluster).execute([...remove, '--wait=false'])
-  }
+  await kubectl.apply(objects.map((object) => JSON.stringify(object)).join('\n---\n'), {
+    manager: name,
+    forceConflicts: true,
+  })
+}
+
+/** The second half; does not wait until all of it is gone. */
+export async function removeScratchNamespace(cluster: Cluster, name: string): Promise<void> {
+  // Without the signal of the work: after Ctrl-C there is this left to do.
+  await new Kubectl(cluster).execute([...remove(name), '--wait=false'])
+}
+
+function remove(name: string): string[] {
+  return ['delete', 'namespace', name, '--ignore-not-found']
 }

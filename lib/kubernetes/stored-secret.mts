@@ -5,7 +5,7 @@ import type { Kubectl } from './kubectl.mts'
 
 const pki = '/var/lib/kubernetes/pki'
 const etcdctl = [
-  'ETCDCTL_API=3 etcdctl --endpoints=https://127.0.0.1:2379',
+  'etcdctl --endpoints=https://127.0.0.1:2379',
   `--cacert=${pki}/ca.pem --cert=${pki}/kubernetes.pem --key=${pki}/kubernetes-key.pem`,
 ].join(' ')
 

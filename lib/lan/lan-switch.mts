@@ -130,7 +130,8 @@ export function lanSwitchStatus(cluster: Cluster, timeout = 2): Promise<SwitchSt
     const timer = setTimeout(give, timeout * 1000)
     socket.once('error', () => give())
     socket.once('message', (text) => give(statusIn(text, cluster)))
-    socket.send(statusQuery, cluster.settings.LAN_SWITCH_PORT, '127.0.0.1')
+    // Connected, it is told at once if nobody listens there.
+    socket.connect(cluster.settings.LAN_SWITCH_PORT, '127.0.0.1', () => socket.send(statusQuery))
   })
 }
 

@@ -2,7 +2,7 @@
 // API server over its forwarded port. Only what was measured is told, never what should be.
 
 import type { Cluster, Node } from '../cluster.mts'
-import { askApiServer } from '../kubernetes/api-server.mts'
+import { type ApiAnswer, askApiServer, wrongEncryptionKey } from '../kubernetes/api-server.mts'
 import { StepError } from '../step-error.mts'
 import type { Machine } from './machine.mts'
 import { type Probe, runProbes } from './probe.mts'
@@ -101,7 +101,9 @@ export async function probeApiServer(
 ): Promise<ApiState> {
   try {
     const readiness = await askApiServer(cluster, '/readyz?verbose', options)
-    if (readiness.status !== 200) return { ready: false, reason: failingChecks(readiness) }
+    if (readiness.status !== 200) {
+      return { ready: false, reason: await whyNotReady(cluster, readiness, options) }
+    }
     const { status, body } = await askApiServer(cluster, '/api/v1/nodes', options)
     if (status !== 200) return { ready: true, reason: `listing nodes: HTTP ${status}` }
     return { ready: true, reason: '', nodes: nodesOf(JSON.parse(body)) }
@@ -112,8 +114,20 @@ export async function probeApiServer(
   }
 }
 
+async function whyNotReady(
+  cluster: Cluster,
+  readiness: ApiAnswer,
+  options: Parameters<typeof askApiServer>[2],
+): Promise<string> {
+  const reason = failingChecks(readiness)
+  // It reads all Secrets when it starts, and is not ready before it can.
+  if (!reason.includes('informer-sync')) return reason
+  const { body } = await askApiServer(cluster, '/api/v1/secrets', options)
+  return body.includes('unable to transform key') ? `${reason}: ${wrongEncryptionKey}` : reason
+}
+
 /** Of "[-]etcd failed: reason withheld" and its like, the names of what is not ready. */
-function failingChecks({ status, body }: { status: number; body: string }): string {
+function failingChecks({ status, body }: ApiAnswer): string {
   if (status === 401) return 'it does not accept the admin certificate (HTTP 401)'
   const failing = [...body.matchAll(/^\[-\](\S+)/gm)].map(([, name]) => name)
   return failing.length > 0 ? `not ready: ${failing.join(', ')}` : `HTTP ${status}`
