@@ -2,6 +2,7 @@
 // with the real kubectl and, in place of what containers would run, programs of the test.
 import { writeFile } from 'node:fs/promises'
 import type { Cluster } from '../../lib/cluster.mts'
+import { becomes } from '../../lib/qemu/processes.mts'
 import { type Checkout, type Outcome, run } from '../checkout.mts'
 import { FakePrograms } from '../fake-programs.mts'
 import type { ControlPlane } from './control-plane.mts'
@@ -55,7 +56,7 @@ export class HollowCluster {
 
   /** Runs a script of bin/. */
   script(name: string, ...args: string[]): Promise<Outcome> {
-    return run(this.checkout, `bin/${name}.mts`, args, { env: this.env() })
+    return run(this.checkout, `bin/${name}.mts`, args, { env: this.env(), timeout: 400_000 })
   }
 
   /** Runs shell text with the same PATH. */
@@ -82,6 +83,23 @@ export class HollowCluster {
   /** @param fate what becomes of pods from now on; all run unless said otherwise */
   setFate(fate: HollowNodes['fate'] = defaultFate): void {
     if (this.nodes) this.nodes.fate = fate
+  }
+
+  /**
+   * Lets pods anew wait for a reason, and returns when each of them does so: what a script then
+   * sees does not depend on its patience.
+   */
+  async letPodsWait(namespace: string, reason: string, message: string): Promise<void> {
+    this.setFate(() => ({ reason, message }))
+    const inNamespace = `--namespace=${namespace}`
+    await this.kubectl(['delete', 'pods', '--all', inNamespace])
+    const waiting = 'jsonpath={.items[*].status.containerStatuses[*].state.waiting.reason}'
+    const all = async () => {
+      const { items } = await this.get<{ items: object[] }>('pods', inNamespace)
+      const reasons = await this.kubectl(['get', 'pods', inNamespace, `--output=${waiting}`])
+      return items.length > 0 && reasons === items.map(() => reason).join(' ')
+    }
+    if (!(await becomes(all, 120))) throw new Error(`not all pods of ${namespace} wait`)
   }
 
   /** Writes a kubeconfig with which a program has the rights of a service account. */

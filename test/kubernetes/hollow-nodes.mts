@@ -8,6 +8,7 @@ import type { Cluster, Node } from '../../lib/cluster.mts'
 import type { ApiObject } from '../../lib/kubernetes/kubectl.mts'
 
 interface HollowPod extends ApiObject {
+  metadata: ApiObject['metadata'] & { uid: string }
   spec: { nodeName?: string; restartPolicy?: string; containers: { name: string; image: string }[] }
   status: { phase?: string }
 }
@@ -27,6 +28,8 @@ export class HollowNodes {
   private readonly loops: Promise<void>[] = []
   private lastAddress = 1
   private readonly statuses = new Map<string, object>()
+  /** What became of each pod, by its path. */
+  private readonly decided = new Map<string, string>()
   /** Decides about each pod when it has come to a node. */
   fate: (pod: HollowPod) => Fate = defaultFate
 
@@ -119,18 +122,21 @@ export class HollowNodes {
   private async runPods(): Promise<void> {
     const { items } = await this.api<{ items: HollowPod[] }>('GET', '/api/v1/pods')
     for (const pod of items) {
-      const { namespace, name, deletionTimestamp } = pod.metadata
+      const { namespace, name, uid, deletionTimestamp } = pod.metadata
       const path = `/api/v1/namespaces/${namespace}/pods/${name}`
       if (deletionTimestamp) {
         await this.api('DELETE', `${path}?gracePeriodSeconds=0`)
       } else if (pod.spec.nodeName && (pod.status.phase ?? 'Pending') === 'Pending') {
-        await this.api('PATCH', `${path}/status`, { status: this.statusOf(pod) })
+        const fate = this.fate(pod)
+        const last = JSON.stringify([uid, fate])
+        if (this.decided.get(path) === last) continue
+        await this.api('PATCH', `${path}/status`, { status: this.statusOf(pod, fate) })
+        this.decided.set(path, last)
       }
     }
   }
 
-  private statusOf(pod: HollowPod): object {
-    const fate = this.fate(pod)
+  private statusOf(pod: HollowPod, fate: Fate): object {
     const ready = fate === 'Running'
     this.lastAddress += 1
     const podIP = `${this.cluster.node(pod.spec.nodeName ?? '').podCidr?.replace(/0\/.*/, '')}${this.lastAddress % 250}`
