@@ -31,12 +31,12 @@ export interface ApiObject {
 const causes = [
   {
     // The API server answers; whom it asked in turn does not.
-    pattern: /^Error from server: .*dial tcp/m,
+    pattern: /(^Error from server: |error dialing backend: ).*dial tcp/m,
     reason: 'the API server does not reach the kubelet',
     hint: 'make status shows what runs; make logs FLAGS="--unit kubelet"',
   },
   {
-    pattern: /^Error from server: .*(x509|tls): /m,
+    pattern: /(^Error from server: |error dialing backend: ).*(x509|tls): /m,
     reason: "the API server and the kubelet do not accept each other's certificates",
     hint: 'make certs-check shows what is wrong; make certs renews; make reconfig brings it to the machines',
   },
