@@ -23,6 +23,9 @@ import {
   services,
 } from './mapping.mts'
 
+/** Seconds. Alone on two cores each of them takes a few; a busy host has other things to do. */
+const startTimeout = 300
+
 /** A running (or stopped) control plane. Its data and logs stay in `place.root`. */
 export class ControlPlane {
   readonly cluster: Cluster
@@ -150,7 +153,7 @@ export class ControlPlane {
     const { kubernetes, etcd, root } = this.place
     // HOME, as kubectl keeps what it discovered there.
     const env = { PATH: `${kubernetes}:${etcd}`, HOME: root }
-    return run({ root }, program, args, { env, input, timeout: 30_000 })
+    return run({ root }, program, args, { env, input, timeout: 120_000 })
   }
 
   private logFile(service: Service): string {
@@ -207,10 +210,10 @@ export class ControlPlane {
       }
       trouble = await this.trouble(service, path)
       return !trouble
-    }, 60)
+    }, startTimeout)
     if (ready) return
     throw new StepError(
-      `${service} is not ready after 60 s: ${trouble}`,
+      `${service} is not ready after ${startTimeout} s: ${trouble}`,
       await this.lastLines(service),
     )
   }

@@ -26,9 +26,14 @@ export class HollowCluster {
   /** Starts a control plane, without any node. */
   static async start(tools: Tools): Promise<HollowCluster> {
     const hollow = new HollowCluster(await prepareControlPlane(tools))
-    await hollow.controlPlane.start()
     hollow.runsInPods('echo "nothing runs in this pod" >&2; exit 1')
-    return hollow
+    try {
+      await hollow.controlPlane.start()
+      return hollow
+    } catch (error) {
+      await hollow.stop()
+      throw error
+    }
   }
 
   async stop(): Promise<void> {
