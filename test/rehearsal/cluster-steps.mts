@@ -16,7 +16,7 @@ const steps: readonly Step[] = [
   ['make smoke', (rehearsal) => rehearsal.script('smoke')],
   ['make test', (rehearsal) => rehearsal.script('test-cluster')],
   ['make smoke, taken away', (rehearsal) => rehearsal.script('smoke', '--cleanup')],
-  ['make status', (rehearsal) => rehearsal.script('cluster-status')],
+  ['make status', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
 
 /** All steps, up to one that fails; then the cluster is shown as it was. */
@@ -62,5 +62,7 @@ async function lookAround(rehearsal: Rehearsal): Promise<void> {
     const { stdout, stderr } = await kubectl.execute(command)
     console.error(`${stdout}${stderr}`.trimEnd().split('\n').slice(-40).join('\n'))
   }
-  await rehearsal.script('cluster-status').catch((error) => console.error(describeError(error)))
+  await rehearsal
+    .script('cluster-status', '--timeout=60')
+    .catch((error) => console.error(describeError(error)))
 }
