@@ -38,7 +38,7 @@ for url; do
     *) continue;;
   esac
   if [ -e "$HERE/ill-$name" ]; then body='[-]leaderElection failed' status=503; else body=ok status=200; fi
-  if [ -e "$HERE/gone-$name" ]; then printf '\\n== 000 %s Connection refused\\n' "$url"; continue; fi
+  if [ -e "$HERE/gone-$name" ]; then printf '\\n== 000 %s Connection refused after %d ms\\n' "$url" $RANDOM; continue; fi
   printf '%s\\n== %s %s \\n' "$body" $status "$url"
 done
 `

@@ -179,7 +179,10 @@ function healthAnswers(printed: string): Map<string, string> {
   return new Map(
     [...answers].map(([, body = '', status = '', url = '', error = '']) => {
       if (status === '200') return [url, '']
-      const said = status === '000' ? error : `HTTP ${status} ${body.replaceAll('\n', ' ').trim()}`
+      // How long it took is another number each time, and says nothing.
+      const silence = error.replace(/ after \d+ ms/, '')
+      const said =
+        status === '000' ? silence : `HTTP ${status} ${body.replaceAll('\n', ' ').trim()}`
       return [url, said.slice(0, 200)]
     }),
   )
