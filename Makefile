@@ -9,7 +9,7 @@ FLAGS =
 .PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
   etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
-  rehearse help packages
+  health rehearse help packages
 
 # ── The cluster ──────────────────────────────────────────────────────────────────────────────
 check: packages ## Verify prerequisites (QEMU, kubectl, firmware)
@@ -59,6 +59,9 @@ etcd-snapshot: packages ## Create etcd data backup (saved to backups/)
 
 etcd-restore: packages ## Restore etcd from latest backup (or FILE=backups/etcd-….db)
 	@./bin/etcd-backup.mts restore $(FLAGS) $(if $(FILE),"$(FILE)")
+
+health: packages ## Live view of nodes, pods, usage and events (q quits, p pauses)
+	@./bin/cluster-health.mts $(FLAGS)
 
 ssh-%: packages ## SSH into nodes
 	@./bin/ssh.mts $* $(FLAGS)
