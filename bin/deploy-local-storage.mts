@@ -187,7 +187,7 @@ spec:
           env:
             - name: POD_NAMESPACE
               valueFrom:
-                fieldRef: {fieldPath: metadata.namespace}
+                fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}
             # Reads the helper pod anew when it changes.
             - {name: CONFIG_MOUNT_PATH, value: /etc/config/}
           ports:
