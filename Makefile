@@ -7,7 +7,7 @@ FLAGS =
 # The steps build on each other, also under make -j.
 .NOTPARALLEL:
 .PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
-  etcd-snapshot etcd-restore clean clobber \
+  reconfig etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
   health rehearse help packages
 
@@ -53,6 +53,9 @@ snapshot: packages ## Save cluster state for instant restore (NAME=before-lab-3)
 
 restore: packages ## Restore from snapshot (~30s vs ~15min rebuild; NAME=before-lab-3)
 	@./bin/restore.mts $(FLAGS) $(if $(NAME),"$(NAME)")
+
+reconfig: packages ## Push config changes to running nodes (FLAGS=--dry-run)
+	@./bin/reconfig.mts $(FLAGS)
 
 etcd-snapshot: packages ## Create etcd data backup (saved to backups/)
 	@./bin/etcd-backup.mts snapshot $(FLAGS)

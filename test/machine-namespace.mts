@@ -39,8 +39,9 @@ export async function enterNamespace(sshd: Sshd, folder: string): Promise<Machin
   const lines = createInterface({ input: holder.stdout })
   const first = await Promise.race([once(lines, 'line'), once(holder, 'exit')])
   if (typeof first[0] !== 'string') throw new Error('no mount namespace could be made')
-  // Entering leads to the root folder.
-  const enter = `nsenter --mount --target ${first[0]} /bin/bash -c 'cd "$0" && exec /bin/bash "$@"'`
+  // Entering leads to the root folder. (sh, as bash would take itself for the session's first shell
+  // and read .bashrc again and again, if that starts another one.)
+  const enter = `nsenter --mount --target ${first[0]} /bin/sh -c 'cd "$0" && exec /bin/bash "$@"'`
   await sshd.program('bash', `#!/bin/sh\nexec ${enter} "$PWD" "$@"\n`)
   return {
     stop: async () => {

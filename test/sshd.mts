@@ -62,7 +62,8 @@ export async function startSshd(
     'PidFile none',
     'UsePAM no',
     'PermitRootLogin prohibit-password',
-    `SetEnv "PATH=${path}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"`,
+    // Bash would read this computer's .bashrc at every call.
+    `SetEnv "PATH=${path}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin" "HOME=${folder}"`,
   ]
   await writeFile(`${folder}/sshd_config`, `${config.join('\n')}\n`)
 

@@ -59,7 +59,8 @@ export class Machine {
     const { status, stdout, stderr } = await this.execute(command, options)
     if (status === 0) return stdout
     throw new StepError(`a command on ${this.node.name} ended with status ${status}`, {
-      command,
+      // A text of many lines would bury what it said.
+      ...(command.includes('\n') ? {} : { command }),
       output: lastLines(stderr || stdout),
     })
   }

@@ -1,0 +1,388 @@
+// reconfig against machines in name only: a real sshd each, in a file system of its own, with a
+// nixos-rebuild of the test. What NixOS makes of a changed configuration, nixos.test.mts asks.
+import assert from 'node:assert/strict'
+import { execFile } from 'node:child_process'
+import { readFile, writeFile } from 'node:fs/promises'
+import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
+import type { Cluster } from '../../lib/cluster.mts'
+import { withLock } from '../../lib/lock.mts'
+import { Machine } from '../../lib/machine/machine.mts'
+import { becomes } from '../../lib/qemu/processes.mts'
+import { stagedArchive } from '../../lib/staging/staging.mts'
+import { type FakeApiServer, nodeList, startFakeApiServer } from '../api-server.mts'
+import { type Checkout, type Outcome, run } from '../checkout.mts'
+import { HollowMachines } from '../hollow-machines.mts'
+import { noQemu } from '../idle-qemu.mts'
+import { makeStagedCheckout } from '../kubernetes/prepared.mts'
+import { enterNamespace, type MachineNamespace } from '../machine-namespace.mts'
+import { noSshd } from '../sshd.mts'
+
+// A kubelet with the flag --broken does not come up; a file "rebuild" says what else happens.
+const nixosRebuild = `#!/bin/bash
+echo "$NAME $*" >>"$CALLS"
+if grep -qs -- --broken /etc/nixos/worker.nix; then touch "$STATE/broken-kubelet"; else rm -f "$STATE/broken-kubelet"; fi
+echo 'building the system configuration...'
+if [ -e "$STATE/rebuild" ]; then . "$STATE/rebuild"; fi
+echo 'stopping the following units: kubelet.service'
+echo 'restarting the following units: systemd-tmpfiles-resetup.service'
+echo 'starting the following units: kubelet.service'
+`
+// Ends the session's sshd, an ancestor of the shell that runs there, as a cut connection would.
+const cut = `pid=$PPID
+while [ "$(cat /proc/$pid/comm)" != sshd ]; do pid=$(cut -d' ' -f4 /proc/$pid/stat); done
+kill -9 $pid
+`
+
+const skip = noSshd || noQemu
+// A skipped suite is counted nowhere; a skipped test is.
+it('what this needs is there', { skip }, () => {})
+
+describe('reconfig', { skip, timeout: 1_800_000 }, () => {
+  let checkout: Checkout
+  let cluster: Cluster
+  let machines: HollowMachines
+  let api: FakeApiServer
+  const namespaces: MachineNamespace[] = []
+  const names = ['alpha', 'sigma', 'gamma']
+
+  before(async () => {
+    ;({ checkout, cluster } = await makeStagedCheckout())
+    await checkout.set({ BOOT_TIMEOUT: 20, WAIT_TIMEOUT: 60 })
+    machines = new HollowMachines(checkout)
+    await machines.start(...names)
+    for (const name of names) {
+      namespaces.push(await enterNamespace(machines.sshd(name), checkout.path('spaces', name)))
+      await machines.set(name, 'made')
+      const text = nixosRebuild
+        .replaceAll('$NAME', name)
+        .replaceAll('$CALLS', checkout.path('calls'))
+        .replaceAll('$STATE', checkout.path('state', name))
+      await machines.sshd(name).program('nixos-rebuild', text)
+    }
+    api = await startFakeApiServer(checkout)
+    api.answers['/readyz'] = { body: 'ok' }
+    api.answers['/api/v1/nodes'] = {
+      body: nodeList({ sigma: { ready: true }, gamma: { ready: true } }),
+    }
+    for (const name of ['sigma', 'gamma']) {
+      const lease = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${name}`
+      const renewed = () => ({ body: JSON.stringify({ spec: { renewTime: new Date() } }) })
+      Object.defineProperty(api.answers, lease, { get: renewed })
+    }
+  })
+  after(async () => {
+    await api?.stop()
+    for (const namespace of namespaces) await namespace.stop()
+    await machines?.stop(...names)
+    await checkout?.remove()
+  })
+
+  let worker: string
+  beforeEach(async () => {
+    worker = await readFile(checkout.path('configs', 'worker.nix'), 'utf8')
+    await writeFile(checkout.path('calls'), '')
+  })
+  // Each test begins with machines that have what is staged for them.
+  afterEach(async () => {
+    await writeFile(checkout.path('configs', 'worker.nix'), worker)
+    await checkout.set({ KUBE_LOG_LEVEL: 2, PROXY_HTTP: '' })
+    for (const name of names) {
+      await machines.reset(name)
+      await machines.set(name, 'made')
+    }
+    await install()
+  })
+  before(() => install())
+
+  /** All files of the staged configuration, as an installation and a boot leave them. */
+  async function install(): Promise<void> {
+    await run(checkout, 'bin/generate-nocloud-iso.mts')
+    const wiped = 'rm -rf /var/lib/reconfig /var/lib/kubernetes /etc/nixos'
+    await Promise.all(
+      cluster.nodes.map(async (node) => {
+        const input = await stagedArchive(cluster, node)
+        await on(node.name).succeed(`${wiped}; tar -xzpf - -C /`, { input })
+      }),
+    )
+  }
+
+  const on = (name: string) => new Machine(cluster, cluster.node(name))
+  const reconfig = (...args: string[]): Promise<Outcome> =>
+    run(checkout, 'bin/reconfig.mts', args, { timeout: 300_000 })
+  const calls = async () => (await readFile(checkout.path('calls'), 'utf8')).trim().split('\n')
+  const inSpace = (name: string, path: string) => on(name).succeed(`cat ${path}`)
+  /** Every file with owner, mode and content, as text to compare. */
+  const stateOf = (name: string) =>
+    on(name).succeed(
+      'find /etc/nixos /var/lib/kubernetes /etc/ssh/ssh_host_ed25519_key* -type f -printf "%p %U:%G %m " -exec sha256sum {} \\; | sort',
+    )
+  const breakKubelet = () =>
+    writeFile(checkout.path('configs', 'worker.nix'), `# --broken\n${worker}`)
+
+  it('touches nothing where nothing has changed', async () => {
+    const { stdout, stderr, exitCode } = await reconfig()
+    assert.equal(exitCode, 0, stderr)
+    for (const name of names) assert.match(stdout, new RegExp(`^${name}: no file changes$`, 'm'))
+    assert.deepEqual(await calls(), [''])
+  })
+
+  it('shows what changes as a unified diff, and with --dry-run leaves it at that', async () => {
+    await checkout.set({ KUBE_LOG_LEVEL: 4 })
+    const before = await stateOf('sigma')
+    const { stdout, stderr, exitCode } = await reconfig('--dry-run', '--node', 'sigma')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(stdout, /^sigma: 1 file changes$/m)
+    assert.match(
+      stdout,
+      /^--- \/etc\/nixos\/cluster\.json \(on the machine\)\n\+\+\+ \/etc\/nixos\/cluster\.json \(staged\)\n@@ /m,
+    )
+    assert.match(stdout, /^- {2}"logLevel": 2,\n\+ {2}"logLevel": 4,$/m)
+    assert.equal(await stateOf('sigma'), before)
+    assert.deepEqual(await calls(), [''])
+  })
+
+  it('brings a change to the control plane first, then to one worker after another', async () => {
+    await checkout.set({ KUBE_LOG_LEVEL: 4 })
+    const { stdout, stderr, exitCode } = await reconfig('--node', 'gamma,sigma,alpha')
+    assert.equal(exitCode, 0, stderr)
+    assert.deepEqual(await calls(), ['alpha switch', 'sigma switch', 'gamma switch'])
+    assert.match(stdout, /^sigma: restarted kubelet, systemd-tmpfiles-resetup$/m)
+    for (const name of names) {
+      assert.match(await inSpace(name, '/etc/nixos/cluster.json'), /"logLevel": 4/)
+    }
+    const again = await reconfig()
+    assert.match(again.stdout, /^sigma: no file changes$/m)
+    assert.equal((await calls()).length, 3)
+  })
+
+  it('brings a renewed certificate to its machine alone, each file still its reader’s', async () => {
+    await on('sigma').succeed('chown 12345:12346 /var/lib/kubernetes/pki/sigma-key.pem')
+    const others = await Promise.all(['alpha', 'gamma'].map(stateOf))
+    const renewed = await run(checkout, 'bin/generate-certs.mts', ['--renew', 'sigma'])
+    assert.equal(renewed.exitCode, 0, renewed.stderr)
+
+    const { stdout, stderr, exitCode } = await reconfig()
+    assert.equal(exitCode, 0, stderr)
+    assert.match(stdout, /^sigma: 4 files change$/m)
+    assert.match(
+      stdout,
+      /sigma\.pem changes: certificate of system:node:sigma, valid until \d{4}-\d\d-\d\d$/m,
+    )
+    assert.match(stdout, /sigma-key\.pem changes \(secret\)$/m)
+    assert.match(stdout, /sigma\.kubeconfig changes \(secret\)$/m)
+    assert.doesNotMatch(stdout + stderr, /BEGIN|client-key-data/)
+    assert.deepEqual(await calls(), ['sigma switch'])
+    assert.deepEqual(await Promise.all(['alpha', 'gamma'].map(stateOf)), others)
+    const there = await stateOf('sigma')
+    assert.match(there, /sigma-key\.pem 12345:12346 600 /)
+    assert.match(there, /sigma\.pem 0:0 644 /)
+    for (const file of ['sigma.pem', 'sigma-key.pem']) {
+      const own = await readFile(checkout.path('tls', file), 'utf8')
+      assert.equal(await inSpace('sigma', `/var/lib/kubernetes/pki/${file}`), own)
+    }
+  })
+
+  it('takes away what a machine needs no more, and shows no password of a proxy', async () => {
+    await checkout.set({ PROXY_HTTP: 'http://me:swordfish@proxy.test:3128' })
+    await on('sigma').succeed('echo >/var/lib/kubernetes/kube-proxy.kubeconfig')
+    const { stdout, stderr, exitCode } = await reconfig('--node', 'sigma')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(stdout, /^\/var\/lib\/kubernetes\/kube-proxy\.kubeconfig is not needed any more$/m)
+    assert.match(stdout, /…@proxy\.test:3128/)
+    assert.doesNotMatch(stdout + stderr, /swordfish/)
+    assert.doesNotMatch(await stateOf('sigma'), /kube-proxy/)
+  })
+
+  describe('touches no machine', () => {
+    beforeEach(() => checkout.set({ KUBE_LOG_LEVEL: 4 }))
+    async function assertUntouched(args: string[], reason: RegExp, status = 1): Promise<void> {
+      const before = await stateOf('alpha')
+      const { stderr, exitCode } = await reconfig(...args)
+      assert.match(stderr, reason)
+      assert.equal(exitCode, status, stderr)
+      assert.equal(await stateOf('alpha'), before)
+      assert.deepEqual(await calls(), [''])
+    }
+
+    it('when one of them is down, which is named', async () => {
+      await machines.stop('gamma')
+      await assertUntouched(
+        [],
+        /not all machines can be changed, so none was\n.*gamma is not running/,
+      )
+      await machines.start('gamma')
+      namespaces.push(
+        await enterNamespace(machines.sshd('gamma'), checkout.path('spaces', 'gamma-2')),
+      )
+    })
+
+    it('when one of them does not answer', async () => {
+      await machines.sshd('sigma').stop()
+      await assertUntouched([], /so none was\n.*sigma does not answer ssh/)
+      await machines.stop('sigma')
+      await machines.start('sigma')
+      namespaces.push(
+        await enterNamespace(machines.sshd('sigma'), checkout.path('spaces', 'sigma-2')),
+      )
+    })
+
+    it('while another script is at work', async () => {
+      await withLock(checkout.path('run', 'bootstrap.lock'), 'taking a snapshot', () =>
+        assertUntouched([], /another process is taking a snapshot/),
+      )
+    })
+
+    it('while a machine is still at work on the last change', async () => {
+      const held = 'mkdir -p /var/lib/reconfig; exec 9>/var/lib/reconfig/lock; flock 9'
+      await on('gamma').succeed(`${held}; setsid --fork sleep 600 >/dev/null 2>&1; echo`)
+      await assertUntouched([], /gamma is still at work on the last change/)
+      await on('gamma').succeed('fuser --kill /var/lib/reconfig/lock || true')
+    })
+
+    it('that nobody knows', () => assertUntouched(['--node', 'omega'], /no node "omega"/, 2))
+  })
+
+  describe('gives a machine its former configuration back', () => {
+    /** All that is on sigma, and what is done to it last. */
+    async function assertBack(change: () => Promise<Outcome>, reason: RegExp): Promise<string> {
+      const before = await stateOf('sigma')
+      const { stderr, exitCode } = await change()
+      assert.match(stderr, reason)
+      assert.equal(exitCode, 1, stderr)
+      assert.equal(await stateOf('sigma'), before)
+      const again = await reconfig('--dry-run', '--node', 'sigma')
+      assert.doesNotMatch(again.stdout, /did not come to its end/)
+      return stderr
+    }
+
+    it('when a service does not come up, and leaves the machines after it alone', async () => {
+      await breakKubelet()
+      const gamma = await stateOf('gamma')
+      const stderr = await assertBack(
+        () => reconfig('--timeout', '3'),
+        /sigma was not well, and has its former configuration again; gamma was not touched/,
+      )
+      assert.match(stderr, /sigma is not well after 3 s/)
+      assert.match(stderr, /kubelet is activating/)
+      assert.deepEqual(await calls(), ['sigma switch', 'sigma switch'])
+      assert.equal(await stateOf('gamma'), gamma)
+    })
+
+    it('when NixOS refuses the configuration', async () => {
+      await checkout.set({ KUBE_LOG_LEVEL: 4 })
+      const again = checkout.path('state', 'sigma', 'rebuild')
+      await writeFile(again, `rm "${again}"; echo 'error: no such option'; exit 1\n`)
+      const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+      assert.match(stderr, /nixos-rebuild switch failed on sigma \(status 1\)/)
+      assert.match(stderr, /error: no such option/)
+    })
+
+    it('when the machine starts anew in the middle of the switch', async () => {
+      await checkout.set({ KUBE_LOG_LEVEL: 4 })
+      // The boot id is a file that the namespace has in the real one's place.
+      const reset = `rm "${checkout.path('state', 'sigma', 'rebuild')}"; echo second >${checkout.path('spaces', 'sigma-2', 'boot_id')}; kill -9 $PPID $$`
+      await writeFile(checkout.path('state', 'sigma', 'rebuild'), `${reset}\n`)
+      const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+      assert.match(stderr, /sigma started anew in the middle of a change/)
+    })
+
+    it('when the node is not Ready with the new one', async () => {
+      await checkout.set({ KUBE_LOG_LEVEL: 4 })
+      const lost = async () => {
+        const body = (ready: boolean) => nodeList({ sigma: { ready }, gamma: { ready: true } })
+        const switched = becomes(async () => (await calls())[0] === 'sigma switch', 60)
+        const outcome = reconfig('--node', 'sigma', '--timeout', '3')
+        await switched
+        api.answers['/api/v1/nodes'] = { body: body(false) }
+        const done = await outcome
+        api.answers['/api/v1/nodes'] = { body: body(true) }
+        return done
+      }
+      const stderr = await assertBack(lost, /sigma was not well, and has its former configuration/)
+      assert.match(stderr, /sigma is not Ready after 3 s/)
+    })
+  })
+
+  it('takes a unit that is between two attempts for one that may come', async () => {
+    await checkout.set({ KUBE_LOG_LEVEL: 4 })
+    await writeFile(
+      checkout.path('state', 'sigma', 'rebuild'),
+      'echo "warning: the following units failed: kubelet.service"; exit 4\n',
+    )
+    const { stderr, exitCode } = await reconfig('--node', 'sigma')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(await inSpace('sigma', '/etc/nixos/cluster.json'), /"logLevel": 4/)
+  })
+
+  describe('a push is there as a whole or not at all', () => {
+    beforeEach(() => checkout.set({ KUBE_LOG_LEVEL: 4 }))
+    async function assertNothingPushed(reason: RegExp): Promise<void> {
+      const before = await stateOf('sigma')
+      const { stderr, exitCode } = await reconfig('--node', 'sigma')
+      assert.match(stderr, /the configuration did not get to sigma; nothing was changed there/)
+      assert.match(stderr, reason)
+      assert.equal(exitCode, 1)
+      assert.equal(await stateOf('sigma'), before)
+      assert.deepEqual(await calls(), [''])
+      const left = await on('sigma').succeed('ls /var/lib/reconfig')
+      assert.doesNotMatch(left, /^(new|archive|back)$/m)
+    }
+    const program = (name: string, text: string) => machines.sshd('sigma').program(name, text)
+    afterEach(async () => {
+      await program('tar', '#!/bin/sh\nexec /bin/tar "$@"\n')
+      await program('comm', '#!/bin/sh\nexec /usr/bin/comm "$@"\n')
+    })
+
+    it('when the connection is cut before all of it has come', async () => {
+      await program('tar', `#!/bin/bash\n${cut}sleep 1\nexit 1\n`)
+      await assertNothingPushed(/sigma does not answer ssh/)
+    })
+
+    it('when the connection is cut while the files take their places', async () => {
+      const once = checkout.path('state', 'sigma', 'cut')
+      const text = `#!/bin/bash\nif [ ! -e ${once} ]; then touch ${once}; ${cut}sleep 1; fi\nexec /usr/bin/comm "$@"\n`
+      await program('comm', text)
+      await assertNothingPushed(/sigma does not answer ssh/)
+    })
+
+    it('when the disk of the machine is full', async () => {
+      await on('sigma').succeed(
+        'mkdir -p /var/lib/reconfig; mount -t tmpfs -o size=40k none /var/lib/reconfig',
+      )
+      await assertNothingPushed(/No space left on device/)
+      await on('sigma').succeed('umount /var/lib/reconfig')
+    })
+  })
+
+  it('lets an interrupted switch go on by itself, and finishes it the next time', async () => {
+    await checkout.set({ KUBE_LOG_LEVEL: 4 })
+    const go = checkout.path('state', 'sigma', 'go')
+    await writeFile(
+      checkout.path('state', 'sigma', 'rebuild'),
+      `until [ -e ${go} ]; do sleep 0.1; done\n`,
+    )
+    const child = execFile(checkout.path('bin', 'reconfig.mts'), ['--node', 'sigma'])
+    let said = ''
+    child.stderr?.on('data', (text) => {
+      said += text
+    })
+    const ended = new Promise<number | null>((resolve) => child.once('exit', resolve))
+    assert.ok(await becomes(async () => (await calls())[0] === 'sigma switch', 120), said)
+    child.kill('SIGINT')
+    assert.equal(await ended, 130)
+    assert.match(said, /interrupted: sigma goes on with its change by itself/)
+    await machines.set('sigma', 'go')
+    const over = async () =>
+      (await on('sigma').execute('flock --nonblock /var/lib/reconfig/lock true')).status === 0
+    assert.ok(await becomes(over, 30))
+
+    const { stdout, stderr, exitCode } = await reconfig('--node', 'sigma')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(
+      stdout,
+      /sigma: no file changes, and the last change, which did not come to its end, is made again/,
+    )
+    assert.deepEqual(await calls(), ['sigma switch', 'sigma switch'])
+    assert.match((await reconfig('--node', 'sigma')).stdout, /^sigma: no file changes$/m)
+  })
+})
