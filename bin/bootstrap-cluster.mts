@@ -1,8 +1,6 @@
 #!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
-// From nothing to running machines. Read it as a table of contents: each step is a script of its
-// own, or a few lines below.
-import { spawn } from 'node:child_process'
-import { once } from 'node:events'
+// From nothing to a cluster. Read it as a table of contents: each step is a script of its own, or a
+// few lines below.
 import { existsSync } from 'node:fs'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { verifiedIso } from '../lib/download/iso.mts'
@@ -13,22 +11,41 @@ import { Machine } from '../lib/machine/machine.mts'
 import { assertDiskSpace, hasDisk } from '../lib/qemu/disk.mts'
 import { detectHost, type Host } from '../lib/qemu/host.mts'
 import { assertPortsFree, startMachine } from '../lib/qemu/vm.mts'
+import { runScript } from '../lib/run-script.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { inParallel } from '../lib/steps.mts'
 
-const { args } = script({
-  does: 'From nothing to running machines: checks this computer, downloads NixOS, makes certificates\nand configurations, installs the machines that have no disk yet, all at once, and boots all,\nunless some are named. What is there already is kept, so that a second run only boots.',
+const { flags, args } = script({
+  does: 'From nothing to a cluster: checks this computer, downloads NixOS, makes certificates and\nconfigurations, installs the machines that have no disk yet, all at once, boots all, waits for\nKubernetes, and gives it pod network, DNS, storage and metrics. If machines are named, it ends\nwhen these are up. What is there already is kept, so that a second run only boots and looks.',
   reads: ['cluster.env', 'configs/*.nix'],
-  writes: ['images/', 'tls/', 'configs/', 'cloud-init/', 'run/', 'logs/'],
+  writes: ['images/', 'tls/', 'configs/', 'cloud-init/', 'run/', 'logs/', 'tools/'],
+  flags: {
+    until: {
+      value: 'STAGE',
+      choices: ['machines', 'cluster', 'all'],
+      help: 'machines: up; cluster: workers Ready for pods; all: with DNS, storage, metrics (all)',
+    },
+  },
   args: '[NODE...]',
-  examples: ['./bin/bootstrap-cluster.mts', 'WORKER_MEM=4096 ./bin/bootstrap-cluster.mts'],
+  examples: [
+    './bin/bootstrap-cluster.mts',
+    './bin/bootstrap-cluster.mts --until machines',
+    'WORKER_MEM=4096 ./bin/bootstrap-cluster.mts',
+  ],
 })
 
 const cluster = loadCluster()
 const nodes = chooseNodes(cluster, args)
 const signal = interruption()
 const lock = cluster.path('run', 'bootstrap.lock')
+// Some machines alone are no cluster.
+const { until = args.length > 0 ? 'machines' : 'all' } = flags
+if (args.length > 0 && until !== 'machines') {
+  throw new StepError(`--until ${until} is for the whole cluster, not for ${args.join(', ')}`, {
+    exitCode: 2,
+  })
+}
 
 await withLock(lock, 'bootstrapping this cluster', async () => {
   const missing = nodes.filter((node) => !hasDisk(cluster, node))
@@ -60,27 +77,34 @@ await withLock(lock, 'bootstrapping this cluster', async () => {
 
   // Power on, and wait for everybody to be up.
   await boot(host)
+  if (until === 'machines') return
+
+  // The control plane answers, and every kubelet has registered.
+  await run('wait-for-cluster')
+
+  // The pod network; with it the workers become Ready for pods.
+  await run('install-cilium')
+  await run('wait-for-cluster', '--ready')
+  if (until === 'cluster') return
+
+  // Names for services, volumes for claims, numbers for kubectl top. Each proves that it works.
+  const patience = ['--timeout', `${cluster.settings.WAIT_TIMEOUT}`]
+  for (const addOn of ['coredns', 'local-storage', 'metrics-server']) {
+    await run(`deploy-${addOn}`, ...patience)
+  }
 })
-console.error('next: make wait, which watches the cluster come up')
+const next: Record<string, string> = {
+  machines: 'make wait, which watches the cluster come up',
+  cluster: 'make dns, make storage, make metrics',
+  all: 'make smoke, and: export KUBECONFIG=configs/admin.kubeconfig',
+}
+console.error(`next: ${next[until]}`)
 
 /** Runs a step in this terminal as one would type it. It tells its own errors. */
-async function run(name: string): Promise<void> {
-  signal.throwIfAborted()
-  console.error(`\n$ ./bin/${name}.mts`)
-  const child = spawn(cluster.path('bin', `${name}.mts`), { stdio: 'inherit' })
-  // Ctrl-C reaches both of us; what is sent to this process alone has to be passed on.
-  const forward = () => child.kill('SIGTERM')
-  process.once('SIGTERM', forward)
-  const [status] = await once(child, 'exit')
-  process.off('SIGTERM', forward)
-  signal.throwIfAborted()
-  if (status !== 0) {
-    throw new StepError(`${name} did not succeed, so the cluster is not up`, {
-      command: `./bin/${name}.mts`,
-      hint: 'what is done stays; make all goes on from here',
-      exitCode: status ?? 1,
-    })
-  }
+function run(name: string, ...args: string[]): Promise<void> {
+  const failure = 'so the cluster is not complete'
+  const hint = 'what is done stays; make all goes on from here'
+  return runScript(cluster, name, args, { signal, failure, hint })
 }
 
 async function install(missing: Node[], host: Host): Promise<void> {

@@ -27,7 +27,7 @@ describe('bootstrap-cluster on a clean checkout', { skip: noQemu || noIsoTool },
     const { stderr, stdout, exitCode } = await run(checkout, script)
     assert.equal(exitCode, 1)
     assert.match(stdout, /firmware/)
-    assert.match(stderr, /check-prereqs did not succeed, so the cluster is not up/)
+    assert.match(stderr, /check-prereqs did not succeed, so the cluster is not complete/)
     assert.equal(existsSync(checkout.path('tls')), false)
     await checkout.remove()
   })
@@ -113,9 +113,9 @@ describe('bootstrap-cluster with installed machines', {
   })
 
   it('neither downloads nor installs, and ends when every machine is up', async () => {
-    const { stdout, stderr, exitCode } = await run(checkout, script)
+    const { stdout, stderr, exitCode } = await run(checkout, script, ['--until', 'machines'])
     assert.equal(exitCode, 0, stderr)
-    assert.doesNotMatch(stderr, /download-iso|--iso/)
+    assert.doesNotMatch(stderr, /download-iso|--iso|wait-for-cluster/)
     for (const name of names) assert.match(stdout, new RegExp(`^${name} +running$`, 'm'))
   })
 
@@ -130,9 +130,65 @@ case $1 in
 esac
 `,
     )
-    const { stdout, exitCode } = await run(checkout, script)
+    const { stdout, exitCode } = await run(checkout, script, ['--until', 'machines'])
     assert.equal(exitCode, 0)
     assert.match(stdout, /^sigma +degraded: kubelet\.service failed$/m)
+  })
+
+  describe('when the machines are up', () => {
+    const steps = [
+      ...['wait-for-cluster', 'install-cilium'],
+      ...['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server'],
+    ]
+    const waited = 'wait-for-cluster|install-cilium|wait-for-cluster --ready'
+    const originals = new Map<string, string>()
+    before(async () => {
+      for (const name of steps) {
+        const path = checkout.path('bin', `${name}.mts`)
+        originals.set(path, await readFile(path, 'utf8'))
+        const note = `echo "$(basename "$0" .mts) $*" >>'${checkout.path('steps')}'`
+        await writeFile(path, `#!/bin/sh\n${note}\n[ ! -e '${checkout.path(`broken-${name}`)}' ]\n`)
+      }
+    })
+    after(async () => {
+      for (const [path, text] of originals) await writeFile(path, text)
+    })
+    const bootstrap = async (...args: string[]) => {
+      await writeFile(checkout.path('steps'), '')
+      const outcome = await run(checkout, script, args)
+      const taken = (await readFile(checkout.path('steps'), 'utf8')).trimEnd().split('\n')
+      return { ...outcome, taken: taken.map((line) => line.trim()).join('|') }
+    }
+
+    it('goes on to the network, and then to names, volumes and numbers', async () => {
+      const { taken, exitCode, stderr } = await bootstrap()
+      assert.equal(exitCode, 0, stderr)
+      const addOns = steps.slice(2).map((name) => `${name} --timeout 900`)
+      assert.equal(taken, [waited, ...addOns].join('|'))
+      assert.match(stderr, /next: make smoke/)
+    })
+
+    it('can end before the add-ons', async () => {
+      const { taken, exitCode } = await bootstrap('--until', 'cluster')
+      assert.equal(exitCode, 0)
+      assert.equal(taken, waited)
+    })
+
+    it('stops at the step that fails, and names it', async () => {
+      await writeFile(checkout.path('broken-install-cilium'), '')
+      const { taken, exitCode, stderr } = await bootstrap()
+      await rm(checkout.path('broken-install-cilium'))
+      assert.equal(exitCode, 1)
+      assert.equal(taken, 'wait-for-cluster|install-cilium')
+      assert.match(stderr, /install-cilium did not succeed, so the cluster is not complete/)
+    })
+
+    it('ends with the machines when only some are named', async () => {
+      assert.equal((await bootstrap('alpha')).taken, '')
+      const { exitCode, stderr } = await bootstrap('--until', 'all', 'alpha')
+      assert.equal(exitCode, 2)
+      assert.match(stderr, /--until all is for the whole cluster, not for alpha/)
+    })
   })
 
   it('boots only the machines that are named, if any are', async () => {

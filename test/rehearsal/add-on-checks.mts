@@ -1,13 +1,12 @@
 // What the add-ons are there for, looked at from where it is used: names from pods of every worker,
-// numbers of every worker, a service by its name. That claims keep their data is shown by
-// deploy-local-storage itself each time it runs.
+// numbers of every worker. That claims keep their data is shown by deploy-local-storage itself each
+// time it runs, and that a service is found by its name by smoke.
 import { CheckList } from '../../lib/check-list.mts'
-import type { Cluster } from '../../lib/cluster.mts'
-import { interruption } from '../../lib/interrupt.mts'
 import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
 import { type ProbePod, withProbePods } from '../../lib/kubernetes/probe-pods.mts'
 import type { Pod } from '../../lib/kubernetes/rollout.mts'
 import { StepError } from '../../lib/step-error.mts'
+import type { Rehearsal } from './rehearsal.mts'
 
 /** Lookups through the service, of all workers' pods together; none of them may fail. */
 const lookups = 200
@@ -27,21 +26,17 @@ const addOns = [
 /**
  * Deploys the add-ons that are not there yet, and puts them to the test.
  *
- * @param script runs a script of bin/ for this cluster
  * @throws StepError with the checks that failed, after all were done
  */
-export async function checkAddOns(
-  cluster: Cluster,
-  script: (name: string, ...args: string[]) => Promise<void>,
-): Promise<void> {
+export async function addOnChecks(rehearsal: Rehearsal): Promise<void> {
+  const { cluster, signal } = rehearsal
   const { workers, settings } = cluster
-  const signal = interruption()
   const kubectl = new Kubectl(cluster, signal)
   const timeout = settings.WAIT_TIMEOUT
   for (const { script: name, workload } of addOns) {
     const [what, namespace] = workload
     if (await kubectl.exists(what, `--namespace=${namespace}`)) continue
-    await script(name, '--timeout', `${timeout}`)
+    await rehearsal.script(name, '--timeout', `${timeout}`)
   }
 
   const list = new CheckList(signal)
@@ -74,10 +69,6 @@ export async function checkAddOns(
   })
   console.error(`\nadd-ons: ${list.summary()}`)
   list.assertPassed()
-
-  // The service by its name as well, now that there are names.
-  await script('smoke', '--timeout', `${timeout}`)
-  await script('smoke', '--cleanup')
 }
 
 async function replicas(kubectl: Kubectl): Promise<Pod[]> {

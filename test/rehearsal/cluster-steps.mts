@@ -4,6 +4,7 @@ import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
 import { describeError } from '../../lib/step-error.mts'
 import { formatDuration } from '../../lib/steps.mts'
 import { formatTable } from '../../lib/table.mts'
+import { addOnChecks } from './add-on-checks.mts'
 import { networkChecks } from './network-checks.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
@@ -13,6 +14,8 @@ const steps: readonly Step[] = [
   ['make network', (rehearsal) => rehearsal.script('install-cilium')],
   ['make wait, until pods can run', (rehearsal) => rehearsal.script('wait-for-cluster', '--ready')],
   ['network checks', networkChecks],
+  ['make all, which goes on from there', (rehearsal) => rehearsal.script('bootstrap-cluster')],
+  ['add-on checks', addOnChecks],
   ['make smoke', (rehearsal) => rehearsal.script('smoke')],
   ['make test', (rehearsal) => rehearsal.script('test-cluster')],
   ['make smoke, taken away', (rehearsal) => rehearsal.script('smoke', '--cleanup')],

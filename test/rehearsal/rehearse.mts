@@ -51,7 +51,7 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   const whole = nodes.length === cluster.nodes.length
   try {
     await rehearsal.timed('make all', () =>
-      rehearsal.script('bootstrap-cluster', ...(whole ? [] : rehearsal.names)),
+      rehearsal.script('bootstrap-cluster', ...(whole ? ['--until=machines'] : rehearsal.names)),
     )
     if (programs.length > 0) await waitForComponents(rehearsal)
     if (programs.length > 0 && whole) await rehearseCluster(rehearsal)
