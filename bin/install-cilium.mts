@@ -13,6 +13,7 @@ import {
   printOrDelete,
 } from '../lib/kubernetes/add-on.mts'
 import { ciliumCommand, ciliumEnvironment } from '../lib/kubernetes/cilium-cli.mts'
+import { describeWorkers } from '../lib/kubernetes/describe-workers.mts'
 import {
   differingValues,
   type HelmValue,
@@ -150,7 +151,9 @@ await step('the API server may call kubelets', () =>
     forceConflicts: flags['force-conflicts'],
   }),
 )
-await step('pod ranges and labels of the workers', describeWorkers)
+await step('pod ranges and labels of the workers', (detail) =>
+  describeWorkers(kubectl, cluster.workers, detail),
+)
 await step(`Cilium ${CILIUM_VERSION}`, install)
 for (const what of ['daemonset/cilium', 'deployment/cilium-operator']) {
   await step(`${what} is ready`, (detail) =>
@@ -159,30 +162,6 @@ for (const what of ['daemonset/cilium', 'deployment/cilium-operator']) {
 }
 await step('all workers are Ready', waitUntilReady)
 console.log('Try: make dns, and then: kubectl get pods --all-namespaces --output=wide')
-
-/** What cluster.env knows of the workers, for the API to know. */
-async function describeWorkers(detail: (text: string) => void): Promise<void> {
-  const nodes = new Map((await getNodes(kubectl)).map((node) => [node.metadata.name, node]))
-  const missing = cluster.workers.filter(({ name }) => !nodes.has(name))
-  if (missing.length > 0) {
-    const names = missing.map(({ name }) => name).join(', ')
-    throw new StepError(`not registered yet: ${names}`, { hint: 'make wait' })
-  }
-  for (const { name, podCidr } of cluster.workers) {
-    detail(name)
-    const other = nodes.get(name)?.spec.podCIDR
-    if (other && other !== podCidr) {
-      throw new StepError(`${name} has pod range ${other}, not ${podCidr}`, {
-        output: `A node's range can be set once. The machines' routes follow POD_CIDR_${name}.`,
-        hint: `kubectl delete node ${name}, restart its kubelet (make ssh-${name}: systemctl restart kubelet), and again; or put ${other} back into cluster.env`,
-      })
-    }
-    const spec = { podCIDR: podCidr, podCIDRs: [podCidr] }
-    // A kubelet may not give itself a role.
-    const metadata = { labels: { 'node-role.kubernetes.io/worker': '' } }
-    await kubectl.run(['patch', 'node', name, '--patch', JSON.stringify({ metadata, spec })])
-  }
-}
 
 /** Installs or upgrades, as needed: nothing if version and values are those that are there. */
 async function install(detail: (text: string) => void): Promise<void> {
