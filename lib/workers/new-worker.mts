@@ -1,7 +1,7 @@
 // What another worker is called, and the next free port and addresses for it.
 import type { Cluster } from '../cluster.mts'
 import { type Cidr, overlap, parseAddress, parseCidr } from '../env/cidr.mts'
-import { kinds } from '../env/variables.mts'
+import { kinds, perNodeVariables } from '../env/variables.mts'
 import { StepError } from '../step-error.mts'
 import type { WorkerSettings } from './worker-settings.mts'
 
@@ -17,9 +17,14 @@ const taken: readonly [pattern: RegExp, of: string][] = [
  * Makes sure that a node can have this name. (Those of certificates are refused where the table of
  * certificates is made.)
  *
+ * @param env variables that win over cluster.env, where the worker is to be written
  * @throws StepError that says what a name may be
  */
-export function checkWorkerName(cluster: Cluster, name: string): void {
+export function checkWorkerName(
+  cluster: Cluster,
+  name: string,
+  env: Readonly<Record<string, string | undefined>> = {},
+): void {
   const refuse = (reason: string, hint: string) => {
     throw new StepError(reason, { hint, exitCode: 2 })
   }
@@ -30,6 +35,9 @@ export function checkWorkerName(cluster: Cluster, name: string): void {
   if (there) refuse(`there is a node "${name}" already: a ${there.role}`, 'take another name')
   const [, of] = taken.find(([pattern]) => pattern.test(name)) ?? []
   if (of) refuse(`a node cannot be named "${name}": that is the name of ${of}`, 'take another name')
+  const own = perNodeVariables.map((prefix) => `${prefix}_${name.replaceAll('-', '_')}`)
+  const set = ['WORKER_NODES', ...own].find((variable) => env[variable] !== undefined)
+  if (set) refuse(`${set} is set in the environment, and wins over cluster.env`, `unset ${set}`)
 }
 
 /** Whether a port of this computer can be opened now. */
