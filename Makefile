@@ -7,7 +7,7 @@ FLAGS =
 # The steps build on each other, also under make -j.
 .NOTPARALLEL:
 .PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
-  reconfig etcd-snapshot etcd-restore clean clobber \
+  reconfig upgrade etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
   health rehearse help packages
 
@@ -56,6 +56,9 @@ restore: packages ## Restore from snapshot (~30s vs ~15min rebuild; NAME=before-
 
 reconfig: packages ## Push config changes to running nodes (FLAGS=--dry-run)
 	@./bin/reconfig.mts $(FLAGS)
+
+upgrade: packages ## Bring NIXOS_VERSION to a node, or to all (NAME=all)
+	@./bin/rolling-upgrade.mts $(FLAGS) $(if $(NAME),"$(NAME)")
 
 etcd-snapshot: packages ## Create etcd data backup (saved to backups/)
 	@./bin/etcd-backup.mts snapshot $(FLAGS)

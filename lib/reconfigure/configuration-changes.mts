@@ -38,7 +38,7 @@ interface Staged {
 /**
  * Compares the staged configuration with what the machine has.
  *
- * @throws StepError if the node is not staged, or the machine is still at work on the last change
+ * @throws StepError if the node is not staged, or the machine has a change or an upgrade before it
  */
 export async function compare(machine: Machine): Promise<Comparison> {
   const staged = await readStaged(machine)
@@ -48,6 +48,12 @@ export async function compare(machine: Machine): Promise<Comparison> {
   if (lines.includes('switching')) {
     throw new StepError(`${machine.node.name} is still at work on the last change`, {
       hint: 'let it finish, then try again',
+    })
+  }
+  // A switch would bring the release of its channel, unasked.
+  if (lines.includes('upgrading')) {
+    throw new StepError(`an upgrade of ${machine.node.name} has not come to its end`, {
+      hint: `make upgrade NAME=${machine.node.name} finishes it`,
     })
   }
   const digests = new Map<string, string>()

@@ -239,6 +239,16 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       await on('gamma').succeed('fuser --kill /var/lib/reconfig/lock || true')
     })
 
+    it('while an upgrade of one has not come to its end', async () => {
+      await on('gamma').succeed(
+        'mkdir -p /var/lib/reconfig; touch /var/lib/reconfig/former-channel',
+      )
+      await assertUntouched(
+        [],
+        /an upgrade of gamma has not come to its end\n.*make upgrade NAME=gamma/,
+      )
+    })
+
     it('that nobody knows', () => assertUntouched(['--node', 'omega'], /no node "omega"/, 2))
   })
 
