@@ -3,6 +3,7 @@
 // what is wrong with any of them.
 import { loadCluster } from '../lib/cluster.mts'
 import { type ClusterReport, type Learned, reportOn } from '../lib/kubernetes/cluster-report.mts'
+import { clockTrouble } from '../lib/machine/clock.mts'
 import { script } from '../lib/script.mts'
 import { formatTable } from '../lib/table.mts'
 
@@ -88,6 +89,7 @@ function problemsOf({ machines, api, nodes, pods, local, lanSwitch }: ClusterRep
     learned.known ? [] : [`${what}: ${learned.reason}`]
   const ofMachines = machines.flatMap(({ name, system, services, certificates }) => [
     ...unknown(name, system),
+    ...(system.known ? [clockTrouble(name, system.clock)].filter(Boolean) : []),
     ...(system.known ? unknown(`services of ${name}`, services) : []),
     ...(system.known ? unknown(`certificates of ${name}`, certificates) : []),
     ...(system.known ? system.failedUnits.map((unit) => `${name}: unit ${unit} failed`) : []),

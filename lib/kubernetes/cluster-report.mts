@@ -3,6 +3,7 @@
 
 import type { Cluster, Node, Role } from '../cluster.mts'
 import { lanSwitchStatus, type SwitchStatus } from '../lan/lan-switch.mts'
+import { clockProbe } from '../machine/clock.mts'
 import { certificateProbe, type InstalledCertificate } from '../machine/installed-certificates.mts'
 import { Machine } from '../machine/machine.mts'
 import { type Probe, runProbes } from '../machine/probe.mts'
@@ -29,6 +30,8 @@ export interface SystemFacts extends SystemState {
   kernel: string
   /** Seconds since it started. */
   uptime: number
+  /** Seconds that its clock is ahead of this computer's. */
+  clock: number
 }
 
 export interface MachineReport {
@@ -105,6 +108,7 @@ async function reportOnMachine(
   const process = { state: 'running' as const, pid: found.pid }
   const probes = {
     system: systemProbe,
+    clock: clockProbe,
     services: serviceProbe(cluster, node),
     certificates: certificateProbe,
   }
@@ -112,15 +116,15 @@ async function reportOnMachine(
   if (!answer.known) {
     return { name, role, process, system: answer, services: answer, certificates: answer }
   }
-  const { system, services, certificates } = answer
+  const { system, clock, services, certificates } = answer
   return {
-    ...{ name, role, process, system: { known: true, ...system } },
+    ...{ name, role, process, system: { known: true, ...system, clock } },
     services: { known: true, list: services },
     certificates: { known: true, list: certificates },
   }
 }
 
-const systemProbe: Probe<SystemFacts> = {
+const systemProbe: Probe<Omit<SystemFacts, 'clock'>> = {
   command: `
     . /etc/os-release
     echo "$PRETTY_NAME"
