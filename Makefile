@@ -9,7 +9,7 @@ FLAGS =
 .PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
   reconfig upgrade etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
-  health rehearse help packages
+  health rehearse rehearse-proxy help packages
 
 # ── The cluster ──────────────────────────────────────────────────────────────────────────────
 check: packages ## Verify prerequisites (QEMU, kubectl, firmware)
@@ -122,6 +122,9 @@ logs: packages ## Show the journals of the cluster's services (FLAGS=--follow)
 
 rehearse: packages ## The whole way, against a stand-in for NixOS (YES=1 NODES=alpha KEEP=1)
 	@node --import tsx test/rehearsal/rehearse.mts
+
+rehearse-proxy: packages ## A worker behind a corporate proxy, against the same stand-in (YES=1)
+	@node --import tsx test/rehearsal/rehearse-proxy.mts
 
 # ── The project ──────────────────────────────────────────────────────────────────────────────
 help: ## Show this list

@@ -7,7 +7,7 @@ import { freePorts, makeCheckout, projectRoot } from '../checkout.mts'
 export const rehearsalFolder = join(projectRoot, 'rehearsal')
 
 /** Values that fit machines without KVM on two cores. */
-const small: Record<string, string | number> = {
+export const smallMachines: Record<string, string | number> = {
   CONTROL_PLANE_MEM: 1280,
   CONTROL_PLANE_CPUS: 2,
   WORKER_MEM: 1024,
@@ -35,6 +35,6 @@ export async function makeRehearsalFolder(cluster: Cluster, iso: string): Promis
   })
   await makeCheckout({
     folder: rehearsalFolder,
-    settings: { ...small, NIXOS_ISO_URL: iso, ...Object.fromEntries(sshPorts) },
+    settings: { ...smallMachines, NIXOS_ISO_URL: iso, ...Object.fromEntries(sshPorts) },
   })
 }

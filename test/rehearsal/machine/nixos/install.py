@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from activation import activate
 from bootloader import install_boot_loader
 from evaluation import evaluate
 from generations import PROFILES, add
-from layers import OWN, Failure
+from layers import IN_TEST, OWN, Failure, find_program
 from store import STORE, below, write
 from system import build
 
@@ -49,6 +50,7 @@ def nixos_install(words: list[str], cd: Path = CD, need_mount: bool = True) -> N
     configuration = root / "etc/nixos/configuration.nix"
     say(f"building the configuration in {configuration}...")
     spec = evaluate(configuration)
+    ask_binary_cache()
     kernel, ramdisk = copy_boot_files(cd, root)
     copy_layers(cd, root, images="/etc/systemd/system/containerd.service" in spec["files"])
     system = build(spec, root, kernel, ramdisk, say)
@@ -73,6 +75,19 @@ def check_permissions(root: Path) -> None:
         mode = path.stat().st_mode & 0o777
         if mode & 0o005 != 0o005:
             raise Failure(f"path {path} should have permissions 755, but had permissions {mode:o}. Consider running 'chmod o+rx {path}'.")
+
+
+def ask_binary_cache() -> None:
+    """The real one has to reach the cache. This one needs nothing of it, and asks behind a proxy
+    only, as elsewhere there may be no internet."""
+    if IN_TEST or not os.environ.get("https_proxy"):
+        return
+    url = "https://cache.nixos.org/nix-cache-info"
+    trust = os.environ.get("NIX_SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")
+    curl = [str(find_program("curl")), "--fail", "--silent", "--show-error", "--max-time", "120"]
+    answer = subprocess.run([*curl, "--cacert", trust, url], capture_output=True, text=True)
+    if answer.returncode != 0:
+        raise Failure(f"error: unable to download '{url}': {answer.stderr.strip()}")
 
 
 def copy_boot_files(cd: Path, root: Path) -> tuple[Path, Path]:
