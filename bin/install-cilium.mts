@@ -44,6 +44,7 @@ const { CILIUM_VERSION, KUBE_PROXY_MODE, K8S_POD_CIDR, API_PORT } = cluster.sett
 // The API server calls kubelets as user "kubernetes", the CN of its certificate; each kubelet then
 // asks it back what this user may. A request is one of these subresources and an HTTP method (GET
 // is get, POST is create): https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/
+// What has no subresource of its own there, as logs of containers, exec and port-forward, is proxy.
 const manifest = `\
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
@@ -51,8 +52,12 @@ metadata:
   name: kubelet-api-full
 rules:
   - apiGroups: ['']
-    resources: [nodes/proxy, nodes/stats, nodes/log, nodes/spec, nodes/metrics]
+    resources: [nodes/proxy]
     verbs: [get, create]
+  # For kubectl get --raw /api/v1/nodes/NODE/proxy/...: these are read, and not by proxy.
+  - apiGroups: ['']
+    resources: [nodes/stats, nodes/log, nodes/metrics]
+    verbs: [get]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
