@@ -123,7 +123,7 @@ async function whyNotReady(
   // It reads all Secrets when it starts, and is not ready before it can.
   if (!reason.includes('informer-sync')) return reason
   const { body } = await askApiServer(cluster, '/api/v1/secrets', options)
-  return body.includes('unable to transform key') ? `${reason}: ${wrongEncryptionKey}` : reason
+  return body.includes('unable to transform key') ? `not ready: ${wrongEncryptionKey}` : reason
 }
 
 /** Of "[-]etcd failed: reason withheld" and its like, the names of what is not ready. */

@@ -157,7 +157,7 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     api.answers['/readyz'] = { status: 500, body: '[+]ping ok\n[-]informer-sync failed: 1\n' }
     const message = 'Internal error occurred: unable to transform key "/registry/secrets/x"'
     api.answers['/api/v1/secrets'] = { status: 500, body: JSON.stringify({ message }) }
-    const reason = /not ready: informer-sync: Secrets in etcd are encrypted with another key/
+    const reason = /not ready: Secrets in etcd are encrypted with another key/
     await gaveUp([], (outcome) => assert.match(reasonOf(outcome, 'API server') ?? '', reason))
   })
 
