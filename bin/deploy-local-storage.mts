@@ -198,6 +198,8 @@ spec:
             httpGet: {path: /health, port: health}
           readinessProbe:
             httpGet: {path: /ready, port: health}
+            # It asks the API server five things for each answer.
+            timeoutSeconds: 10
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true

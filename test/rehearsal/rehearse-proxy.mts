@@ -35,7 +35,9 @@ try {
   await ensureHostPackages(Boolean(process.env.YES))
   for (const program of ['tinyproxy', 'openssl']) {
     if (await which(program, { nothrow: true })) continue
-    throw new StepError(`${program} is not installed`, { command: `apt-get install ${program === 'tinyproxy' ? 'tinyproxy-bin' : program}` })
+    throw new StepError(`${program} is not installed`, {
+      command: `apt-get install ${program === 'tinyproxy' ? 'tinyproxy-bin' : program}`,
+    })
   }
   const folder = await mkdtemp(join(tmpdir(), 'rehearse-proxy-'))
   await rehearse(folder)
