@@ -86,12 +86,15 @@ describe('deploy-local-storage', { skip }, () => {
   })
 
   it('says why its pods are not there while claims are not answered', async () => {
+    // That of the run before goes in its own time.
+    const namespaces = () => hollow.kubectl(['get', 'namespaces', '--output=name'])
+    assert.ok(await becomes(async () => !(await namespaces()).includes('storage-probe'), 120))
     await stopProvisioner()
     const { exitCode, stderr } = await deploy('--timeout', '1')
+    provisioner = await startProvisioner()
     assert.equal(exitCode, 1)
     assert.match(stderr, /✓ local-path-provisioner is ready/)
     assert.match(stderr, /not all pods are Succeeded after 1 s\n.*write-default/)
-    provisioner = await startProvisioner()
   })
 
   it('tells when data is lost', async () => {
