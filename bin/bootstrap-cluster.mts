@@ -17,7 +17,10 @@ import { StepError } from '../lib/step-error.mts'
 import { inParallel } from '../lib/steps.mts'
 
 const { flags, args } = script({
-  does: 'From nothing to a cluster: checks this computer, downloads NixOS, makes certificates and\nconfigurations, installs the machines that have no disk yet, all at once, boots all, waits for\nKubernetes, and gives it pod network, DNS, storage and metrics. If machines are named, it ends\nwhen these are up. What is there already is kept, so that a second run only boots and looks.',
+  does: `From nothing to a cluster: checks this computer, downloads NixOS, makes certificates and
+configurations, installs the machines that have no disk yet, all at once, boots all, waits for
+Kubernetes, and gives it pod network, DNS, storage and metrics. If machines are named, it ends
+when these are up. What is there already is kept, so that a second run only boots and looks.`,
   reads: ['cluster.env', 'configs/*.nix'],
   writes: ['images/', 'tls/', 'configs/', 'cloud-init/', 'run/', 'logs/', 'tools/'],
   flags: {

@@ -17,7 +17,9 @@ import { step } from '../lib/steps.mts'
 import { formatTable } from '../lib/table.mts'
 
 const { flags } = script({
-  does: 'Removes what the other steps made: the ISO, staged configurations, certificates, kubeconfigs.\nCertificates and keys that an installed machine needs stay, unless its disk goes too (--disks).\nShows what it removes, and does not ask.',
+  does: `Removes what the other steps made: the ISO, staged configurations, certificates, kubeconfigs.
+Certificates and keys that an installed machine needs stay, unless its disk goes too (--disks).
+Shows what it removes, and does not ask.`,
   reads: ['cluster.env', 'run/', 'images/'],
   writes: ['tls/', 'configs/', 'cloud-init/', 'images/', 'run/', 'logs/', 'snapshots/', 'backups/'],
   flags: {

@@ -10,6 +10,7 @@ import {
   type NodeHealth,
   troublesOf,
 } from '../lib/kubernetes/health.mts'
+import { podTable } from '../lib/kubernetes/pod-report.mts'
 import { LiveLines } from '../lib/live-lines.mts'
 import { RawKeys } from '../lib/raw-keys.mts'
 import { script } from '../lib/script.mts'
@@ -132,13 +133,7 @@ function usageOf({ usage }: NodeHealth): string[] {
 
 function podLines({ pods }: Health): string[] {
   if (!pods.known) return [`pods: ${pods.reason}`]
-  const namespaces = [...new Set(pods.list.map(({ namespace }) => namespace))].sort()
-  const rows = namespaces.map((namespace) => {
-    const own = pods.list.filter((pod) => pod.namespace === namespace)
-    const restarts = own.reduce((sum, pod) => sum + pod.restarts, 0)
-    return [namespace, `${own.filter(({ ready }) => ready).length}/${own.length}`, String(restarts)]
-  })
-  return formatTable(['NAMESPACE', 'PODS READY', 'RESTARTS'], rows).split('\n')
+  return podTable(pods.list).split('\n')
 }
 
 function eventLines({ events: known, taken }: Health): string[] {

@@ -3,12 +3,15 @@
 // what is wrong with any of them.
 import { loadCluster } from '../lib/cluster.mts'
 import { type ClusterReport, type Learned, reportOn } from '../lib/kubernetes/cluster-report.mts'
+import { podTable } from '../lib/kubernetes/pod-report.mts'
 import { clockTrouble } from '../lib/machine/clock.mts'
 import { script } from '../lib/script.mts'
 import { formatTable } from '../lib/table.mts'
 
 const { flags } = script({
-  does: 'Shows the state of machines, services, nodes, pods, certificates and the lan switch, and lists\nwhat is wrong. Asks all of them at once; what does not answer is said. Looking is all it does:\nit ends with status 0 whatever it sees ("healthy" in --json tells).',
+  does: `Shows the state of machines, services, nodes, pods, certificates and the lan switch, and lists
+what is wrong. Asks all of them at once; what does not answer is said. Looking is all it does:
+it ends with status 0 whatever it sees ("healthy" in --json tells).`,
   reads: ['cluster.env', 'tls/', 'run/'],
   writes: [],
   flags: {
@@ -58,14 +61,7 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: ClusterReport):
     console.log(`\n${formatTable(['NODE', 'STATE', 'ADDRESS', 'KUBELET', 'RUNTIME'], rows)}`)
   }
   if (pods.known && pods.list.length > 0) {
-    const namespaces = [...new Set(pods.list.map(({ namespace }) => namespace))].sort()
-    const rows = namespaces.map((namespace) => {
-      const own = pods.list.filter((pod) => pod.namespace === namespace)
-      const ready = own.filter((pod) => pod.ready).length
-      const restarts = own.reduce((sum, pod) => sum + pod.restarts, 0)
-      return [namespace, `${ready}/${own.length}`, String(restarts)]
-    })
-    console.log(`\n${formatTable(['NAMESPACE', 'PODS READY', 'RESTARTS'], rows)}`)
+    console.log(`\n${podTable(pods.list)}`)
   }
 
   const first = (days: (number | null)[]) => {

@@ -11,7 +11,8 @@ import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 
 const { args } = script({
-  does: 'Attaches this terminal to the serial console of a running machine. Ctrl-] leaves it; the\nmachine runs on. What the console said before is in images/NODE-console.log.',
+  does: `Attaches this terminal to the serial console of a running machine. Ctrl-] leaves it; the
+machine runs on. What the console said before is in images/NODE-console.log.`,
   reads: ['cluster.env', 'run/NODE.console', 'images/NODE-console.log'],
   writes: [],
   args: 'NODE',

@@ -13,7 +13,8 @@ import { step } from '../lib/steps.mts'
 import { waitFor } from '../lib/wait-for.mts'
 
 const { flags } = script({
-  does: 'Deploys local-path-provisioner with the default StorageClass local-path and one for each worker,\nand checks that claims of all of them are bound and keep their data when their pods are replaced.',
+  does: `Deploys local-path-provisioner with the default StorageClass local-path and one for each worker,
+and checks that claims of all of them are bound and keep their data when their pods are replaced.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
   writes: [],
   flags: addOnFlags,

@@ -17,7 +17,7 @@ import {
 import { progressListener } from '../lib/download/progress-bar.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { withLock } from '../lib/lock.mts'
-import { detectArchitecture, detectSystem } from '../lib/qemu/host.mts'
+import { detectArchitecture, detectSystem } from '../lib/qemu/processor.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'

@@ -27,7 +27,9 @@ import { step } from '../lib/steps.mts'
 import { waitFor } from '../lib/wait-for.mts'
 
 const { flags } = script({
-  does: 'Lets the API server call kubelets, writes each worker its POD_CIDR, and installs Cilium with\nthe cilium command (fetched into tools/ if it is not on the PATH), or upgrades it if version or\nvalues have changed. Waits until its agents run and all workers are Ready.',
+  does: `Lets the API server call kubelets, writes each worker its POD_CIDR, and installs Cilium with
+the cilium command (fetched into tools/ if it is not on the PATH), or upgrades it if version or
+values have changed. Waits until its agents run and all workers are Ready.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
   writes: ['tools/cilium-VERSION', 'run/cilium-values.yaml'],
   flags: {

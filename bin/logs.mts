@@ -13,7 +13,8 @@ import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 
 const { flags, args } = script({
-  does: "Shows the last lines of the journals of the cluster's services, of all machines unless some\nare named; with --console what a machine's serial console said, which needs no ssh.",
+  does: `Shows the last lines of the journals of the cluster's services, of all machines unless some
+are named; with --console what a machine's serial console said, which needs no ssh.`,
   reads: ['cluster.env', 'tls/', 'images/NODE-console.log'],
   writes: [],
   flags: {

@@ -10,7 +10,8 @@ import { script } from '../lib/script.mts'
 import { formatDuration, inParallel } from '../lib/steps.mts'
 
 const { args } = script({
-  does: 'Shuts machines down, all of them unless some are named: asks over ssh, else presses the\npower button; who is still up after STOP_TIMEOUT seconds is switched off. Disks stay.',
+  does: `Shuts machines down, all of them unless some are named: asks over ssh, else presses the
+power button; who is still up after STOP_TIMEOUT seconds is switched off. Disks stay.`,
   reads: ['cluster.env', 'run/'],
   writes: ['run/'],
   args: '[NODE...]',

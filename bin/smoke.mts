@@ -12,7 +12,10 @@ import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({
-  does: 'Deploys nginx with a NodePort service, waits for it, and asks for its page: from pod to pod,\nthrough the service (by its name too, after make dns), and from the control plane through the\nNodePort of every worker. Can be run again; what it deployed stays to be looked at, until\n--cleanup.',
+  does: `Deploys nginx with a NodePort service, waits for it, and asks for its page: from pod to pod,
+through the service (by its name too, after make dns), and from the control plane through the
+NodePort of every worker. Can be run again; what it deployed stays to be looked at, until
+--cleanup.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig', 'tls/'],
   writes: [],
   flags: {

@@ -10,7 +10,8 @@ import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 
 const { args } = script({
-  does: "Opens a shell on a running machine, or runs a command there, as root. The cluster's own key\nlets us in; the machine has to prove itself by the host key in tls/known_hosts.",
+  does: `Opens a shell on a running machine, or runs a command there, as root. The cluster's own key
+lets us in; the machine has to prove itself by the host key in tls/known_hosts.`,
   reads: ['cluster.env', 'tls/ssh_ed25519', 'tls/known_hosts'],
   writes: [],
   args: 'NODE [COMMAND...]',

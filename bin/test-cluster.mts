@@ -23,7 +23,8 @@ import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
 
 const { flags } = script({
-  does: 'Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption\nof Secrets, certificates. Does all checks, then sums up. What it makes it takes away again.',
+  does: `Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption
+of Secrets, certificates. Does all checks, then sums up. What it makes it takes away again.`,
   reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig'],
   writes: [],
   flags: {

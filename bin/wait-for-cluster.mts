@@ -16,7 +16,10 @@ import { StepError } from '../lib/step-error.mts'
 import { formatDuration } from '../lib/steps.mts'
 
 const { flags, args } = script({
-  does: 'Waits until the API server, etcd, scheduler, controller-manager and every worker are active,\nand shows each of them: its state, for how long, and what is still missing. Asks their health\nendpoints and systemd. With names, waits for those machines alone. Gives up at once when a\nmachine does not run or its boot has failed.',
+  does: `Waits until the API server, etcd, scheduler, controller-manager and every worker are active,
+and shows each of them: its state, for how long, and what is still missing. Asks their health
+endpoints and systemd. With names, waits for those machines alone. Gives up at once when a
+machine does not run or its boot has failed.`,
   reads: ['cluster.env', 'tls/', 'run/', 'images/NODE-console.log'],
   writes: [],
   flags: {

@@ -19,6 +19,7 @@ import { inspectTls } from '../pki/tls-report.mts'
 import { machineState } from '../qemu/vm.mts'
 import { StepError } from '../step-error.mts'
 import { askApiServer } from './api-server.mts'
+import { type PodList, type PodReport, podReport } from './pod-report.mts'
 
 /** What was learned of something, or why nothing was. */
 export type Learned<T> = ({ known: true } & T) | { known: false; reason: string }
@@ -41,16 +42,6 @@ export interface MachineReport {
   system: Learned<SystemFacts>
   services: Learned<{ list: ServiceState[] }>
   certificates: Learned<{ list: InstalledCertificate[] }>
-}
-
-export interface PodReport {
-  namespace: string
-  name: string
-  node: string
-  phase: string
-  ready: boolean
-  restarts: number
-  reason: string
 }
 
 export interface ClusterReport {
@@ -136,42 +127,6 @@ const systemProbe: Probe<Omit<SystemFacts, 'clock'>> = {
     const [name = '', kernel = '', uptime = '', ...state] = output.split('\n')
     return { ...systemStateProbe.read(state.join('\n')), name, kernel, uptime: Number(uptime) }
   },
-}
-
-/** The answer of /api/v1/pods, as far as it is read here. */
-export interface PodList {
-  items: {
-    metadata: { namespace: string; name: string }
-    spec: { nodeName?: string }
-    status: {
-      phase: string
-      reason?: string
-      conditions?: { type: string; status: string; message?: string }[]
-      containerStatuses?: {
-        restartCount: number
-        state?: { waiting?: { reason?: string } }
-      }[]
-    }
-  }[]
-}
-
-/** What a pod is up to, and why it is not ready. */
-export function podReport({ metadata, spec, status }: PodList['items'][number]): PodReport {
-  const { phase, conditions = [], containerStatuses = [] } = status
-  const condition = (type: string) => conditions.find((candidate) => candidate.type === type)
-  const waiting = containerStatuses.find(({ state }) => state?.waiting)?.state?.waiting?.reason
-  const ready = phase === 'Succeeded' || condition('Ready')?.status === 'True'
-  return {
-    namespace: metadata.namespace,
-    name: metadata.name,
-    node: spec.nodeName ?? '',
-    phase,
-    ready,
-    restarts: containerStatuses.reduce((sum, { restartCount }) => sum + restartCount, 0),
-    reason: ready
-      ? ''
-      : (waiting ?? status.reason ?? condition('PodScheduled')?.message ?? 'not ready'),
-  }
 }
 
 /** The answer of the API server to a GET, or why there is none. @param timeout seconds */

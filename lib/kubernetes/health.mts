@@ -3,7 +3,8 @@
 import type { Cluster } from '../cluster.mts'
 import { type NodeState, probeApiServer } from '../machine/probes.mts'
 import { machineState } from '../qemu/vm.mts'
-import { ask, type Learned, type PodList, type PodReport, podReport } from './cluster-report.mts'
+import { ask, type Learned } from './cluster-report.mts'
+import { type PodList, type PodReport, podReport } from './pod-report.mts'
 import { parseQuantity } from './quantity.mts'
 
 /** What is in use, and how much there is for pods. Cores and bytes. */

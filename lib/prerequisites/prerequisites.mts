@@ -1,7 +1,8 @@
 // The table of what this computer needs: why, which version, how that is read, and the package
 // that brings it on each system. check-prereqs reports and installs from it.
 import type { Architecture } from '../qemu/firmware.mts'
-import { leastQemuVersion, type System } from '../qemu/host.mts'
+import { leastQemuVersion } from '../qemu/host.mts'
+import type { System } from '../qemu/processor.mts'
 import type { PackageManagerName } from './package-manager.mts'
 
 export interface Prerequisite {

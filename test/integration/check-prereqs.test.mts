@@ -5,7 +5,7 @@ import { afterEach, beforeEach, describe, it } from 'node:test'
 import { loadCluster } from '../../lib/cluster.mts'
 import { spawn } from '../../lib/installer/expect.mts'
 import { prerequisites } from '../../lib/prerequisites/prerequisites.mts'
-import { detectArchitecture, detectSystem } from '../../lib/qemu/host.mts'
+import { detectArchitecture, detectSystem } from '../../lib/qemu/processor.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 import { FakePrograms } from '../fake-programs.mts'
 

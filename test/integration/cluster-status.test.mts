@@ -25,9 +25,7 @@ describe('cluster-status', { skip }, () => {
     machines = new HollowMachines(hollow.checkout)
     await machines.start(...names)
     const nodes = await hollow.addNodes()
-    for (const { name, ip } of hollow.cluster.workers) {
-      await nodes.setStatus(name, { addresses: [{ type: 'InternalIP', address: ip }] })
-    }
+    await nodes.useLanAddresses()
     await ensureLanSwitch(hollow.cluster)
   })
   after(async () => {

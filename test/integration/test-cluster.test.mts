@@ -27,9 +27,7 @@ describe('test-cluster', { skip }, () => {
     machines = new HollowMachines(hollow.checkout)
     await machines.start(...names)
     const nodes = await hollow.addNodes()
-    for (const { name, ip } of hollow.cluster.workers) {
-      await nodes.setStatus(name, { addresses: [{ type: 'InternalIP', address: ip }] })
-    }
+    await nodes.useLanAddresses()
     // As on alpha, but for its port.
     const { controlPlane } = hollow
     const port = controlPlane.ports.etcdClients

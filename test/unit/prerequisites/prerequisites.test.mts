@@ -7,7 +7,7 @@ import { checkProgram } from '../../../lib/prerequisites/prerequisite-checks.mts
 import { type Prerequisite, prerequisites } from '../../../lib/prerequisites/prerequisites.mts'
 import { checkDisk, checkMemory, checkPorts } from '../../../lib/prerequisites/resource-checks.mts'
 import type { Architecture } from '../../../lib/qemu/firmware.mts'
-import type { System } from '../../../lib/qemu/host.mts'
+import type { System } from '../../../lib/qemu/processor.mts'
 import { makeCheckout } from '../../checkout.mts'
 import { FakePrograms } from '../../fake-programs.mts'
 

@@ -1,7 +1,8 @@
 import assert from 'node:assert/strict'
 import { describe, it } from 'node:test'
 import { loadCluster } from '../../../lib/cluster.mts'
-import { cpuModel, type Host } from '../../../lib/qemu/host.mts'
+import type { Host } from '../../../lib/qemu/host.mts'
+import { cpuModel } from '../../../lib/qemu/processor.mts'
 import { type Mode, qemuArguments } from '../../../lib/qemu/qemu.mts'
 
 const cluster = loadCluster({ env: {} })
