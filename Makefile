@@ -7,7 +7,7 @@ FLAGS =
 # The steps build on each other, also under make -j.
 .NOTPARALLEL:
 .PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
-  reconfig upgrade etcd-snapshot etcd-restore clean clobber \
+  reconfig add-worker remove-worker upgrade etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
   health rehearse rehearse-proxy help packages
 
@@ -56,6 +56,12 @@ restore: packages ## Restore from snapshot (~30s vs ~15min rebuild; NAME=before-
 
 reconfig: packages ## Push config changes to running nodes (FLAGS=--dry-run)
 	@./bin/reconfig.mts $(FLAGS)
+
+add-worker: packages ## Add a worker to the running cluster (NAME=delta)
+	@./bin/add-worker.mts $(FLAGS) $(if $(NAME),"$(NAME)")
+
+remove-worker: packages ## Drain a worker and remove it (NAME=delta)
+	@./bin/remove-worker.mts $(FLAGS) $(if $(NAME),"$(NAME)")
 
 upgrade: packages ## Bring NIXOS_VERSION to a node, or to all (NAME=all)
 	@./bin/rolling-upgrade.mts $(FLAGS) $(if $(NAME),"$(NAME)")

@@ -11,6 +11,20 @@ export async function isReady(cluster: Cluster, node: Node): Promise<boolean> {
   return nodes?.get(node.name)?.ready ?? false
 }
 
+/** Waits until a kubelet has registered the node. @param options.timeout seconds */
+export async function waitForNode(
+  cluster: Cluster,
+  { name }: Node,
+  options: { timeout: number; detail?: (text: string) => void; signal?: AbortSignal },
+): Promise<void> {
+  const { signal, ...wait } = options
+  await waitFor({ failure: `${name} has not registered`, ...wait }, async () => {
+    const { nodes, reason } = await probeApiServer(cluster, { signal })
+    if (!nodes) return `the API server does not tell: ${reason}`
+    return nodes.has(name) ? undefined : `the API server knows no node ${name}`
+  })
+}
+
 /**
  * Waits until the node is Ready and its kubelet has renewed its lease since we began. For 40 s the
  * API server takes a node for Ready that it has not heard from.

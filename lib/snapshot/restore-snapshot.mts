@@ -31,9 +31,15 @@ export async function assertRestorable(cluster: Cluster, snapshot: Snapshot): Pr
   }
   await assertRoomToGrow(cluster).catch((error) => problems.push(error.message))
   if (problems.length === 0) return
+  const later = cluster.workers.filter(
+    ({ name }) => !snapshot.machines.some((machine) => machine.name === name),
+  )
+  const removals = later.map(({ name }) => `make remove-worker NAME=${name}`).join(', ')
   throw new StepError(`the snapshot "${snapshot.name}" cannot be restored; nothing was touched`, {
     output: problems.join('\n'),
-    hint: './bin/snapshot.mts --list shows the others',
+    hint: removals
+      ? `a worker that came later has to go first: ${removals}`
+      : './bin/snapshot.mts --list shows the others',
   })
 }
 
