@@ -99,7 +99,8 @@ async function checkCluster(): Promise<Node[]> {
   await kubectl.run(['get', '--raw', '/readyz'])
   const reasons: string[] = []
   const claims = await claimsOn(kubectl, name)
-  if (claims.length > 0) reasons.push(`volumes on ${name} hold what is nowhere else: ${claims.join(', ')}`)
+  if (claims.length > 0)
+    reasons.push(`volumes on ${name} hold what is nowhere else: ${claims.join(', ')}`)
   const others = before.nodes.filter((each) => each !== node)
   const silent = await unreachable(before, others, signal)
   for (const reason of silent.values()) reasons.push(`${reason}, and cannot be told`)

@@ -178,9 +178,14 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     // Informers of before are told that what they know is of the past.
     const old = await watchFrom(before)
     assert.match(old, /"code":410/)
-    const list = JSON.parse((await admin('get', '--raw', '/api/v1/namespaces')).stdout)
-    assert.ok(Number(list.metadata.resourceVersion) > 1_000_000_000, list.metadata)
+    assert.ok((await revision()) > 1_000_000_000)
   })
+
+  /** What a client knows that has just listed something. */
+  async function revision(): Promise<number> {
+    const { stdout } = await admin('get', '--raw', '/api/v1/namespaces')
+    return Number(JSON.parse(stdout).metadata.resourceVersion)
+  }
 
   /** The first event of a watch on namespaces from a resource version on. */
   async function watchFrom(version: string): Promise<string> {
@@ -204,9 +209,17 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     })
   }
 
-  it('keeps only the last former data on the machine', async () => {
+  it('restores a second time, to a revision above all that there were', async () => {
+    await admin('create', 'namespace', 'between')
+    const known = await revision()
     const { exitCode, stderr } = await backup('restore')
     assert.equal(exitCode, 0, stderr)
+    assert.doesNotMatch(await namespaces(), /namespace\/between/)
+    assert.ok((await revision()) > known)
+    assert.match(await watchFrom(`${known}`), /"code":410/)
+  })
+
+  it('keeps only the last former data on the machine', async () => {
     const folders = await readdir(join(data, '..'))
     assert.equal(folders.filter((name) => name.startsWith('etcd')).length, 2, folders.join(' '))
   })

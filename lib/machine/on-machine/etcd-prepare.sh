@@ -11,10 +11,12 @@ tool=$(command -v etcdutl || command -v etcdctl)
 "$tool" snapshot status "$WORK/snapshot.db" >&2
 # Whoever watches the API server knows a revision already. From one above all that there ever
 # were, with none before it, they start afresh; else they would miss what the restore changed.
+# Raised by a fixed number, a second restore of the same file would end below what the first one
+# has led to. Milliseconds since 1970 grow faster than a store takes writes.
 "$tool" snapshot restore "$WORK/snapshot.db" --data-dir="$WORK/data" --name="$NAME" \
   --initial-cluster="$INITIAL_CLUSTER" --initial-cluster-token="$INITIAL_CLUSTER_TOKEN" \
   --initial-advertise-peer-urls="$INITIAL_ADVERTISE_PEER_URLS" \
-  --bump-revision=1000000000 --mark-compacted >&2
+  --bump-revision="$(date +%s%3N)" --mark-compacted >&2
 rm "$WORK/snapshot.db"
 if [ -e "$DATA_DIR" ]; then
   chown -R --reference="$DATA_DIR" "$WORK/data"
