@@ -35,8 +35,11 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   await endFormer()
   const programs = await machinePrograms()
   const workers = chosen.filter(({ role }) => role === 'worker')
-  // The other workers are no part of this cluster.
-  if (workers.length > 0) process.env.WORKER_NODES = workers.map(({ name }) => name).join(' ')
+  const whole = chosen.length === real.nodes.length
+  // The other workers are no part of this cluster. (Of a whole one cluster.env tells, which scripts
+  // that add and remove workers have to be able to change.)
+  const names = workers.map(({ name }) => name).join(' ')
+  if (!whole && names !== '') process.env.WORKER_NODES = names
 
   const began = performance.now()
   const iso = await buildIso({ programs, images: programs.length > 0 && workers.length > 0 })
@@ -48,7 +51,6 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   rehearsal.note('the stand-in for the ISO', isoTook)
   preferOnPath(programs)
 
-  const whole = nodes.length === cluster.nodes.length
   try {
     await rehearsal.timed('make all', () =>
       rehearsal.script('bootstrap-cluster', ...(whole ? ['--until=machines'] : rehearsal.names)),
@@ -58,7 +60,7 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
     console.log(`\n${await machineTable(rehearsal)}`)
   } finally {
     console.log(`\n${await rehearsal.timeTable()}`)
-    if (KEEP) tellHowToGoOn(workers)
+    if (KEEP) tellHowToGoOn(whole ? '' : names)
     else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
   }
   console.error(`\nrehearsed: ${rehearsal.names.join(', ')}`)
@@ -70,8 +72,8 @@ async function endFormer(): Promise<void> {
   await new Rehearsal(loadCluster({ root: rehearsalFolder }), [], signal).script('shutdown')
 }
 
-function tellHowToGoOn(workers: readonly Node[]): void {
-  const names = workers.map(({ name }) => name).join(' ')
+/** @param names of the workers, if they are not those of cluster.env */
+function tellHowToGoOn(names: string): void {
   const variable = names === '' ? '' : `export WORKER_NODES='${names}'; `
   console.error(`
 the machines run on: ${variable}cd ${rehearsalFolder} (end them: make down)
