@@ -243,6 +243,78 @@ run(lambda words: print(generations.roll_back(Path(words[0])), generations.curre
     assert.match(again.stderr, /no generation older than the current \(1\) exists/)
   })
 
+  describe('another release', () => {
+    const channel = (...words: string[]) =>
+      python(
+        `from pathlib import Path
+from channel import nix_channel, release_of
+from command import run
+root = Path(sys.argv.pop(1))
+run(lambda words: (nix_channel(words, root), print(release_of(root))))`,
+        root,
+        ...words,
+      )
+    const address = (release: string) => `https://channels.nixos.org/nixos-${release}`
+    const profile = () => readlink(inRoot('nix/var/nix/profiles/per-user/root/channels'))
+
+    it('comes from another channel, and the former one can be had again', async () => {
+      await install()
+      assert.equal((await channel('--list')).stdout, `nixos ${address('26.05')}\n26.05\n`)
+      assert.equal(await profile(), 'channels-1-link')
+      assert.equal((await channel('--add', address('26.11'), 'nixos')).stdout, '26.05\n')
+      assert.match((await channel('--update', 'nixos')).stdout, /\n26\.11\n$/)
+      assert.equal(await profile(), 'channels-2-link')
+      assert.match((await channel('--update', 'nixos')).stdout, /\n26\.11\n$/)
+      assert.equal(await profile(), 'channels-2-link', 'the same again is no generation')
+      assert.match((await channel('--rollback', '1')).stdout, /\n26\.05\n$/)
+      assert.equal(await profile(), 'channels-1-link')
+    })
+
+    it('is not had from a channel that is not there', async () => {
+      await install()
+      await channel('--add', address('31.05'), 'nixos')
+      const { exitCode, stderr } = await channel('--update', 'nixos')
+      assert.equal(exitCode, 1)
+      assert.match(
+        stderr,
+        /unable to download '\S+nixos-31\.05\/nixexprs\.tar\.xz': HTTP error 404/,
+      )
+      assert.equal(await profile(), 'channels-1-link')
+    })
+
+    it('is another system with a kernel at another path, and the former kernel stays', async () => {
+      await install()
+      const { stdout, stderr } = await python(
+        `from pathlib import Path
+from evaluation import evaluate
+from generations import add, generations
+from rebuild import boot_files
+from store import below
+from system import build
+root = Path(sys.argv[1])
+spec = evaluate(root / "etc/nixos/configuration.nix")
+first = below(root, generations(root)[1])
+system = build(spec, root, "26.11", *boot_files("26.11", first, root), lambda text: None)
+add(system, root)
+new = below(root, system)
+kernels = [folder.joinpath("kernel").readlink() for folder in (first, new)]
+print(json.dumps({
+  "kernels": [str(path) for path in kernels],
+  "contents": [below(root, path).read_text() for path in kernels],
+  "releases": [folder.joinpath("nixos-version").read_text() for folder in (first, new)],
+  "again": [str(boot_files(release, new, root)[0]) for release in ("26.05", "26.11")],
+}))`,
+        root,
+      )
+      assert.notEqual(stdout, '', stderr)
+      const { kernels, contents, releases, again } = JSON.parse(stdout)
+      assert.notEqual(kernels[0], kernels[1])
+      assert.deepEqual(contents, ['bzImage', 'bzImage'])
+      assert.deepEqual(releases, ['26.05.stand-in', '26.11.stand-in'])
+      assert.deepEqual(again, kernels)
+    })
+  })
+
   describe('a switch', () => {
     const service = (text: string) => `[Unit]\nDescription=x\n${text}\n[Service]\nExecStart=/x\n`
     const cases: [what: string, before: string | null, after: string | null, plan: object][] = [

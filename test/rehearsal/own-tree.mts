@@ -26,6 +26,7 @@ export async function ownTree(tree: string, release: string): Promise<void> {
     await cp(join(evaluator, name), join(tree, 'evaluator', name))
   }
   await writeFile(join(tree, 'release'), `${release}\n`)
+  await writeFile(join(tree, 'releases'), `${release}\n${releaseAfter(release)}\n`)
   await writeFile(join(tree, 'etc', 'os-release'), osRelease(release))
   for (const name of await readdir(join(tree, 'bin'))) await chmod(join(tree, 'bin', name), 0o755)
   await chmod(join(tree, 'stage-2.sh'), 0o755)
@@ -35,6 +36,12 @@ export async function ownTree(tree: string, release: string): Promise<void> {
   await symlink('bashrc', join(tree, 'etc', 'bash.bashrc'))
   await linkUnits(join(tree, 'etc', 'systemd', 'system'), always)
   await sessionUsr(join(tree, 'session', 'usr'))
+}
+
+/** The release of NixOS that a machine can be upgraded to: 26.11 comes after 26.05. */
+export function releaseAfter(release: string): string {
+  const [year = 0, month] = release.split('.').map(Number)
+  return month === 5 ? `${year}.11` : `${year + 1}.05`
 }
 
 function osRelease(release: string): string {

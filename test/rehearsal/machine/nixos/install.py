@@ -8,8 +8,9 @@ from pathlib import Path
 
 from activation import activate
 from bootloader import install_boot_loader
+from channel import ADDRESS, fetch, write_channels
 from evaluation import evaluate
-from generations import PROFILES, add
+from generations import add
 from layers import IN_TEST, OWN, Failure, find_program
 from store import STORE, below, write
 from system import build
@@ -53,17 +54,18 @@ def nixos_install(words: list[str], cd: Path = CD, need_mount: bool = True) -> N
     ask_binary_cache()
     kernel, ramdisk = copy_boot_files(cd, root)
     copy_layers(cd, root, images="/etc/systemd/system/containerd.service" in spec["files"])
-    system = build(spec, root, kernel, ramdisk, say)
+    release = (OWN / "release").read_text().strip()
+    system = build(spec, root, release, kernel, ramdisk, say)
     if options.channel:
         say("copying channel...")
-        channel = below(root, PROFILES) / "per-user/root/channels/nixos/.version"
-        write(channel, (OWN / "release").read_text())
+        fetch(release, root)
     add(system, root)
     write(root / "etc/NIXOS", "")
 
     if options.boot_loader:
         say("installing the boot loader...")
     activate(system, root, say)
+    write_channels(root, {"nixos": f"{ADDRESS}{release}"})
     if options.boot_loader:
         install_boot_loader(root, say)
     say("installation finished!")

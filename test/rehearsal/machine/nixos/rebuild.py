@@ -1,13 +1,16 @@
 """nixos-rebuild: evaluates /etc/nixos/configuration.nix, builds a generation and switches to it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from channel import release_of
 from evaluation import evaluate
-from generations import PROFILES, add, current, generations, roll_back
+from generations import add, current, generations, roll_back
 from layers import Failure
+from store import below, link, store_path
 from system import build
 
 ACTIONS = ("switch", "boot", "test", "build", "dry-build", "dry-activate", "list-generations")
@@ -26,6 +29,8 @@ def nixos_rebuild(words: list[str]) -> None:
         if action in ("switch", "boot"):
             add(system)
     if action in ("build", "dry-build"):
+        if action == "build":
+            link(system, Path.cwd() / "result")
         print(system)
         return
     done = subprocess.run([str(system / "bin/switch-to-configuration"), action])
@@ -52,12 +57,24 @@ def parse(words: list[str]) -> tuple[str, bool]:
 
 
 def build_from(configuration: Path, action: str) -> Path:
-    # The real one reads NixOS itself from the channel, which nixos-install has copied.
-    if not (PROFILES / "per-user/root/channels/nixos").exists():
-        raise Failure("error: file 'nixpkgs/nixos' was not found in the Nix search path")
+    # The real one reads NixOS itself from the channel.
+    release = release_of()
     print("building the system configuration...", file=sys.stderr, flush=True)
     spec = evaluate(configuration)
-    running = Path("/run/current-system")
-    kernel, ramdisk = (Path(os.readlink(running / name)) for name in ("kernel", "initrd"))
+    kernel, ramdisk = boot_files(release, Path("/run/current-system"))
     progress = (lambda text: print(text, file=sys.stderr, flush=True)) if action != "dry-build" else lambda _: None
-    return build(spec, Path("/"), kernel, ramdisk, progress)
+    return build(spec, Path("/"), release, kernel, ramdisk, progress)
+
+
+def boot_files(release: str, running: Path, root: Path = Path("/")) -> tuple[Path, Path]:
+    """Kernel and ramdisk of a release, as paths in the store. Each release has a kernel path of its
+    own, so that a machine has to start anew for it; what is in the file is the same."""
+    systems = [running, *(below(root, path) for path in reversed(generations(root).values()))]
+    for system in systems:
+        if (system / "nixos-version").read_text() == f"{release}.stand-in":
+            return Path(os.readlink(system / "kernel")), Path(os.readlink(system / "initrd"))
+    kernel, ramdisk = (Path(os.readlink(running / name)) for name in ("kernel", "initrd"))
+    other = store_path(f"linux-{release}", release) / kernel.name
+    below(root, other.parent).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(below(root, kernel), below(root, other))
+    return other, ramdisk

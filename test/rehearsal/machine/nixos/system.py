@@ -22,14 +22,14 @@ WANTS = {
 }
 
 
-def build(spec: dict, root: Path, kernel: Path, ramdisk: Path, say=print) -> Path:
+def build(spec: dict, root: Path, release: str, kernel: Path, ramdisk: Path, say=print) -> Path:
     """Makes the system below `root` and returns its path in the store.
 
+    release: of NixOS, which is built the same whatever it is.
     kernel, ramdisk: files below root's store. The same configuration gives the same path.
     """
     if spec.get("firewall"):
         raise Failure("error: the stand-in has no firewall: networking.firewall.enable")
-    release = (OWN / "release").read_text().strip()
     made = link_packages(root, spec["store"])
     etc = build_etc(spec, root, release)
 
@@ -62,7 +62,7 @@ def link_programs(spec: dict, folder: Path) -> None:
         if program:
             link(program, folder / name)
     for tool in sorted((OWN / "bin").iterdir()):
-        if tool.name.startswith("nixos-"):
+        if tool.name.startswith(("nix-", "nixos-")):
             link(tool, folder / tool.name)
     packages = {package["package"]: path for path, package in spec["store"].items()}
     for package in spec["systemPackages"]:
