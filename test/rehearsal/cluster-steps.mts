@@ -5,12 +5,13 @@ import { describeError } from '../../lib/step-error.mts'
 import { formatDuration } from '../../lib/steps.mts'
 import { formatTable } from '../../lib/table.mts'
 import { addOnChecks } from './add-on-checks.mts'
+import { dayTwoChecks } from './day-two-checks.mts'
 import { networkChecks } from './network-checks.mts'
-import type { Rehearsal } from './rehearsal.mts'
+import type { Rehearsal, Step } from './rehearsal.mts'
+import { upgradeCheck } from './upgrade-check.mts'
+import { workerCheck } from './worker-checks.mts'
 
-type Step = readonly [what: string, work: (rehearsal: Rehearsal) => Promise<void>]
-
-const steps: readonly Step[] = [
+export const clusterSteps: readonly Step[] = [
   ['make network', (rehearsal) => rehearsal.script('install-cilium')],
   ['make wait, until pods can run', (rehearsal) => rehearsal.script('wait-for-cluster', '--ready')],
   ['network checks', networkChecks],
@@ -22,10 +23,21 @@ const steps: readonly Step[] = [
   ['make status', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
 
+/** What one does to a cluster that runs, each step on what the one before has left. */
+export const dayTwoSteps: readonly Step[] = [
+  ...dayTwoChecks,
+  ['a worker more, and less', workerCheck],
+  ['make upgrade of one worker', upgradeCheck],
+  ['make status, at the end', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
+]
+
 /** All steps, up to one that fails; then the cluster is shown as it was. */
-export async function rehearseCluster(rehearsal: Rehearsal): Promise<void> {
+export async function rehearseSteps(rehearsal: Rehearsal, steps: readonly Step[]): Promise<void> {
   try {
-    for (const [what, work] of steps) await rehearsal.timed(what, () => work(rehearsal))
+    for (const [what, work] of steps) {
+      console.error(`\n── ${what}`)
+      await rehearsal.timed(what, () => work(rehearsal))
+    }
   } catch (error) {
     rehearsal.signal.throwIfAborted()
     await lookAround(rehearsal)

@@ -7,64 +7,78 @@ import type { Node } from '../../lib/cluster.mts'
 import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
 import { waitForReady } from '../../lib/kubernetes/wait-for-node.mts'
 import { Machine } from '../../lib/machine/machine.mts'
-import type { Rehearsal } from './rehearsal.mts'
+import { servicesOf } from '../../lib/machine/probes.mts'
+import { waitFor } from '../../lib/wait-for.mts'
+import { podsTalk } from './pods-talk.mts'
+import type { Rehearsal, Step } from './rehearsal.mts'
 
 const namespace = 'day-two'
 const word = 'swordfish'
+const snapshot = 'day-two'
 
-type Check = (rehearsal: Rehearsal, kubectl: Kubectl, worker: Node) => Promise<void>
-
-const checks: readonly [what: string, check: Check][] = [
-  ['snapshot, break things, restore', snapshotAndRestore],
-  ['etcd backup, delete, restore', backupAndRestore],
-  ['reconfig with a changed kubelet setting', changedSetting],
-  ['reconfig with a renewed certificate', renewedCertificate],
+export const dayTwoChecks: readonly Step[] = [
+  ['make snapshot, things are broken, make restore', snapshotAndRestore],
+  ['make etcd-snapshot, things are deleted, make etcd-restore', backupAndRestore],
+  ['make reconfig with a changed setting of a kubelet', changedSetting],
+  ['make reconfig with a renewed certificate', renewedCertificate],
 ]
 
-/** All of them, one after the other; the cluster is then as it was. */
-export async function dayTwoChecks(rehearsal: Rehearsal): Promise<void> {
-  const kubectl = new Kubectl(rehearsal.cluster, rehearsal.signal)
-  const [worker] = rehearsal.cluster.workers
-  if (!worker) throw new Error('day two needs a worker')
-  for (const [what, check] of checks) {
-    console.error(`\n── ${what}`)
-    await rehearsal.timed(what, () => check(rehearsal, kubectl, worker))
-  }
-}
-
-async function snapshotAndRestore(
-  rehearsal: Rehearsal,
-  kubectl: Kubectl,
-  worker: Node,
-): Promise<void> {
+async function snapshotAndRestore(rehearsal: Rehearsal): Promise<void> {
+  const { cluster } = rehearsal
+  const kubectl = new Kubectl(cluster, rehearsal.signal)
+  const worker = firstWorker(rehearsal)
   await makeSecret(kubectl)
-  await rehearsal.script('snapshot', 'day-two')
+  await rehearsal.script('snapshot', snapshot)
   await removeNamespace(kubectl)
+  const machine = new Machine(cluster, worker, rehearsal.signal)
+  const healthy = async () => {
+    const { status } = await machine.execute('curl -fs -m 10 http://127.0.0.1:10248/healthz')
+    return status === 0
+  }
+  assert.equal(await healthy(), true, 'the kubelet is not well before anything was broken')
   // A flag that the kubelet does not know: it ends again and again.
-  const machine = new Machine(rehearsal.cluster, worker)
-  const broken = "sed -i 's/--node-ip=/--no-such-flag=/' /etc/nixos/worker.nix"
-  await machine.succeed(`${broken}; nixos-rebuild switch >/dev/null 2>&1 || true`, { timeout: 300 })
-  const { status } = await machine.execute('curl -fs -m 3 http://127.0.0.1:10248/healthz')
-  assert.notEqual(status, 0, 'the kubelet is well with a flag that it does not know')
+  const breakIt = "sed -i 's/--node-ip=/--no-such-flag=/' /etc/nixos/worker.nix"
+  const switchTo = 'nixos-rebuild switch >/dev/null 2>&1 || true'
+  await machine.succeed(`${breakIt}; ${switchTo}`, { timeout: 900 })
+  assert.equal(await healthy(), false, 'the kubelet is well with a flag that it does not know')
 
-  await rehearsal.script('restore', 'day-two')
+  await rehearsal.script('restore', snapshot)
+  await settled(rehearsal)
   await assertSecret(kubectl)
-  const { WAIT_TIMEOUT } = rehearsal.cluster.settings
-  await waitForReady(rehearsal.cluster, worker, { timeout: WAIT_TIMEOUT })
+  await machine.succeed('grep -q -e --node-ip= /etc/nixos/worker.nix')
+  assert.equal(await healthy(), true)
+  await assertWorks(rehearsal, kubectl)
   await removeNamespace(kubectl)
-  await rehearsal.script('snapshot', '--delete', 'day-two')
+  await removeSnapshots(rehearsal)
 }
 
-async function backupAndRestore(rehearsal: Rehearsal, kubectl: Kubectl): Promise<void> {
+/** That of the test, and the one that the restore has made of what it overwrote. */
+async function removeSnapshots(rehearsal: Rehearsal): Promise<void> {
+  const list = JSON.parse(await rehearsal.output('snapshot', '--list', '--json'))
+  const names = (list as { name: string }[]).map(({ name }) => name)
+  assert.ok(names.includes(snapshot), `no snapshot ${snapshot} among ${names}`)
+  assert.ok(names.some((name) => name.startsWith('before-restore-')))
+  for (const name of names) await rehearsal.script('snapshot', '--delete', name)
+}
+
+async function backupAndRestore(rehearsal: Rehearsal): Promise<void> {
+  const kubectl = new Kubectl(rehearsal.cluster, rehearsal.signal)
   await makeSecret(kubectl)
   await rehearsal.script('etcd-backup', 'snapshot')
   await removeNamespace(kubectl)
+  await kubectl.run(['create', 'namespace', `${namespace}-later`])
   await rehearsal.script('etcd-backup', 'restore')
+  // All who watch the API server have to read anew what they know, all at once.
+  await settled(rehearsal)
   await assertSecret(kubectl)
+  assert.equal(await kubectl.exists('namespace', `${namespace}-later`), false)
+  await assertWorks(rehearsal, kubectl)
   await removeNamespace(kubectl)
 }
 
-async function changedSetting(rehearsal: Rehearsal, kubectl: Kubectl, worker: Node): Promise<void> {
+async function changedSetting(rehearsal: Rehearsal): Promise<void> {
+  const kubectl = new Kubectl(rehearsal.cluster, rehearsal.signal)
+  const worker = firstWorker(rehearsal)
   const module = rehearsal.cluster.path('configs', 'worker.nix')
   const text = await readFile(module, 'utf8')
   const changed = text.replace('podPidsLimit = 4096', 'podPidsLimit = 4000')
@@ -72,8 +86,11 @@ async function changedSetting(rehearsal: Rehearsal, kubectl: Kubectl, worker: No
   const path = `/api/v1/nodes/${worker.name}/proxy/configz`
   const limit = async () =>
     (await kubectl.run(['get', '--raw', path])).match(/"podPidsLimit":(\d+)/)?.[1]
+  assert.equal(await limit(), '4096')
   try {
     await writeFile(module, changed)
+    assert.match(await rehearsal.output('reconfig', '--dry-run'), /^\+ *podPidsLimit = 4000;$/m)
+    assert.equal(await limit(), '4096', '--dry-run has changed something')
     await rehearsal.script('reconfig', '--node', worker.name)
     assert.equal(await limit(), '4000')
   } finally {
@@ -83,33 +100,77 @@ async function changedSetting(rehearsal: Rehearsal, kubectl: Kubectl, worker: No
   assert.equal(await limit(), '4096')
 }
 
-async function renewedCertificate(
-  rehearsal: Rehearsal,
-  _kubectl: Kubectl,
-  worker: Node,
-): Promise<void> {
+async function renewedCertificate(rehearsal: Rehearsal): Promise<void> {
   const { cluster } = rehearsal
-  const machines = cluster.nodes.map((node) => new Machine(cluster, node))
-  const since = 'systemctl show --property=Id,ActiveEnterTimestampMonotonic'
-  const units = 'etcd kube-apiserver kube-controller-manager kube-scheduler containerd kubelet sshd'
-  const times = () => Promise.all(machines.map((machine) => machine.succeed(`${since} ${units}`)))
-  const before = await times()
+  const worker = firstWorker(rehearsal)
+  const pem = () => readFile(cluster.path('tls', `${worker.name}.pem`))
+  const former = new X509Certificate(await pem()).serialNumber
+  assert.equal(await servedBy(rehearsal, worker), former)
+  const before = await startTimes(rehearsal)
+
   await rehearsal.script('generate-certs', '--renew', worker.name)
+  await rehearsal.script('generate-kubeconfigs')
   await rehearsal.script('reconfig')
 
-  const differing = (await times()).flatMap((text, index) => {
-    const former = before[index]?.split('\n\n')
-    const changed = text.split('\n\n').filter((block, at) => block !== former?.[at])
-    return changed.map((block) => `${machines[index]?.node.name} ${block.match(/Id=(\S+)/)?.[1]}`)
-  })
-  assert.deepEqual(differing, [`${worker.name} kubelet.service`])
-  const pem = await readFile(cluster.path('tls', `${worker.name}.pem`))
-  const ask = `timeout 10 openssl s_client -connect ${worker.ip}:10250 </dev/null 2>/dev/null`
-  const { stdout } = await new Machine(cluster, worker).execute(
-    `${ask} || true; cat /var/lib/kubernetes/pki/${worker.name}.pem`,
+  const after = await startTimes(rehearsal)
+  const restarted = [...before].filter(([unit, time]) => after.get(unit) !== time)
+  assert.deepEqual(
+    restarted.map(([unit]) => unit),
+    [`${worker.name} kubelet.service`],
   )
-  const there = stdout.match(/-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----/)?.[0] ?? ''
-  assert.equal(new X509Certificate(there).serialNumber, new X509Certificate(pem).serialNumber)
+  const renewed = new X509Certificate(await pem()).serialNumber
+  assert.notEqual(renewed, former)
+  assert.equal(await servedBy(rehearsal, worker), renewed)
+  const { WAIT_TIMEOUT } = cluster.settings
+  await waitForReady(cluster, worker, { timeout: WAIT_TIMEOUT, signal: rehearsal.signal })
+}
+
+/** The serial number of the certificate that a kubelet proves itself with, seen from alpha. */
+async function servedBy({ cluster, signal }: Rehearsal, worker: Node): Promise<string> {
+  const ask = `curl -sk -m 30 -o /dev/null -w '%{certs}' https://${worker.ip}:10250/healthz`
+  const said = await new Machine(cluster, cluster.controlPlane, signal).succeed(ask)
+  const found = said.match(/-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----/)?.[0]
+  assert.ok(found, `no certificate in: ${said}`)
+  return new X509Certificate(found).serialNumber
+}
+
+/** "MACHINE UNIT" to when it was started last, of all that a change might restart. */
+async function startTimes({ cluster, signal }: Rehearsal): Promise<Map<string, string>> {
+  const found = new Map<string, string>()
+  for (const node of cluster.nodes) {
+    const own = servicesOf(cluster, node).map(({ unit }) => unit)
+    const units = [...own, 'sshd', 'systemd-networkd', 'systemd-resolved', 'dbus']
+    const show = `systemctl show --property=Id,ActiveEnterTimestampMonotonic ${units.join(' ')}`
+    const text = await new Machine(cluster, node, signal).succeed(show)
+    for (const block of text.trim().split(/\n\n+/)) {
+      const id = block.match(/^Id=(.*)$/m)?.[1]
+      const time = block.match(/^ActiveEnterTimestampMonotonic=(.*)$/m)?.[1]
+      found.set(`${node.name} ${id}`, time ?? '')
+    }
+  }
+  return found
+}
+
+function firstWorker({ cluster }: Rehearsal): Node {
+  const [worker] = cluster.workers
+  assert.ok(worker, 'day two needs a worker')
+  return worker
+}
+
+/** All components are active, and the nodes Ready. */
+function settled(rehearsal: Rehearsal): Promise<void> {
+  return rehearsal.script('wait-for-cluster', '--ready')
+}
+
+/** The API server is not only there, but what depends on it works. */
+async function assertWorks({ cluster, signal }: Rehearsal, kubectl: Kubectl): Promise<void> {
+  const timeout = cluster.settings.WAIT_TIMEOUT
+  await waitFor({ failure: 'the API server is slow to answer', timeout }, async () => {
+    signal.throwIfAborted()
+    const { exitCode, stderr } = await kubectl.execute(['get', 'namespaces', '--output=name'])
+    return exitCode === 0 ? undefined : stderr
+  })
+  await podsTalk(cluster, kubectl)
 }
 
 async function makeSecret(kubectl: Kubectl): Promise<void> {
@@ -120,9 +181,7 @@ async function makeSecret(kubectl: Kubectl): Promise<void> {
 
 async function assertSecret(kubectl: Kubectl): Promise<void> {
   const { data } = await kubectl.get<{ data: { word: string } }>(
-    'secret',
-    'kept',
-    `--namespace=${namespace}`,
+    ...['secret', 'kept', `--namespace=${namespace}`],
   )
   assert.equal(Buffer.from(data.word, 'base64').toString(), word)
 }

@@ -11,12 +11,17 @@ import { StepError } from '../../lib/step-error.mts'
 import { formatDuration } from '../../lib/steps.mts'
 import { formatTable } from '../../lib/table.mts'
 
+/** A part of a rehearsal that can be done for itself. */
+export type Step = readonly [what: string, work: (rehearsal: Rehearsal) => Promise<void>]
+
 export class Rehearsal {
   /** That of the copy. */
   readonly cluster: Cluster
   /** The machines that take part. */
   readonly nodes: readonly Node[]
   readonly signal: AbortSignal
+  /** When the first machine was switched on, before any of them was started anew. */
+  private firstOn = Number.POSITIVE_INFINITY
   private readonly times: { what: string; took: number; ended: number }[] = []
 
   constructor(cluster: Cluster, nodes: readonly Node[], signal: AbortSignal) {
@@ -65,6 +70,8 @@ export class Rehearsal {
       return await work()
     } finally {
       this.note(what, performance.now() - began)
+      const on = await Promise.all(this.nodes.map((node) => this.poweredOn(node)))
+      this.firstOn = Math.min(this.firstOn, ...on)
     }
   }
 
@@ -82,8 +89,8 @@ export class Rehearsal {
   }
 
   /** A table of all that was timed. */
-  async timeTable(): Promise<string> {
-    const on = Math.min(...(await Promise.all(this.nodes.map((node) => this.poweredOn(node)))))
+  timeTable(): string {
+    const on = this.firstOn
     const rows = this.times.map(({ what, took, ended }) => [
       what,
       formatDuration(took),

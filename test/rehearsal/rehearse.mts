@@ -3,6 +3,7 @@
 //   YES=1        install the packages that it needs
 //   NODES=alpha  only these machines; without a worker or the control plane there are no pods
 //   KEEP=1       leave the machines running in rehearsal/
+//   DAY_TWO=0    end when the cluster has passed its checks
 //   KUBE_BIN_DIR=FOLDER  Kubernetes programs for the machines; else they are downloaded or built
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
@@ -11,14 +12,14 @@ import { interruption } from '../../lib/interrupt.mts'
 import { withLock } from '../../lib/lock.mts'
 import { describeError, StepError } from '../../lib/step-error.mts'
 import { buildIso } from './build-iso.mts'
-import { rehearseCluster, waitForComponents } from './cluster-steps.mts'
+import { clusterSteps, dayTwoSteps, rehearseSteps, waitForComponents } from './cluster-steps.mts'
 import { ensureHostPackages } from './host-packages.mts'
 import { machineTable } from './machine-table.mts'
 import { machinePrograms, preferOnPath } from './programs-on-path.mts'
 import { Rehearsal } from './rehearsal.mts'
 import { makeRehearsalFolder, rehearsalFolder } from './rehearsal-folder.mts'
 
-const { YES, KEEP, NODES } = process.env
+const { YES, KEEP, NODES, DAY_TWO } = process.env
 const signal = interruption()
 
 try {
@@ -56,10 +57,11 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
       rehearsal.script('bootstrap-cluster', ...(whole ? ['--until=machines'] : rehearsal.names)),
     )
     if (programs.length > 0) await waitForComponents(rehearsal)
-    if (programs.length > 0 && whole) await rehearseCluster(rehearsal)
+    if (programs.length > 0 && whole) await rehearseSteps(rehearsal, clusterSteps)
     console.log(`\n${await machineTable(rehearsal)}`)
+    if (programs.length > 0 && whole && DAY_TWO !== '0') await rehearseSteps(rehearsal, dayTwoSteps)
   } finally {
-    console.log(`\n${await rehearsal.timeTable()}`)
+    console.log(`\n${rehearsal.timeTable()}`)
     if (KEEP) tellHowToGoOn(whole ? '' : names)
     else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
   }

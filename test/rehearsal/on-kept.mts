@@ -1,0 +1,45 @@
+// Steps of the rehearsal once more, on the machines that `make rehearse KEEP=1` has left running,
+// with the scripts as they are now:
+//   node --import tsx test/rehearsal/on-kept.mts           names the steps
+//   node --import tsx test/rehearsal/on-kept.mts etcd …    does those whose names have these words
+import { existsSync } from 'node:fs'
+import { cp } from 'node:fs/promises'
+import { join } from 'node:path'
+import { loadCluster } from '../../lib/cluster.mts'
+import { interruption } from '../../lib/interrupt.mts'
+import { withLock } from '../../lib/lock.mts'
+import { describeError, StepError } from '../../lib/step-error.mts'
+import { projectRoot } from '../checkout.mts'
+import { clusterSteps, dayTwoSteps, rehearseSteps } from './cluster-steps.mts'
+import { machinePrograms, preferOnPath } from './programs-on-path.mts'
+import { Rehearsal } from './rehearsal.mts'
+import { rehearsalFolder } from './rehearsal-folder.mts'
+
+const signal = interruption()
+const words = process.argv.slice(2)
+const all = [...clusterSteps, ...dayTwoSteps]
+const steps = all.filter(([what]) => words.some((word) => what.includes(word)))
+try {
+  if (steps.length === 0) console.log(all.map(([what]) => what).join('\n'))
+  else await withLock(`${rehearsalFolder}.lock`, 'rehearsing', again)
+} catch (error) {
+  console.error(`rehearse: ${describeError(error)}`)
+  process.exitCode = 1
+}
+
+async function again(): Promise<void> {
+  if (!existsSync(join(rehearsalFolder, 'run'))) {
+    throw new StepError('there is no rehearsal to go on with', { hint: 'make rehearse KEEP=1' })
+  }
+  for (const folder of ['bin', 'lib']) {
+    await cp(join(projectRoot, folder), join(rehearsalFolder, folder), { recursive: true })
+  }
+  preferOnPath(await machinePrograms())
+  const cluster = loadCluster({ root: rehearsalFolder })
+  const rehearsal = new Rehearsal(cluster, cluster.nodes, signal)
+  try {
+    await rehearseSteps(rehearsal, steps)
+  } finally {
+    console.log(`\n${rehearsal.timeTable()}`)
+  }
+}

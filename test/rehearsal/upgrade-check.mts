@@ -1,0 +1,41 @@
+// A worker brought to the next release of NixOS, with a kernel for which it has to start anew.
+import assert from 'node:assert/strict'
+import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
+import { Machine } from '../../lib/machine/machine.mts'
+import { releaseAfter } from './own-tree.mts'
+import type { Rehearsal } from './rehearsal.mts'
+
+const look = `
+  cut -c -5 /run/current-system/nixos-version
+  readlink -f /run/booted-system/kernel
+  cat /proc/sys/kernel/random/boot_id
+  readlink /nix/var/nix/profiles/per-user/root/channels`
+
+export async function upgradeCheck(rehearsal: Rehearsal): Promise<void> {
+  const { cluster, signal } = rehearsal
+  const worker = cluster.workers.at(-1)
+  assert.ok(worker, 'an upgrade needs a worker')
+  const kubectl = new Kubectl(cluster, signal)
+  const machine = new Machine(cluster, worker, signal)
+  const state = async () => (await machine.succeed(look)).trim().split('\n')
+  const before = await state()
+  const release = releaseAfter(cluster.settings.NIXOS_VERSION)
+
+  const { NIXOS_VERSION } = process.env
+  process.env.NIXOS_VERSION = release
+  try {
+    await rehearsal.script('rolling-upgrade', worker.name)
+  } finally {
+    if (NIXOS_VERSION === undefined) delete process.env.NIXOS_VERSION
+    else process.env.NIXOS_VERSION = NIXOS_VERSION
+  }
+
+  const after = await state()
+  assert.equal(after[0], release)
+  for (const [index, what] of ['release', 'kernel', 'boot', 'channel'].entries()) {
+    assert.notEqual(after[index], before[index], `the ${what} is the same`)
+  }
+  const { spec } = await kubectl.get<{ spec: { unschedulable?: boolean } }>('node', worker.name)
+  assert.equal(spec.unschedulable, undefined)
+  await rehearsal.script('wait-for-cluster', '--ready')
+}
