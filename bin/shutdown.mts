@@ -29,18 +29,32 @@ const cluster = loadCluster()
 const chosen = chooseNodes(cluster, args)
 const signal = interruption()
 
-// The control plane last: until then workers can still tell it that their pods have ended.
+// The control plane last: until then workers can still tell it that their pods have ended. One that
+// cannot be stopped keeps no other up.
+const workers = chosen.filter(({ role }) => role === 'worker')
+const controlPlane = chosen.filter(({ role }) => role === 'control-plane')
 const stopped = new Map<Node, Stopped>()
-await shutDown(chosen.filter(({ role }) => role === 'worker'))
-await shutDown(chosen.filter(({ role }) => role === 'control-plane'))
+const failures: unknown[] = []
+for (const nodes of [workers, controlPlane]) {
+  await shutDown(nodes).catch((error) => {
+    signal.throwIfAborted()
+    failures.push(error)
+  })
+}
 
 const up = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
 if (!up.includes(true)) await stopLanSwitch(cluster)
 
 const width = Math.max(...chosen.map(({ name }) => name.length))
-for (const [{ name }, { ended, seconds }] of stopped) {
-  const time = ended === 'not running' ? '' : ` (${formatDuration(seconds * 1000)})`
-  console.log(`${name.padEnd(width)}  ${endings[ended]}${time}`)
+for (const node of [...workers, ...controlPlane]) {
+  console.log(`${node.name.padEnd(width)}  ${told(stopped.get(node))}`)
+}
+if (failures.length > 0) throw failures[0]
+
+function told(how: Stopped | undefined): string {
+  if (!how) return 'was not stopped'
+  const time = how.ended === 'not running' ? '' : ` (${formatDuration(how.seconds * 1000)})`
+  return `${endings[how.ended]}${time}`
 }
 
 async function shutDown(nodes: Node[]): Promise<void> {

@@ -8,8 +8,13 @@ import { loadCluster } from '../lib/cluster.mts'
 import type { Checkout } from './checkout.mts'
 
 export interface FakeApiServer {
-  /** What it answers, by path without query; 404 for all else. May be changed at any time. */
-  answers: Record<string, { status?: number; body: string }>
+  /**
+   * What it answers, by path without query; 404 for all else. May be changed at any time. What is
+   * held back never comes.
+   */
+  answers: Record<string, { status?: number; body: string; held?: boolean }>
+  /** Paths that were asked for and held back. */
+  held: string[]
   /** The subjects' CN of those who asked. */
   askedBy: string[]
   stop(): Promise<void>
@@ -25,6 +30,7 @@ export async function startFakeApiServer(checkout: Checkout): Promise<FakeApiSer
   )
   const fake: FakeApiServer = {
     answers: {},
+    held: [],
     askedBy: [],
     stop: async () => {
       server.closeAllConnections()
@@ -36,7 +42,12 @@ export async function startFakeApiServer(checkout: Checkout): Promise<FakeApiSer
     { ca, cert, key, requestCert: true, rejectUnauthorized: true, minVersion: 'TLSv1.3' },
     (request, response) => {
       fake.askedBy.push(String((request.socket as TLSSocket).getPeerCertificate().subject.CN))
-      const answer = fake.answers[request.url?.split('?')[0] ?? '']
+      const path = request.url?.split('?')[0] ?? ''
+      const answer = fake.answers[path]
+      if (answer?.held) {
+        fake.held.push(path)
+        return
+      }
       response.statusCode = answer ? (answer.status ?? 200) : 404
       response.end(answer?.body)
     },

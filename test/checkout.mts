@@ -6,6 +6,7 @@ import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/pr
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
 
 export const projectRoot = join(import.meta.dirname, '..')
 
@@ -50,7 +51,11 @@ export async function makeCheckout(
     root,
     path: (...parts) => join(root, ...parts),
     set: (values) => setValues(join(root, 'cluster.env'), values),
-    remove: () => rm(top, { recursive: true, force: true }),
+    remove: async () => {
+      // The one process that outlives the scripts which start it, if any of them did.
+      await stopLanSwitch(checkout)
+      await rm(top, { recursive: true, force: true })
+    },
   }
   const [alpha, sigma, gamma, api] = await freePorts(4)
   await checkout.set({

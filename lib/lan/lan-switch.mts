@@ -30,7 +30,10 @@ const startTimeout = 30
 const rereadTimeout = 3
 const stopTimeout = 10
 
-export function pidFileOf(cluster: Cluster): string {
+/** Of a cluster, where its files are. */
+type Place = Pick<Cluster, 'path'>
+
+export function pidFileOf(cluster: Place): string {
   return cluster.path('run', 'lan-switch.pid')
 }
 
@@ -97,14 +100,14 @@ async function startSwitch(cluster: Cluster): Promise<number> {
  *
  * @returns whether it was running
  */
-export async function stopLanSwitch(cluster: Cluster): Promise<boolean> {
+export async function stopLanSwitch(cluster: Place): Promise<boolean> {
   const pid = await runningPid(cluster)
   if (pid === undefined) return false
   await endSwitch(cluster, pid)
   return true
 }
 
-async function endSwitch(cluster: Cluster, pid: number): Promise<void> {
+async function endSwitch(cluster: Place, pid: number): Promise<void> {
   const hasEnded = () => isGone(pid)
   process.kill(pid, 'SIGTERM')
   if (await becomes(hasEnded, stopTimeout)) return
@@ -150,11 +153,11 @@ async function isUpToDate(cluster: Cluster, pid: number): Promise<boolean> {
   return status?.pid === pid && wanted.every((port) => status.ports.includes(port))
 }
 
-function runningPid(cluster: Cluster): Promise<number | undefined> {
+function runningPid(cluster: Place): Promise<number | undefined> {
   return pidFrom(pidFileOf(cluster), [programOf(cluster)])
 }
 
-function programOf(cluster: Cluster): string {
+function programOf(cluster: Place): string {
   return cluster.path('lib', 'lan', 'lan-switch-process.mts')
 }
 

@@ -208,8 +208,10 @@ describe('cluster-health', () => {
     })
 
     it('ends at a key also while an answer does not come', async () => {
-      const shown = terminal('--timeout 300')
+      const shown = terminal('--interval 0.1 --timeout 300')
       assert.ok(await shown.shows(/gamma +stopped/), shown.text())
+      api.answers['/api/v1/pods'] = { body: '', held: true }
+      assert.ok(await becomes(() => api.held.length > 0, patience), 'nothing was asked')
       shown.pty.write('q')
       await assertRestored(shown, 0)
     })

@@ -4,6 +4,7 @@ import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { after, before, describe, it } from 'node:test'
 import { lanSwitchStatus } from '../../lib/lan/lan-switch.mts'
+import { withLock } from '../../lib/lock.mts'
 import { filesOf } from '../../lib/qemu/machine-files.mts'
 import { isRunning } from '../../lib/qemu/vm.mts'
 import { type Outcome, run } from '../checkout.mts'
@@ -73,6 +74,20 @@ describe('bin/shutdown.mts', { skip: noMachines }, () => {
       assert.equal(existsSync(filesOf(cluster, node).disk), true, 'disks stay')
       assert.equal(existsSync(filesOf(cluster, node).pid), false)
     }
+  })
+
+  it('stops the others when one cannot be stopped, and tells of each', async () => {
+    const { cluster } = machines
+    for (const node of cluster.nodes) await machines.start(node)
+    const { lock } = filesOf(cluster, cluster.node('sigma'))
+    const { stdout, stderr, exitCode } = await withLock(lock, 'testing sigma', () => shutdown())
+    assert.equal(exitCode, 1)
+    assert.match(stderr, /another process is testing sigma/)
+    assert.match(stdout, /^sigma {2}was not stopped\ngamma {2}did not .*\nalpha {2}did not /)
+    assert.deepEqual(await running(), ['sigma'])
+    assert.ok(await lanSwitchStatus(cluster), 'sigma still needs it')
+    assert.equal((await shutdown()).exitCode, 0)
+    assert.deepEqual(await running(), [])
   })
 
   it('has left the QEMU of somebody else alone, although that has the name of a node', () => {
