@@ -10,6 +10,7 @@ import { assertOfThisCluster, assertWhole } from '../lib/etcd/etcd-snapshot.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { askApiServer } from '../lib/kubernetes/api-server.mts'
 import { Machine } from '../lib/machine/machine.mts'
+import { probeApiServer } from '../lib/machine/probes.mts'
 import { isRunning } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
 import { StepError } from '../lib/step-error.mts'
@@ -108,6 +109,21 @@ async function restore(): Promise<void> {
   )
   console.log(`restored in ${formatDuration(performance.now() - began)}`)
   console.log(`the former data are kept on ${controlPlane.name}: ${former}`)
+  await tellOfNodes()
+}
+
+/** Workers that came or went after the backup: a kubelet registers its node only when it starts. */
+async function tellOfNodes(): Promise<void> {
+  const { nodes } = await probeApiServer(cluster, { signal })
+  if (!nodes) return
+  const names = cluster.workers.map(({ name }) => name)
+  for (const name of names.filter((each) => !nodes.has(each))) {
+    console.error(`! the backup is from before ${name} joined, which has to do so again:`)
+    console.error(`!   ./bin/ssh.mts ${name} -- systemctl restart kubelet, then make network`)
+  }
+  for (const name of [...nodes.keys()].filter((each) => !names.includes(each))) {
+    console.error(`! ${name} was removed after the backup: kubectl delete node ${name}`)
+  }
 }
 
 /** Our own backups, oldest first; other files in the folder are none of our business. */

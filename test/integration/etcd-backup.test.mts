@@ -167,6 +167,8 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     assert.equal(Buffer.from(secret.stdout, 'base64').toString(), 'swordfish')
 
     assert.match(stdout, /restored in \d/)
+    // No kubelet has registered here.
+    assert.match(stderr, /^! the backup is from before sigma joined/m)
     const former = stdout.match(/kept on alpha: (\S+)/)?.[1] ?? ''
     assert.ok((await stat(`${former}/member`)).isDirectory())
     for (const path of [data, `${data}/member/snap/db`]) {
