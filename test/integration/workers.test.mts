@@ -8,12 +8,14 @@ import { loadCluster } from '../../lib/cluster.mts'
 import { filesOf } from '../../lib/qemu/machine-files.mts'
 import { isRunning } from '../../lib/qemu/vm.mts'
 import { withWorker } from '../../lib/workers/worker-settings.mts'
+import { HollowMachines } from '../hollow-machines.mts'
 import { type IdleQemu, noQemu, startIdleQemu } from '../idle-qemu.mts'
 import { HollowCluster } from '../kubernetes/hollow-cluster.mts'
 import { findTools } from '../kubernetes/prepared.mts'
+import { noSshd } from '../sshd.mts'
 
 const tools = await findTools()
-const skip = (typeof tools === 'string' && tools) || noQemu
+const skip = (typeof tools === 'string' && tools) || noQemu || noSshd
 // A skipped suite is counted nowhere; a skipped test is.
 it('what this needs is there', { skip }, () => {})
 
@@ -102,6 +104,35 @@ describe('workers', { skip }, () => {
     assert.equal(await settings(), original)
     const { spec } = await hollow.get<{ spec: { unschedulable?: boolean } }>('node', 'gamma')
     assert.equal(spec.unschedulable, undefined)
+  })
+
+  describe('one whose pods may not leave', () => {
+    let machines: HollowMachines
+    const all = ['alpha', 'sigma', 'gamma']
+    before(async () => {
+      machines = new HollowMachines(hollow.checkout)
+      await machines.start(...all)
+      // Its only pod has to run, and is on gamma.
+      await hollow.kubectl(['cordon', 'sigma'])
+      await hollow.kubectl(['create', 'deployment', 'kept', '--image=kept'])
+      await hollow.kubectl(['create', 'pdb', 'kept', '--selector=app=kept', '--min-available=1'])
+      await hollow.kubectl(['rollout', 'status', 'deployment/kept', '--timeout=120s'])
+      await hollow.kubectl(['uncordon', 'sigma'])
+    })
+    after(async () => {
+      await machines?.stop(...all)
+      await hollow.kubectl(['delete', 'deployment,pdb', 'kept'])
+    })
+
+    it('takes pods again, and stays what it was', async () => {
+      const { exitCode, stderr } = await remove('gamma', '--timeout', '8')
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /a disruption budget keeps pods on gamma/)
+      const { spec } = await hollow.get<{ spec: { unschedulable?: boolean } }>('node', 'gamma')
+      assert.equal(spec.unschedulable, undefined)
+      assert.equal(await isRunning(hollow.cluster, hollow.cluster.node('gamma')), true)
+      assert.equal(await settings(), original)
+    })
   })
 
   describe('one that was added', () => {
