@@ -182,6 +182,9 @@ in
     };
   };
 
+  # When the machine stops, a container has the time that pods have by default; systemd's is 90 s.
+  systemd.settings.Manager.DefaultTimeoutStopSec = "30s";
+
   # ── To look around on the machine ──────────────────────────────────────────────────────────
   environment.systemPackages = [ pkgs.cri-tools ];
   environment.etc."crictl.yaml".text = ''

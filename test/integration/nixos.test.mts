@@ -74,6 +74,11 @@ describe('the staged configuration', { skip }, () => {
     }
   })
 
+  it('gives containers as long to end with their machine as pods have, and no longer', () => {
+    assert.match(textOf('sigma', '/etc/systemd/system.conf'), /^DefaultTimeoutStopSec=30s$/m)
+    assert.equal(textOf('alpha', '/etc/systemd/system.conf'), '')
+  })
+
   it('lets each name mean the lan address, on its own machine too', () => {
     for (const { name } of cluster.nodes) {
       const hosts = textOf(name, '/etc/hosts').split('\n')

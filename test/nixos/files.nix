@@ -185,6 +185,7 @@ in
       "/etc/sysctl.d/60-nixos.conf" = lib.mapAttrsToList (
         name: value: "${name}=${number value}"
       ) sysctls;
+      "/etc/systemd/system.conf" = section "Manager" (keyValues config.systemd.settings.Manager);
       "/etc/systemd/networkd.conf" = section "Network" (
         keyValues config.systemd.network.config.networkConfig
       );

@@ -119,6 +119,9 @@ in
     Gateway = str;
   })) [ ];
 
+  # system/boot/systemd.nix takes any name there, of which systemd would ignore a misspelt one
+  "systemd.settings.Manager" = option (fields (settings [ "DefaultTimeoutStopSec" ])) { };
+
   # system/boot/systemd.nix, through nixos/lib/systemd-unit-options.nix
   "systemd.services.<name>.description" = option str "";
   "systemd.services.<name>.documentation" = option (listOf str) [ ];
