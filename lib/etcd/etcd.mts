@@ -30,7 +30,9 @@ const flags = {
   'initial-advertise-peer-urls': 'INITIAL_ADVERTISE_PEER_URLS',
 } as const
 
-type Variables = Record<(typeof flags)[keyof typeof flags] | 'WORK' | 'FORMER' | 'UNITS', string>
+type FlagVariable = (typeof flags)[keyof typeof flags]
+/** UNITS are in the order in which they start; LAST_FIRST is the other way round. */
+type Variables = Record<FlagVariable | 'WORK' | 'FORMER' | 'UNITS' | 'LAST_FIRST', string>
 
 /**
  * Saves a snapshot of the running etcd.
@@ -123,13 +125,13 @@ async function variablesOf(machine: Machine): Promise<Variables> {
     }
     return [variable, word.slice(flag.length + 3)]
   })
-  const known = Object.fromEntries(values) as Omit<Variables, 'WORK' | 'FORMER' | 'UNITS'>
+  const known = Object.fromEntries(values) as Record<FlagVariable, string>
+  const units = servicesOf(machine.cluster, machine.node).map(({ unit }) => unit)
   return {
     ...known,
     WORK: `${known.DATA_DIR}.new`,
     FORMER: `${known.DATA_DIR}.former-${timestamp()}`,
-    UNITS: servicesOf(machine.cluster, machine.node)
-      .map(({ unit }) => unit)
-      .join(' '),
+    UNITS: units.join(' '),
+    LAST_FIRST: units.toReversed().join(' '),
   }
 }
