@@ -86,7 +86,10 @@ async function startSwitch(cluster: Cluster): Promise<number> {
   })
   child.unref()
   const { pid } = child
-  const isUp = async () => ended || (pid !== undefined && (await isUpToDate(cluster, pid)))
+  // It answers a moment before its pid file is there, without which nobody could stop it.
+  const isUp = async () =>
+    ended ||
+    (pid !== undefined && (await runningPid(cluster)) === pid && (await isUpToDate(cluster, pid)))
   if ((await becomes(isUp, startTimeout)) && !ended && pid !== undefined) return pid
   if (!ended) child.kill('SIGKILL')
   throw new StepError(`the lan switch ${ended ? 'ended at once' : 'does not answer'}`, {
