@@ -99,14 +99,14 @@ export class UefiShell {
   /** Attaches to the console of a machine that has just been started, and waits for the prompt. */
   static async of(cluster: Cluster, node: Node): Promise<UefiShell> {
     const shell = new UefiShell(connectUnixSocket(filesOf(cluster, node).console))
-    await shell.waitForPrompt(120)
+    await shell.waitForPrompt(240)
     return shell
   }
 
   /** Types a command. @returns what it printed, when the prompt is back */
   async run(command: string): Promise<string> {
     this.type(command)
-    await this.waitForPrompt(60)
+    await this.waitForPrompt(180)
     return plainText(this.text)
   }
 

@@ -28,7 +28,7 @@ describe('a node taken out of service', { skip }, () => {
     await hollow.kubectl(['cordon', 'gamma'])
     await hollow.kubectl(['create', 'deployment', 'web', '--image=web'])
     await hollow.kubectl(['create', 'pdb', 'web', '--selector=app=web', '--min-available=1'])
-    await hollow.kubectl(['rollout', 'status', 'deployment/web', '--timeout=20s'])
+    await hollow.kubectl(['rollout', 'status', 'deployment/web', '--timeout=120s'])
     await hollow.kubectl(['uncordon', 'gamma'])
   })
   after(async () => {
@@ -67,7 +67,7 @@ describe('a node taken out of service', { skip }, () => {
 
   it('lets them go when the budget does, and they start elsewhere', async () => {
     await hollow.kubectl(['scale', 'deployment/web', '--replicas=2'])
-    await hollow.kubectl(['rollout', 'status', 'deployment/web', '--timeout=20s'])
+    await hollow.kubectl(['rollout', 'status', 'deployment/web', '--timeout=120s'])
     await drain(kubectl, 'sigma', { timeout: 120 })
     assert.deepEqual(await podsOn('sigma'), [])
     assert.equal((await podsOn('gamma')).length, 2)
