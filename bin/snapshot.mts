@@ -14,7 +14,7 @@ import {
 } from '../lib/snapshot/snapshots.mts'
 import { deleteSnapshot, takeSnapshot } from '../lib/snapshot/take-snapshot.mts'
 import { StepError } from '../lib/step-error.mts'
-import { formatDuration, step } from '../lib/steps.mts'
+import { step } from '../lib/steps.mts'
 import { formatTable } from '../lib/table.mts'
 import { timestamp } from '../lib/timestamp.mts'
 
@@ -69,7 +69,7 @@ async function take(name: string): Promise<void> {
   console.log(holds(snapshot))
   if (running.length > 0) {
     const names = running.map((machine) => machine.name).join(', ')
-    console.log(`${names} stood still for ${formatDuration(snapshot.pause * 1000)}`)
+    console.log(`${names} stood still for ${Math.round(snapshot.pause * 1000)} ms`)
   }
   console.log(`come back to it: make restore NAME=${name}`)
 }
