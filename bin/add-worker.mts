@@ -11,6 +11,7 @@ import { waitForNode, waitForReady } from '../lib/kubernetes/wait-for-node.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { waitForServices } from '../lib/machine/wait-for-services.mts'
 import { certificatesOf } from '../lib/pki/certificates.mts'
+import { checkMemory } from '../lib/prerequisites/resource-checks.mts'
 import { assertDiskSpace, hasDisk } from '../lib/qemu/disk.mts'
 import { detectHost } from '../lib/qemu/host.mts'
 import { isPortFree } from '../lib/qemu/ports.mts'
@@ -138,15 +139,14 @@ async function describe(text: string): Promise<Cluster> {
   const cluster = loadCluster({ root: before.root, text: longer })
   certificatesOf(cluster)
   await assertDiskSpace(cluster, [cluster.node(name)])
+  const { found, advice } = await checkMemory(cluster)
+  if (advice) console.error(`! ${found} of memory are free, and ${advice}`)
   await writeFileAtomic(before.path('cluster.env'), longer)
   return cluster
 }
 
 function run(step: string, ...stepArgs: string[]): Promise<void> {
   const failure = `so ${name} is not a worker yet`
-  return runScript(before, step, stepArgs, {
-    signal,
-    failure,
-    hint: `make add-worker NAME=${name}`,
-  })
+  const hint = `make add-worker NAME=${name}`
+  return runScript(before, step, stepArgs, { signal, failure, hint })
 }
