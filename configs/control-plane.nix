@@ -219,6 +219,10 @@ in
           flags.profiling = "false";
         }
         {
+          why = "told to stop, it ends the watches too, else it waits a minute for them to end";
+          flags.shutdown-watch-termination-grace-period = "5s";
+        }
+        {
           why = "KUBE_LOG_LEVEL of cluster.env";
           flags.v = cluster.logLevel;
         }
