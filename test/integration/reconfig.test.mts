@@ -9,12 +9,11 @@ import { withLock } from '../../lib/lock.mts'
 import { Machine } from '../../lib/machine/machine.mts'
 import { becomes } from '../../lib/qemu/processes.mts'
 import { stagedArchive } from '../../lib/staging/staging.mts'
-import { type FakeApiServer, nodeList, startFakeApiServer } from '../api-server.mts'
+import { type FakeApiServer, nodeList } from '../api-server.mts'
+import { type ChangeableCluster, startChangeableCluster } from '../changeable-cluster.mts'
 import { type Checkout, type Outcome, run } from '../checkout.mts'
-import { HollowMachines } from '../hollow-machines.mts'
+import type { HollowMachines } from '../hollow-machines.mts'
 import { noQemu } from '../idle-qemu.mts'
-import { makeStagedCheckout } from '../kubernetes/prepared.mts'
-import { enterNamespace, type MachineNamespace } from '../machine-namespace.mts'
 import { noSshd } from '../sshd.mts'
 
 // A kubelet with the flag --broken does not come up; a file "rebuild" says what else happens.
@@ -42,40 +41,18 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
   let cluster: Cluster
   let machines: HollowMachines
   let api: FakeApiServer
-  const namespaces: MachineNamespace[] = []
+  let whole: ChangeableCluster
   const names = ['alpha', 'sigma', 'gamma']
 
   before(async () => {
-    ;({ checkout, cluster } = await makeStagedCheckout())
-    await checkout.set({ BOOT_TIMEOUT: 20, WAIT_TIMEOUT: 60 })
-    machines = new HollowMachines(checkout)
-    await machines.start(...names)
+    whole = await startChangeableCluster({ BOOT_TIMEOUT: 20, WAIT_TIMEOUT: 60 })
+    ;({ checkout, cluster, machines, api } = whole)
     for (const name of names) {
-      namespaces.push(await enterNamespace(machines.sshd(name), checkout.path('spaces', name)))
       await machines.set(name, 'made')
-      const text = nixosRebuild
-        .replaceAll('$NAME', name)
-        .replaceAll('$CALLS', checkout.path('calls'))
-        .replaceAll('$STATE', checkout.path('state', name))
-      await machines.sshd(name).program('nixos-rebuild', text)
-    }
-    api = await startFakeApiServer(checkout)
-    api.answers['/readyz'] = { body: 'ok' }
-    api.answers['/api/v1/nodes'] = {
-      body: nodeList({ sigma: { ready: true }, gamma: { ready: true } }),
-    }
-    for (const name of ['sigma', 'gamma']) {
-      const lease = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${name}`
-      const renewed = () => ({ body: JSON.stringify({ spec: { renewTime: new Date() } }) })
-      Object.defineProperty(api.answers, lease, { get: renewed })
+      await whole.program(name, 'nixos-rebuild', nixosRebuild)
     }
   })
-  after(async () => {
-    await api?.stop()
-    for (const namespace of namespaces) await namespace.stop()
-    await machines?.stop(...names)
-    await checkout?.remove()
-  })
+  after(() => whole?.remove())
 
   let worker: string
   beforeEach(async () => {
@@ -210,20 +187,14 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
         [],
         /not all machines can be changed, so none was\n.*gamma is not running/,
       )
-      await machines.start('gamma')
-      namespaces.push(
-        await enterNamespace(machines.sshd('gamma'), checkout.path('spaces', 'gamma-2')),
-      )
+      await whole.startAnew('gamma')
     })
 
     it('when one of them does not answer', async () => {
       await machines.sshd('sigma').stop()
       await assertUntouched([], /so none was\n.*sigma does not answer ssh/)
       await machines.stop('sigma')
-      await machines.start('sigma')
-      namespaces.push(
-        await enterNamespace(machines.sshd('sigma'), checkout.path('spaces', 'sigma-2')),
-      )
+      await whole.startAnew('sigma')
     })
 
     it('while another script is at work', async () => {
@@ -290,7 +261,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     it('when the machine starts anew in the middle of the switch', async () => {
       await checkout.set({ KUBE_LOG_LEVEL: 4 })
       // The boot id is a file that the namespace has in the real one's place.
-      const reset = `rm "${checkout.path('state', 'sigma', 'rebuild')}"; echo second >${checkout.path('spaces', 'sigma-2', 'boot_id')}; kill -9 $PPID $$`
+      const reset = `rm "${checkout.path('state', 'sigma', 'rebuild')}"; echo second >${whole.space('sigma')}/boot_id; kill -9 $PPID $$`
       await writeFile(checkout.path('state', 'sigma', 'rebuild'), `${reset}\n`)
       const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
       assert.match(stderr, /sigma started anew in the middle of a change/)

@@ -1,18 +1,16 @@
 // rolling-upgrade against machines in name only: a real sshd each, in a file system of its own, with
 // nixos-rebuild, nix-channel and kubectl of the test, which note in what order they are called.
 import assert from 'node:assert/strict'
-import { copyFile, mkdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { copyFile, readFile, rm, writeFile } from 'node:fs/promises'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
 import type { Cluster } from '../../lib/cluster.mts'
 import { Machine } from '../../lib/machine/machine.mts'
 import { stagedArchive } from '../../lib/staging/staging.mts'
-import { type FakeApiServer, nodeList, startFakeApiServer } from '../api-server.mts'
+import { type ChangeableCluster, startChangeableCluster } from '../changeable-cluster.mts'
 import { type Checkout, type Outcome, run } from '../checkout.mts'
 import { FakePrograms } from '../fake-programs.mts'
-import { HollowMachines } from '../hollow-machines.mts'
+import type { HollowMachines } from '../hollow-machines.mts'
 import { noQemu } from '../idle-qemu.mts'
-import { makeStagedCheckout } from '../kubernetes/prepared.mts'
-import { enterNamespace, type MachineNamespace } from '../machine-namespace.mts'
 import { noSshd } from '../sshd.mts'
 
 // A system is a folder: its kernel, its version, and the units with their programs. The one to be
@@ -63,37 +61,26 @@ describe('rolling-upgrade', { skip, timeout: 1_800_000 }, () => {
   let checkout: Checkout
   let cluster: Cluster
   let machines: HollowMachines
-  let api: FakeApiServer
+  let whole: ChangeableCluster
   const programs = new FakePrograms()
-  const namespaces: MachineNamespace[] = []
   const names = ['alpha', 'sigma', 'gamma']
 
   before(async () => {
-    ;({ checkout, cluster } = await makeStagedCheckout())
-    await checkout.set({ BOOT_TIMEOUT: 60 })
-    machines = new HollowMachines(checkout)
-    await machines.start(...names)
+    whole = await startChangeableCluster({ BOOT_TIMEOUT: 60 })
+    ;({ checkout, cluster, machines } = whole)
     for (const name of names) {
-      await mkdir(checkout.path('state', name), { recursive: true })
-      const sshd = machines.sshd(name)
-      const space = checkout.path('spaces', name)
-      namespaces.push(await enterNamespace(sshd, space))
       const bin = checkout.path('..', `sshd-${name}`, 'bin')
       await copyFile(`${bin}/systemctl`, `${bin}/systemctl-hollow`)
       const texts = {
         'nixos-rebuild': nixosRebuild,
         'nix-channel': nixChannel,
-        systemctl,
+        systemctl: systemctl
+          .replaceAll('$SPACE', whole.space(name))
+          .replaceAll('$HOLLOW', `${bin}/systemctl-hollow`),
         readlink,
       }
       for (const [program, text] of Object.entries(texts)) {
-        const known = text
-          .replaceAll('$NAME', name)
-          .replaceAll('$CALLS', checkout.path('calls'))
-          .replaceAll('$STATE', checkout.path('state', name))
-          .replaceAll('$SPACE', space)
-          .replaceAll('$HOLLOW', `${bin}/systemctl-hollow`)
-        await sshd.program(program, known)
+        await whole.program(name, program, text)
       }
       // What runs at first: a system that was built as the others are.
       await writeFile(checkout.path('state', name, 'next'), '26.05.1 v1.36.3 kernel-6.12\n')
@@ -102,16 +89,6 @@ describe('rolling-upgrade', { skip, timeout: 1_800_000 }, () => {
         cd /var/lib/first; nixos-rebuild build
         ln -sfn "$(readlink result)" /run/current-system
         ln -sfn "$(readlink result)" /run/booted-system`)
-    }
-    api = await startFakeApiServer(checkout)
-    api.answers['/readyz'] = { body: 'ok' }
-    api.answers['/api/v1/nodes'] = {
-      body: nodeList({ sigma: { ready: true }, gamma: { ready: true } }),
-    }
-    for (const name of ['sigma', 'gamma']) {
-      const lease = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${name}`
-      const renewed = () => ({ body: JSON.stringify({ spec: { renewTime: new Date() } }) })
-      Object.defineProperty(api.answers, lease, { get: renewed })
     }
     programs.add(
       'kubectl',
@@ -126,11 +103,8 @@ fi`,
     )
   })
   after(async () => {
-    await api?.stop()
-    for (const namespace of namespaces) await namespace.stop()
-    await machines?.stop(...names)
     programs.remove()
-    await checkout?.remove()
+    await whole?.remove()
   })
 
   const on = (name: string) => new Machine(cluster, cluster.node(name))
