@@ -126,7 +126,7 @@ console-%: packages ## Attach to the serial console of a node (Ctrl-] leaves)
 logs: packages ## Show the journals of the cluster's services (FLAGS=--follow)
 	@./bin/logs.mts $(FLAGS)
 
-rehearse: packages ## The whole way, against a stand-in for NixOS (YES=1 NODES=alpha KEEP=1)
+rehearse: packages ## The whole way, against a stand-in for NixOS (YES=1 DAY_TWO=1 NODES=alpha KEEP=1)
 	@node --import tsx test/rehearsal/rehearse.mts
 
 rehearse-proxy: packages ## A worker behind a corporate proxy, against the same stand-in (YES=1)

@@ -3,7 +3,7 @@
 //   YES=1        install the packages that it needs
 //   NODES=alpha  only these machines; without a worker or the control plane there are no pods
 //   KEEP=1       leave the machines running in rehearsal/
-//   DAY_TWO=0    end when the cluster has passed its checks
+//   DAY_TWO=1    go on: snapshots, backups, changed settings, workers that come and go, an upgrade
 //   KUBE_BIN_DIR=FOLDER  Kubernetes programs for the machines; else they are downloaded or built
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
@@ -59,7 +59,7 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
     if (programs.length > 0) await waitForComponents(rehearsal)
     if (programs.length > 0 && whole) await rehearseSteps(rehearsal, clusterSteps)
     console.log(`\n${await machineTable(rehearsal)}`)
-    if (programs.length > 0 && whole && DAY_TWO !== '0') await rehearseSteps(rehearsal, dayTwoSteps)
+    if (programs.length > 0 && whole && DAY_TWO) await rehearseSteps(rehearsal, dayTwoSteps)
   } finally {
     console.log(`\n${rehearsal.timeTable()}`)
     if (KEEP) tellHowToGoOn(whole ? '' : names)
