@@ -221,9 +221,21 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     assert.match(await watchFrom(`${known}`), /"code":410/)
   })
 
+  it('restores an older file after a newer one, to a revision above all that there were', async () => {
+    const older = checkout.path(await save())
+    assert.equal((await backup('restore', older)).exitCode, 0)
+    const newer = checkout.path(await save())
+    assert.equal((await backup('restore', newer)).exitCode, 0)
+    await admin('create', 'namespace', 'since')
+    const known = await revision()
+    assert.equal((await backup('restore', older)).exitCode, 0)
+    assert.doesNotMatch(await namespaces(), /namespace\/since/)
+    assert.ok((await revision()) > known)
+  })
+
   it('keeps only the last former data on the machine', async () => {
     const folders = await readdir(join(data, '..'))
-    assert.equal(folders.filter((name) => name.startsWith('etcd')).length, 2, folders.join(' '))
+    assert.equal(folders.filter((name) => /^etcd($|\.former)/.test(name)).length, 2, `${folders}`)
   })
 
   describe('refuses, before it touches anything,', () => {
