@@ -30,6 +30,7 @@ export async function stream(
     const remote = `bash -euo pipefail -c ${quoteForShell(command)} || exit $(($? == 255 ? 254 : $?))`
     const ssh = spawn('ssh', [...sshArguments(node), remote], {
       cwd: await sshFolder(cluster),
+      detached: true,
       stdio: [input?.fd ?? 'ignore', output?.fd ?? 'ignore', 'pipe'],
     })
     // Not spawn's own: it would throw where nobody catches.

@@ -1,6 +1,6 @@
 // One ssh call to a machine: its key, its pinned host key, its forwarded port, and a connection
 // that later calls share (a handshake takes a second where QEMU emulates the processor).
-import { execFile } from 'node:child_process'
+import { spawn } from 'node:child_process'
 import { access, mkdir } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from '../cluster.mts'
@@ -97,29 +97,37 @@ export async function runOverSsh(
   if ($.verbose) console.error(`[${node.name}] $ ${command}`)
 
   const { status, stdout, stderr } = await new Promise<Answer>((resolve, reject) => {
-    const limits = {
-      timeout: timeout * 1000,
-      maxBuffer: 64 * 2 ** 20,
-      ...(signal ? { signal } : {}),
+    // In a process group of its own: a Ctrl-C in the terminal is for us, who know whether a command
+    // may be cut off. Not zx: the shared connection holds the pipes of a call that was ended, and zx
+    // would wait for their end.
+    const child = spawn('ssh', [...sshArguments(node), remote], { cwd, detached: true })
+    const said = { stdout: '', stderr: '' }
+    for (const name of ['stdout', 'stderr'] as const) {
+      child[name].setEncoding('utf8').on('data', (text: string) => {
+        said[name] += text
+      })
     }
-    // Not zx: the shared connection holds the pipes of a call that was ended, and zx would wait
-    // for their end.
-    const child = execFile(
-      'ssh',
-      [...sshArguments(node), remote],
-      { cwd, ...limits },
-      (error, stdout, stderr) => {
-        if (signal?.aborted) reject(signal.reason)
-        else if (!error) resolve({ status: 0, stdout, stderr })
-        else if (error.killed)
-          reject(new NoAnswer(`${node.name} did not answer within ${timeout} s`))
-        else if (typeof error.code === 'number') resolve({ status: error.code, stdout, stderr })
-        else reject(error)
-      },
-    )
+    const giveUp = (reason: unknown) => {
+      child.kill()
+      child.stdout.destroy()
+      child.stderr.destroy()
+      settle(() => reject(reason))
+    }
+    const tooSlow = () => giveUp(new NoAnswer(`${node.name} did not answer within ${timeout} s`))
+    const aborted = () => giveUp(signal?.reason)
+    const timer = setTimeout(tooSlow, timeout * 1000)
+    signal?.addEventListener('abort', aborted)
+    const settle = (tell: () => void) => {
+      clearTimeout(timer)
+      signal?.removeEventListener('abort', aborted)
+      tell()
+    }
+    child.once('error', (error) => settle(() => reject(error)))
+    // Ended by somebody else's signal, it has no status: as if the connection had been cut.
+    child.once('close', (code) => settle(() => resolve({ status: code ?? 255, ...said })))
     // A command need not read what it is given.
-    child.stdin?.on('error', () => {})
-    child.stdin?.end(input)
+    child.stdin.on('error', () => {})
+    child.stdin.end(input)
   })
   if (status !== 255) return { status, stdout, stderr }
   for (const { pattern, reason, hint } of refusals) {

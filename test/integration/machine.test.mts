@@ -1,4 +1,6 @@
 import assert from 'node:assert/strict'
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { readFile, stat, writeFile } from 'node:fs/promises'
 import { after, afterEach, before, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -110,6 +112,40 @@ describe('a machine that answers', { skip: noSshd || noQemu }, () => {
     await sleep(300)
     await writeFile(flag, 'raised')
     assert.equal(await waiting, 'raised')
+  })
+
+  it('lets a command come to its end at a Ctrl-C in the terminal, if it was not told of it', async () => {
+    const text = `
+      import { loadCluster } from '../lib/cluster.mts'
+      import { interruption } from '../lib/interrupt.mts'
+      import { Machine } from '../lib/machine/machine.mts'
+      const signal = interruption()
+      const cluster = loadCluster()
+      const alpha = new Machine(cluster, cluster.controlPlane)
+      await alpha.execute('true')
+      const answer = alpha.succeed('echo begun >&2; sleep 2; echo whole')
+      console.log('asked')
+      process.stdout.write(await answer)
+      console.log(signal.aborted ? 'interrupted' : 'not interrupted')
+    `
+    await writeFile(checkout.path('bin', 'sample.mts'), text)
+    // A terminal's Ctrl-C goes to all of the group.
+    const script = spawn(
+      process.execPath,
+      [checkout.path('lib/launch.mjs'), checkout.path('bin/sample.mts')],
+      {
+        detached: true,
+      },
+    )
+    let said = ''
+    script.stdout.setEncoding('utf8').on('data', (more: string) => {
+      if (!said.includes('asked') && (said + more).includes('asked')) {
+        setTimeout(() => process.kill(-(script.pid ?? 0), 'SIGINT'), 500)
+      }
+      said += more
+    })
+    await once(script, 'close')
+    assert.equal(said, 'asked\nwhole\ninterrupted\n')
   })
 
   it('ends a wait and a command when the script is interrupted', async () => {
