@@ -1,6 +1,9 @@
 // Making the cluster what it was at a snapshot: what would keep it from that is found before
 // anything is touched, and what is overwritten is kept.
+import { rm } from 'node:fs/promises'
+import { writeFileAtomic } from '../atomic-write.mts'
 import { type Cluster, loadCluster } from '../cluster.mts'
+import { readIfThere } from '../optional-file.mts'
 import { describeError, StepError } from '../step-error.mts'
 import { timestamp } from '../timestamp.mts'
 import { type Disk, type IdleDisk, openDisk, openDisks } from './disk-snapshots.mts'
@@ -53,6 +56,10 @@ export async function assertRestorable(cluster: Cluster, snapshot: Snapshot): Pr
  */
 export async function overwriteWith(cluster: Cluster, snapshot: Snapshot): Promise<Snapshot> {
   const aside = await takeSnapshot(cluster, `before-restore-${timestamp()}`, { automatic: true })
+  // After a restore that was killed half-way, what it kept aside is the last whole state there was.
+  const marker = cluster.path('snapshots', '.restoring')
+  const interrupted = (await readIfThere(marker))?.trim()
+  if (!interrupted) await writeFileAtomic(marker, `${aside.name}\n`)
   try {
     await become(cluster, snapshot)
   } catch (error) {
@@ -62,10 +69,15 @@ export async function overwriteWith(cluster: Cluster, snapshot: Snapshot): Promi
         hint: `what was there before is the snapshot "${aside.name}": make restore NAME=${aside.name}`,
       })
     })
+    if (!interrupted) await rm(marker, { force: true })
     throw error
   }
+  await rm(marker, { force: true })
   // The cluster of now: its settings may be others.
-  await forgetOldAsides(loadCluster({ root: cluster.root }), [aside.name, snapshot.name])
+  const keep = [aside.name, snapshot.name, ...(interrupted ? [interrupted] : [])]
+  await forgetOldAsides(loadCluster({ root: cluster.root }), keep).catch((error) => {
+    console.error(`! what earlier restores kept aside is still there: ${describeError(error)}`)
+  })
   return aside
 }
 

@@ -208,6 +208,17 @@ describe('snapshot and restore', { skip: noMachines, timeout: 600_000 }, () => {
     assert.deepEqual((await namesOn(gamma)).toSorted(), names.toSorted())
   })
 
+  it('what a restore overwrote that was killed half-way is kept until one is whole', async () => {
+    const aside = async () =>
+      (await listSnapshots(cluster)).find(({ automatic }) => automatic)?.name
+    const whole = (await aside()) ?? ''
+    await writeFile(machines.checkout.path('snapshots', '.restoring'), `${whole}\n`)
+    assert.equal((await restore('--start-only', 'first')).exitCode, 0)
+    assert.ok(Object.keys(await snapshots()).includes(whole))
+    assert.equal((await restore('--start-only', 'first')).exitCode, 0)
+    assert.ok(!Object.keys(await snapshots()).includes(whole))
+  })
+
   it('without a name a restore takes the newest that was asked for', async () => {
     await fill(alpha, 3)
     assert.equal((await snapshot()).exitCode, 0)
