@@ -27,6 +27,12 @@ export async function push(machine: Machine): Promise<void> {
     const swap = onMachine('push-swap', { ...home, FOLDER: 'new' })
     await machine.succeed(`${receive}\n${swap}`, { input: archive, timeout: patience })
   } catch (error) {
+    if (isAtWork(error)) {
+      throw new StepError(`${machine.node.name} is still at work on its last change`, {
+        hint: 'let it come to its end, then try again',
+        cause: error,
+      })
+    }
     // It may have come to its end over there, and only the answer was lost.
     const outcome = await putFormerBack(machine).then(
       () => 'nothing was changed there',
@@ -35,6 +41,11 @@ export async function push(machine: Machine): Promise<void> {
     const reason = `the configuration did not get to ${machine.node.name}; ${outcome}`
     throw new StepError(reason, { output: describeError(error), cause: error })
   }
+}
+
+/** Whether push.sh says that an earlier push or switch has not ended: it has touched nothing then. */
+function isAtWork(error: unknown): boolean {
+  return error instanceof StepError && /still at work/.test(error.explanation.output ?? '')
 }
 
 /** Puts the files of before the last push in their places again, unless they are there already. */

@@ -2,8 +2,9 @@
 // runs, looked at, then switched to.
 import { waitForReady } from '../kubernetes/wait-for-node.mts'
 import { runLong } from '../machine/long-command.mts'
-import type { Machine } from '../machine/machine.mts'
+import { Machine } from '../machine/machine.mts'
 import { onMachine } from '../machine/on-machine.mts'
+import { NoAnswer } from '../machine/ssh.mts'
 import { waitForServices } from '../machine/wait-for-services.mts'
 import { confirmPush, push, pushFolder, putFormerBack } from '../reconfigure/push.mts'
 import { switchTo } from '../reconfigure/reconfigure.mts'
@@ -43,6 +44,7 @@ export async function prepareUpgrade(
   const { cluster, node } = machine
   const { NIXOS_VERSION, INSTALL_TIMEOUT } = cluster.settings
   row.step('pushing')
+  await assertFinished(machine)
   await push(machine)
   try {
     row.step(`building NixOS ${NIXOS_VERSION}`)
@@ -65,6 +67,17 @@ export async function prepareUpgrade(
     // Interrupted, it may still be building; the next upgrade goes on from there.
     throw signal.aborted ? error : await undoPreparation(machine, error)
   }
+}
+
+/** What an upgrade would go back to has to be what the machine is well with. */
+async function assertFinished(machine: Machine): Promise<void> {
+  const { status } = await machine.execute(
+    `[ ! -e ${pushFolder}/unfinished ] || [ -e ${pushFolder}/former-channel ]`,
+  )
+  if (status === 0) return
+  throw new StepError(`the last change of ${machine.node.name} has not come to its end`, {
+    hint: `./bin/reconfig.mts --node ${machine.node.name} finishes it`,
+  })
 }
 
 /**
@@ -106,7 +119,7 @@ export async function finishUpgrade(
   await switchTo(machine, options)
   if (now.kernel !== built.kernel) {
     row.step('starting anew, with another kernel')
-    await restart(machine, detail)
+    await restart(new Machine(cluster, node, signal), detail)
     row.step('waiting for services')
     await waitForServices(machine, { timeout, detail, signal })
   }
@@ -121,7 +134,10 @@ export async function finishUpgrade(
 async function restart(machine: Machine, detail: (text: string) => void): Promise<void> {
   const bootId = 'cat /proc/sys/kernel/random/boot_id'
   const before = (await machine.succeed(bootId)).trim()
-  await machine.succeed('systemctl reboot --no-block')
+  // It may be gone before it has answered.
+  await machine.succeed('systemctl reboot --no-block').catch((error) => {
+    if (!(error instanceof NoAnswer)) throw error
+  })
   await machine.waitUntilSucceeds(`[ "$(${bootId})" != ${before} ]`, { detail })
 }
 

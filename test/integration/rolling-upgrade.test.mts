@@ -250,6 +250,18 @@ fi`,
     ])
   })
 
+  it('changes no machine that is still at work on its last change', async () => {
+    const held = 'exec 9>/var/lib/reconfig/lock; flock 9'
+    await on('gamma').succeed(`${held}; setsid --fork sleep 600 >/dev/null 2>&1; echo`)
+    await assertRefused(['gamma'], /gamma is still at work on its last change/)
+    await on('gamma').succeed('fuser --kill /var/lib/reconfig/lock || true')
+  })
+
+  it('leaves it to reconfig to finish what that has begun', async () => {
+    await on('gamma').succeed('touch /var/lib/reconfig/unfinished')
+    await assertRefused(['gamma'], /gamma has not come to its end\n.*reconfig\.mts --node gamma/)
+  })
+
   it('changes no machine while one of them is down', async () => {
     await machines.sshd('gamma').stop()
     await machines.stop('gamma')
