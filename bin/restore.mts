@@ -2,7 +2,7 @@
 // Back to a snapshot: the machines stop, become what they were, and start again.
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { withClusterLock, withMachineLocks } from '../lib/cluster-lock.mts'
-import { interruption } from '../lib/interrupt.mts'
+import { interruption, takingTime } from '../lib/interrupt.mts'
 import { componentsOf, watchReadiness } from '../lib/kubernetes/readiness.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { detectHost, type Host } from '../lib/qemu/host.mts'
@@ -43,12 +43,14 @@ const cluster = await withClusterLock(before, 'restoring a snapshot', async () =
   const running = await runningNodes()
   await syncGuests(before, signal)
   signal.throwIfAborted()
-  const aside = await stopAll()
-    .then(() => overwrite(snapshot))
-    .catch(async (error) => {
-      await goOn(running, host)
-      throw error
-    })
+  const aside = await takingTime(() =>
+    stopAll()
+      .then(() => overwrite(snapshot))
+      .catch(async (error) => {
+        await goOn(running, host)
+        throw error
+      }),
+  )
   console.log(`what was there before is kept: make restore NAME=${aside.name}`)
 
   // 4. The machines start, as cluster.env now has them.

@@ -4,7 +4,7 @@
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { withClusterLock } from '../lib/cluster-lock.mts'
-import { interruption } from '../lib/interrupt.mts'
+import { interruption, takingTime } from '../lib/interrupt.mts'
 import { cordon, drain, uncordon } from '../lib/kubernetes/drain.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { Machine } from '../lib/machine/machine.mts'
@@ -12,7 +12,7 @@ import { probeApiServer } from '../lib/machine/probes.mts'
 import { isRunning } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
 import { stage } from '../lib/staging/staging.mts'
-import { StepError } from '../lib/step-error.mts'
+import { describeError, StepError } from '../lib/step-error.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
 import {
   finishUpgrade,
@@ -100,8 +100,9 @@ async function upgrade(node: Node, row: Row): Promise<string> {
     }
   } catch (error) {
     row.step('undoing')
-    const reason = await undoPreparation(machine, error)
-    if (cordoned) await uncordon(new Kubectl(cluster), node.name)
+    const reason = await takingTime(() => undoPreparation(machine, error))
+    if (cordoned)
+      await letPodsBack(node).catch((second) => console.error(`! ${describeError(second)}`))
     throw reason
   }
 
@@ -111,8 +112,19 @@ async function upgrade(node: Node, row: Row): Promise<string> {
   })
 
   // 4. Pods may come back.
-  if (node.role === 'worker') await uncordon(kubectl, node.name)
+  if (node.role === 'worker') await letPodsBack(node)
   return describe(now, built)
+}
+
+/** Without the signal: after Ctrl-C there is this left to do. */
+async function letPodsBack({ name }: Node): Promise<void> {
+  await uncordon(new Kubectl(cluster), name).catch((error) => {
+    throw new StepError(`${name} is well, but stays cordoned`, {
+      output: describeError(error),
+      hint: `KUBECONFIG=configs/admin.kubeconfig kubectl uncordon ${name}`,
+      cause: error,
+    })
+  })
 }
 
 /** What the API server and the kubelets are now. */
@@ -128,7 +140,7 @@ function leftBehind(node: Node, error: unknown): StepError {
   const state = node.role === 'worker' ? ' and stays cordoned' : ''
   return new StepError(`${node.name} has not come back from its upgrade${state}`, {
     ...(error instanceof StepError ? error.explanation : {}),
-    output: error instanceof Error ? error.message : String(error),
+    output: describeError(error),
     hint: `make ssh-${node.name}: nixos-rebuild switch --rollback goes back; make upgrade NAME=${node.name} tries again`,
     cause: error,
   })

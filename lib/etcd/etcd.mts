@@ -1,5 +1,6 @@
 // etcd on the control plane machine: a snapshot of its data is fetched, or put in its place. Paths,
 // addresses and names are those of its unit, where they stand anyway.
+import { takingTime } from '../interrupt.mts'
 import type { Machine } from '../machine/machine.mts'
 import { onMachine } from '../machine/on-machine.mts'
 import { servicesOf } from '../machine/probes.mts'
@@ -89,9 +90,10 @@ export async function restoreSnapshot(
     await waitForServices(machine, { ...wait, check, signal })
   } catch (error) {
     row.step('putting the former data back')
-    const undone = machine
-      .succeed(onMachine('etcd-put-back', variables), { timeout })
-      .then(() => waitForServices(machine, wait))
+    const undone = takingTime(async () => {
+      await machine.succeed(onMachine('etcd-put-back', variables), { timeout })
+      await waitForServices(machine, wait)
+    })
     throw await undone.then(
       () => failure(`${machine.node.name} has its former data again`, error),
       (second) =>
