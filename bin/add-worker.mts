@@ -55,7 +55,7 @@ await withClusterLock(before, `adding the worker ${name}`, async () => {
   if (!goesOn || !hasDisk(before, before.node(name))) await run('download-iso')
 
   // 2. Who it is: a block of its own in cluster.env.
-  const cluster = goesOn ? before : await step(`${name} in cluster.env`, () => describe(text))
+  const cluster = goesOn ? before : await step(`${name} in cluster.env`, describe)
   const node = cluster.node(name)
   await join(cluster, node).catch((error) => {
     console.error(
@@ -133,7 +133,9 @@ async function refuseIfKnown(): Promise<void> {
 }
 
 /** @returns the cluster with it */
-async function describe(text: string): Promise<Cluster> {
+async function describe(): Promise<Cluster> {
+  // Read anew: its owner may have changed something while the ISO was downloaded.
+  const text = readFileSync(before.path('cluster.env'), 'utf8')
   const longer = withWorker(text, await chooseAddresses(before, name, isPortFree))
   // Checked as a whole before it is written.
   const cluster = loadCluster({ root: before.root, text: longer })

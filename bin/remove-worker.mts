@@ -48,8 +48,7 @@ const kubectl = new Kubectl(before, signal)
 
 await withClusterLock(before, `removing the worker ${name}`, async () => {
   // 1. Whatever speaks against it is found before anything is touched.
-  const shorter = withoutWorker(readFileSync(before.path('cluster.env'), 'utf8'), name)
-  const cluster = loadCluster({ root: before.root, text: shorter })
+  const cluster = loadCluster({ root: before.root, text: settingsWithout(name) })
   const others = await step('check the cluster', checkCluster)
 
   // 2. Its pods leave, then it stops. What does not run has none.
@@ -67,11 +66,16 @@ await withClusterLock(before, `removing the worker ${name}`, async () => {
 
   // 5. Its files here, and at last its lines in cluster.env: until then this can be run again.
   const kept = await step(`files of ${name}`, removeFiles)
-  await writeFileAtomic(cluster.path('cluster.env'), shorter)
+  await writeFileAtomic(cluster.path('cluster.env'), settingsWithout(name))
   if (await lanSwitchStatus(cluster)) await ensureLanSwitch(cluster)
   console.log(`${name} is gone (${formatDuration(performance.now() - began)})`)
   if (kept) console.log(`its disk is kept, and on it its keys: ${kept}`)
 })
+
+/** Read anew each time: its owner may have changed something meanwhile. */
+function settingsWithout(worker: string): string {
+  return withoutWorker(readFileSync(before.path('cluster.env'), 'utf8'), worker)
+}
 
 function refuseNode({ role }: Node): void {
   if (role === 'control-plane') {
