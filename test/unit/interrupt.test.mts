@@ -7,7 +7,7 @@ import { type Checkout, makeCheckout } from '../checkout.mts'
 /** Waits for the signal, then cleans up, as slowly as its argument says. */
 const sample = `
 import { setTimeout as wait } from 'node:timers/promises'
-import { interruption } from '../lib/interrupt.mts'
+import { interruption, takingTime } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
 
 const { args } = script({ does: '', reads: [], writes: [], args: 'MILLISECONDS', examples: [] })
@@ -16,7 +16,7 @@ if (signal !== interruption()) throw new Error('there is one signal only')
 console.log('ready')
 await wait(60_000, undefined, { signal }).catch(() => {})
 console.log('cleaning up')
-await wait(Number(args[0]))
+await takingTime(() => wait(Number(args[0])))
 console.log('clean')
 signal.throwIfAborted()
 `
@@ -74,6 +74,15 @@ describe('an interruption', () => {
       ])
     })
   }
+
+  it('lets what undoes something take more than half a minute', async () => {
+    const { child, said, end } = start(31_000)
+    await said('ready')
+    child.kill('SIGINT')
+    const [status, , output] = await end
+    assert.equal(status, 130)
+    assert.match(String(output), /^clean$/m)
+  })
 
   it('a second time ends it at once', async () => {
     const { child, said, end } = start(60_000)
