@@ -100,10 +100,12 @@ async function upgrade(node: Node, row: Row): Promise<string> {
     }
   } catch (error) {
     row.step('undoing')
-    const reason = await takingTime(() => undoPreparation(machine, error))
-    if (cordoned)
-      await letPodsBack(node).catch((second) => console.error(`! ${describeError(second)}`))
-    throw reason
+    throw await takingTime(async () => {
+      const reason = await undoPreparation(machine, error)
+      if (cordoned)
+        await letPodsBack(node).catch((second) => console.error(`! ${describeError(second)}`))
+      return reason
+    })
   }
 
   // 3. The switch, and a new start if the kernel wants it.
@@ -139,7 +141,7 @@ async function versionsNow(): Promise<{ apiServer: string; kubelets: Map<string,
 function leftBehind(node: Node, error: unknown): StepError {
   const state = node.role === 'worker' ? ' and stays cordoned' : ''
   return new StepError(`${node.name} has not come back from its upgrade${state}`, {
-    ...(error instanceof StepError ? error.explanation : {}),
+    ...(error instanceof StepError ? { exitCode: error.explanation.exitCode ?? 1 } : {}),
     output: describeError(error),
     hint: `make ssh-${node.name}: nixos-rebuild switch --rollback goes back; make upgrade NAME=${node.name} tries again`,
     cause: error,
