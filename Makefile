@@ -1,7 +1,9 @@
-# The orchestration layer: a target is a line that calls one script of bin/, which explains itself
-# with --help. What a script takes beside stands in FLAGS: make certs FLAGS=--force
+# The orchestration layer: each target calls one script of bin/, which explains itself with --help.
+# Extra flags go in FLAGS: make certs FLAGS=--force
 
-FLAGS =
+# These variables count only on make's command line: some shells and tools set NAME and the like.
+$(foreach variable,FLAGS NAME FILE NODES YES KEEP DAY_TWO,\
+  $(if $(filter environment%,$(origin $(variable))),$(eval override $(variable) :=)))
 
 .DEFAULT_GOAL := help
 # The steps build on each other, also under make -j.
@@ -88,20 +90,20 @@ clobber: packages ## Destroy everything including disks
 download: packages ## Download the NixOS installer and verify it
 	@./bin/download-iso.mts $(FLAGS)
 
-certs: packages ## Make the certificates and ssh keys
+certs: packages ## Generate the certificates and ssh keys
 	@./bin/generate-certs.mts $(FLAGS)
 
-certs-check: packages ## Show every certificate, and whether it is right
+certs-check: packages ## Show every certificate and check it
 	@./bin/generate-certs.mts --check $(FLAGS)
 
-kubeconfigs: packages ## Make the kubeconfigs
+kubeconfigs: packages ## Generate the kubeconfigs
 	@./bin/generate-kubeconfigs.mts $(FLAGS)
 
-encryption: packages ## Make the key that encrypts Secrets in etcd
+encryption: packages ## Generate the key that encrypts Secrets in etcd
 	@./bin/generate-encryption-config.mts $(FLAGS)
 
 # FLAGS are for the certificates: --force must not reach the encryption key, which old Secrets need.
-pki: packages ## Make all of these: certs + kubeconfigs + encryption
+pki: packages ## Generate all of these: certs + kubeconfigs + encryption
 	@./bin/generate-certs.mts $(FLAGS)
 	@./bin/generate-kubeconfigs.mts
 	@./bin/generate-encryption-config.mts
@@ -109,7 +111,7 @@ pki: packages ## Make all of these: certs + kubeconfigs + encryption
 configs: packages ## Stage the NixOS configuration of each node
 	@./bin/generate-nocloud-iso.mts $(FLAGS)
 
-prepare: download pki configs ## All that comes before the install: download + pki + configs
+prepare: download pki configs ## Everything before the install: download + pki + configs
 
 install: packages ## Install NixOS on all nodes
 	@./bin/provision.mts --iso $(FLAGS)
@@ -126,10 +128,10 @@ console-%: packages ## Attach to the serial console of a node (Ctrl-] leaves)
 logs: packages ## Show the journals of the cluster's services (FLAGS=--follow)
 	@./bin/logs.mts $(FLAGS)
 
-rehearse: packages ## The whole way, against a stand-in for NixOS (YES=1 DAY_TWO=1 NODES=alpha KEEP=1)
+rehearse: packages ## Everything, against a simulated NixOS installer (YES=1 DAY_TWO=1 NODES=alpha KEEP=1)
 	@node --import tsx test/rehearsal/rehearse.mts
 
-rehearse-proxy: packages ## A worker behind a corporate proxy, against the same stand-in (YES=1)
+rehearse-proxy: packages ## A worker behind a corporate proxy, against the same installer (YES=1)
 	@node --import tsx test/rehearsal/rehearse-proxy.mts
 
 # ── The project ──────────────────────────────────────────────────────────────────────────────
@@ -138,10 +140,26 @@ help: ## Show this list
 	awk -F ':.*## ' -v nodes="$${nodes%/}" '/^[a-z].*:.*## / { \
 	  sub(/%/, nodes, $$1); printf "  %-16s  %s\n", $$1, $$2 }' Makefile
 
-# The packages are there and as new as the list of them.
-packages: node_modules/.package-lock.json
-node_modules/.package-lock.json: $(wildcard package-lock.json)
-	npm ci
+# The installed packages are compared with package-lock.json by content, as times of files mean
+# nothing after git switch or unzip. What is installed stays until its replacement is complete.
+packages:
+	@node -e '$(compare_packages)' 2>/dev/null || $(install_packages)
+
+compare_packages = \
+  const wanted = require("./package-lock.json").packages; \
+  const found = require("./node_modules/.package-lock.json").packages; \
+  const same = ([path, { version }]) => wanted[path] && wanted[path].version === version; \
+  const needed = ([path, { optional }]) => !path || optional || found[path]; \
+  process.exit(Object.entries(found).every(same) && Object.entries(wanted).every(needed) ? 0 : 1)
+
+install_packages = { \
+  echo "installing the npm packages (npm ci)" >&2; \
+  rm -rf .packages.partial && mkdir .packages.partial && \
+  cp package.json package-lock.json .npmrc .packages.partial/ && \
+  (cd .packages.partial && npm ci) && rm -rf node_modules && \
+  mv .packages.partial/node_modules node_modules && rm -rf .packages.partial || \
+  { rm -rf .packages.partial; [ -d node_modules/zx ] && \
+    echo "! using the packages that are installed, which differ from package-lock.json" >&2; }; }
 
 # A value of cluster.env as a shell reads it; the environment wins: make print-WORKER_MEM
 print-%:

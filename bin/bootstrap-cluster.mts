@@ -1,9 +1,11 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // From nothing to a cluster. Read it as a table of contents: each step is a script of its own, or a
 // few lines below.
 import { existsSync } from 'node:fs'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { verifiedIso } from '../lib/download/iso.mts'
+import { StepError } from '../lib/errors.mts'
 import { installNode } from '../lib/installer/install-node.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { withLock } from '../lib/lock.mts'
@@ -13,7 +15,6 @@ import { detectHost, type Host } from '../lib/qemu/host.mts'
 import { assertPortsFree, startMachine } from '../lib/qemu/vm.mts'
 import { runScript } from '../lib/run-script.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { inParallel } from '../lib/steps.mts'
 
 const { flags, args } = script({

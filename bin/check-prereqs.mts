@@ -1,16 +1,17 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Whether this computer can run the machines: programs, firmware, accelerator, memory, disk, ports.
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { createInterface } from 'node:readline/promises'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
+import { formatTable } from '../lib/format.mts'
 import type { Finding } from '../lib/prerequisites/finding.mts'
 import { installCommands, installContext } from '../lib/prerequisites/package-manager.mts'
 import { checkPrerequisites } from '../lib/prerequisites/prerequisite-checks.mts'
 import { detectArchitecture, detectSystem } from '../lib/qemu/processor.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
-import { formatTable } from '../lib/table.mts'
 
 const { flags } = script({
   does: `Checks all that the machines need on this computer, shows it as one table, and names the

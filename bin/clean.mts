@@ -1,9 +1,12 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Removes what the other steps made; with --disks the machines too. Files of yours stay, also in
 // the folders of ours.
 import { readdir, rm, rmdir } from 'node:fs/promises'
 import { basename, dirname } from 'node:path'
 import { type Cluster, loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
+import { formatTable } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
 import { withLock } from '../lib/lock.mts'
@@ -12,9 +15,7 @@ import { pidFrom } from '../lib/qemu/processes.mts'
 import { stopMachine } from '../lib/qemu/stop-machine.mts'
 import { machineState } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
-import { formatTable } from '../lib/table.mts'
 
 const { flags } = script({
   does: `Removes what the other steps made: the ISO, staged configurations, certificates, kubeconfigs.

@@ -1,8 +1,9 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // How the cluster is doing, again and again: nodes, pods, what they use, what has happened last.
 import { setTimeout as sleep } from 'node:timers/promises'
-import { formatBytes } from '../lib/bytes.mts'
 import { loadCluster } from '../lib/cluster.mts'
+import { formatBytes, formatTable } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
 import {
   type Health,
@@ -14,7 +15,6 @@ import { podTable } from '../lib/kubernetes/pod-report.mts'
 import { LiveLines } from '../lib/live-lines.mts'
 import { RawKeys } from '../lib/raw-keys.mts'
 import { script } from '../lib/script.mts'
-import { formatTable } from '../lib/table.mts'
 
 const { flags } = script({
   does: `Shows nodes, pods, their use of processor and memory (with metrics-server) and the last events,

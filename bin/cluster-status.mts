@@ -1,12 +1,13 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The whole cluster at a glance: machines, services, nodes, pods, certificates, lan switch, and
 // what is wrong with any of them.
 import { loadCluster } from '../lib/cluster.mts'
+import { formatTable } from '../lib/format.mts'
 import { type ClusterReport, type Learned, reportOn } from '../lib/kubernetes/cluster-report.mts'
 import { podTable } from '../lib/kubernetes/pod-report.mts'
 import { clockTrouble } from '../lib/machine/clock.mts'
 import { script } from '../lib/script.mts'
-import { formatTable } from '../lib/table.mts'
 
 const { flags } = script({
   does: `Shows the state of machines, services, nodes, pods, certificates and the lan switch, and lists

@@ -1,14 +1,15 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The serial console of a machine, in this terminal: what one has when ssh does not answer.
 import { once } from 'node:events'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { withLock } from '../lib/lock.mts'
 import { lastConsoleLines } from '../lib/qemu/console-log.mts'
 import { filesOf } from '../lib/qemu/machine-files.mts'
 import { connectUnixSocket } from '../lib/qemu/unix-socket.mts'
 import { machineState } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 
 const { args } = script({
   does: `Attaches this terminal to the serial console of a running machine. Ctrl-] leaves it; the

@@ -1,14 +1,15 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Names for services: CoreDNS watches the API and answers at the address that the kubelets write
 // into every pod's /etc/resolv.conf.
 import { lookup } from 'node:dns/promises'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { type ProbePod, withProbePods } from '../lib/kubernetes/probe-pods.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({

@@ -1,5 +1,7 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
 // Storage for claims: local-path-provisioner makes a folder on a worker's disk for each. What is
 // in it outlives the pod, but never leaves that worker.
@@ -8,9 +10,8 @@ import { type ApiObject, Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { waitForPods } from '../lib/kubernetes/rollout.mts'
 import { scratchAccount, withScratchNamespace } from '../lib/kubernetes/scratch-namespace.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
-import { waitFor } from '../lib/wait-for.mts'
+import { waitFor } from '../lib/wait.mts'
 
 const { flags } = script({
   does: `Deploys local-path-provisioner with the default StorageClass local-path and one for each worker,

@@ -1,16 +1,17 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // What nodes and pods use: metrics-server asks each kubelet and answers as a part of the API. All
 // three connections are verified with the cluster's CA: API server to it, it to the kubelets, and
 // it to the API server.
 import { existsSync, readFileSync } from 'node:fs'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
-import { waitFor } from '../lib/wait-for.mts'
+import { waitFor } from '../lib/wait.mts'
 
 const { flags } = script({
   does: 'Deploys metrics-server, and waits until kubectl top has numbers of every worker and of pods.',

@@ -1,4 +1,5 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The installer ISO of NixOS, in images/: downloaded and verified, or a file of yours.
 import { relative } from 'node:path'
 import { loadCluster } from '../lib/cluster.mts'
@@ -15,11 +16,11 @@ import {
   sourceName,
 } from '../lib/download/iso.mts'
 import { progressListener } from '../lib/download/progress-bar.mts'
+import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { withLock } from '../lib/lock.mts'
 import { detectArchitecture, detectSystem } from '../lib/qemu/processor.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({

@@ -1,21 +1,21 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The cluster's state alone, without the machines: what kubectl shows, as etcd stores it.
 import { mkdir, readdir, rename, rm } from 'node:fs/promises'
 import { join, relative, resolve } from 'node:path'
-import { formatBytes } from '../lib/bytes.mts'
 import { loadCluster } from '../lib/cluster.mts'
-import { withClusterLock } from '../lib/cluster-lock.mts'
+import { StepError } from '../lib/errors.mts'
 import { restoreSnapshot, saveSnapshot } from '../lib/etcd/etcd.mts'
 import { assertOfThisCluster, assertWhole } from '../lib/etcd/etcd-snapshot.mts'
+import { formatBytes, formatDuration, timestamp } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { askApiServer } from '../lib/kubernetes/api-server.mts'
+import { withClusterLock } from '../lib/lock.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { probeApiServer } from '../lib/machine/probes.mts'
 import { isRunning } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
-import { formatDuration, inParallel, step } from '../lib/steps.mts'
-import { timestamp } from '../lib/timestamp.mts'
+import { inParallel, step } from '../lib/steps.mts'
 
 const { flags, args } = script({
   does: `snapshot saves etcd's data, verified, in backups/, named by the time. restore puts such a file, the

@@ -1,11 +1,12 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The cluster's public key infrastructure: an authority, a certificate for everyone who talks to
 // anyone (the table is in lib/pki/certificates.mts), and the ssh keys.
 import { createPublicKey, type KeyObject } from 'node:crypto'
-import { writeFileAtomic } from '../lib/atomic-write.mts'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
+import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { withLock } from '../lib/lock.mts'
-import { readIfThere } from '../lib/optional-file.mts'
 import { problemsOf, usableAuthority } from '../lib/pki/certificate-check.mts'
 import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/pki/certificates.mts'
 import {
@@ -27,7 +28,6 @@ import {
 import { formatReport, inspectTls, isSound } from '../lib/pki/tls-report.mts'
 import type { Credential } from '../lib/pki/x509.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({

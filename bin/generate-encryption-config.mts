@@ -1,14 +1,14 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The key that kube-apiserver encrypts secrets with before they go to etcd.
 import { randomBytes } from 'node:crypto'
 import { chmod } from 'node:fs/promises'
 import { parse } from 'yaml'
-import { writeFileAtomic } from '../lib/atomic-write.mts'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
+import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { withLock } from '../lib/lock.mts'
-import { readIfThere } from '../lib/optional-file.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({

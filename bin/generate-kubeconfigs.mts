@@ -1,16 +1,16 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // A kubeconfig for everyone who logs in to the API server (the table is in lib/pki/kubeconfig.mts).
 import { chmod } from 'node:fs/promises'
-import { writeFileAtomic } from '../lib/atomic-write.mts'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
+import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { withLock } from '../lib/lock.mts'
-import { readIfThere } from '../lib/optional-file.mts'
 import { problemsOf } from '../lib/pki/certificate-check.mts'
 import { authorityOf } from '../lib/pki/certificates.mts'
 import { formatKubeconfig, isUpToDate, kubeconfigsOf } from '../lib/pki/kubeconfig.mts'
 import { readPair } from '../lib/pki/pki.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({

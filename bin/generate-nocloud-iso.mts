@@ -1,4 +1,5 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Lays out what each machine is given. (No ISO is made; the name is from the original.)
 import { relative } from 'node:path'
 import { chooseNodes, loadCluster } from '../lib/cluster.mts'

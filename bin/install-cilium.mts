@@ -1,9 +1,11 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The pod network. Until it is there kubelets wait for a CNI plugin and no node is Ready; and the
 // API server may not ask kubelets for logs until RBAC says so.
 import { $ } from 'zx/core'
-import { writeFileAtomic } from '../lib/atomic-write.mts'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
+import { writeFileAtomic } from '../lib/files.mts'
 import { interruption } from '../lib/interrupt.mts'
 import {
   addOnFlags,
@@ -22,9 +24,8 @@ import {
 } from '../lib/kubernetes/helm.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
-import { waitFor } from '../lib/wait-for.mts'
+import { waitFor } from '../lib/wait.mts'
 
 const { flags } = script({
   does: `Lets the API server call kubelets, writes each worker its POD_CIDR, and installs Cilium with

@@ -1,16 +1,17 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // What the machines say: the journals of the cluster's services, or the serial consoles.
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { constants } from 'node:os'
 import { createInterface } from 'node:readline'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { servicesOf } from '../lib/machine/probes.mts'
 import { quoteForShell, sshArguments, sshFolder } from '../lib/machine/ssh.mts'
 import { filesOf } from '../lib/qemu/machine-files.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 
 const { flags, args } = script({
   does: `Shows the last lines of the journals of the cluster's services, of all machines unless some

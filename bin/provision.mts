@@ -1,16 +1,17 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Machines: installed from the ISO with --iso, else started from their disks.
 import { existsSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { chooseNodes, loadCluster } from '../lib/cluster.mts'
 import { inspectIso, verifiedIso } from '../lib/download/iso.mts'
+import { StepError } from '../lib/errors.mts'
 import { installNode } from '../lib/installer/install-node.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { assertDiskSpace, hasDisk } from '../lib/qemu/disk.mts'
 import { detectHost } from '../lib/qemu/host.mts'
 import { assertPortsFree, startMachine } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { inParallel } from '../lib/steps.mts'
 
 const { flags, args } = script({

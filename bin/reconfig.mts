@@ -1,9 +1,11 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // A changed flag or certificate brought to running machines, one after another.
 import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
-import { withClusterLock } from '../lib/cluster-lock.mts'
+import { describeError, StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
+import { withClusterLock } from '../lib/lock.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { isRunning } from '../lib/qemu/vm.mts'
 import {
@@ -14,7 +16,6 @@ import {
 import { reconfigure } from '../lib/reconfigure/reconfigure.mts'
 import { script } from '../lib/script.mts'
 import { stage } from '../lib/staging/staging.mts'
-import { describeError, StepError } from '../lib/step-error.mts'
 import { inParallel, step } from '../lib/steps.mts'
 
 const { flags } = script({

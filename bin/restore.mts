@@ -1,9 +1,12 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Back to a snapshot: the machines stop, become what they were, and start again.
 import { loadCluster, type Node } from '../lib/cluster.mts'
-import { withClusterLock, withMachineLocks } from '../lib/cluster-lock.mts'
+import { StepError } from '../lib/errors.mts'
+import { formatDuration } from '../lib/format.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { componentsOf, watchReadiness } from '../lib/kubernetes/readiness.mts'
+import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { detectHost, type Host } from '../lib/qemu/host.mts'
 import { stopMachine } from '../lib/qemu/stop-machine.mts'
@@ -12,8 +15,7 @@ import { script } from '../lib/script.mts'
 import { setClocks, syncGuests } from '../lib/snapshot/guests.mts'
 import { assertRestorable, overwriteWith } from '../lib/snapshot/restore-snapshot.mts'
 import { findSnapshot, type Snapshot } from '../lib/snapshot/snapshots.mts'
-import { StepError } from '../lib/step-error.mts'
-import { formatDuration, inParallel, step } from '../lib/steps.mts'
+import { inParallel, step } from '../lib/steps.mts'
 
 const { flags, args } = script({
   does: `Makes the cluster what it was when a snapshot was taken, the newest unless one is named: disks,

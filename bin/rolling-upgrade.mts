@@ -1,18 +1,19 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Another NixOS, and the Kubernetes in it, on running machines: one after another, so that the pods
 // of each find room on the others.
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
-import { withClusterLock } from '../lib/cluster-lock.mts'
+import { describeError, StepError } from '../lib/errors.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { cordon, drain, uncordon } from '../lib/kubernetes/drain.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
+import { withClusterLock } from '../lib/lock.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { probeApiServer } from '../lib/machine/probes.mts'
 import { isRunning } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
 import { stage } from '../lib/staging/staging.mts'
-import { describeError, StepError } from '../lib/step-error.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
 import {
   finishUpgrade,

@@ -1,13 +1,15 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Machines down: the workers first, then the control plane, then the network between them.
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
+import { formatDuration } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { type Ending, type Stopped, stopMachine } from '../lib/qemu/stop-machine.mts'
 import { isRunning } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { formatDuration, inParallel } from '../lib/steps.mts'
+import { inParallel } from '../lib/steps.mts'
 
 const { args } = script({
   does: `Shuts machines down, all of them unless some are named: asks over ssh, else presses the

@@ -1,14 +1,15 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The first thing one runs on a cluster: a web server on every worker, one service before them,
 // asked from inside and from outside.
 import { loadCluster, type Node } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { readyWorkers } from '../lib/kubernetes/add-on.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { waitForPods } from '../lib/kubernetes/rollout.mts'
 import { Machine } from '../lib/machine/machine.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags } = script({

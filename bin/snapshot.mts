@@ -1,9 +1,11 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
-// The whole cluster at one moment, to come back to: all disks, and the keys that go with them.
-import { formatBytes } from '../lib/bytes.mts'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 import { loadCluster } from '../lib/cluster.mts'
-import { withClusterLock, withMachineLocks } from '../lib/cluster-lock.mts'
+import { StepError } from '../lib/errors.mts'
+// The whole cluster at one moment, to come back to: all disks, and the keys that go with them.
+import { formatBytes, formatTable, timestamp } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
+import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { script } from '../lib/script.mts'
 import { setClocks, syncGuests } from '../lib/snapshot/guests.mts'
 import {
@@ -13,10 +15,7 @@ import {
   type Snapshot,
 } from '../lib/snapshot/snapshots.mts'
 import { deleteSnapshot, takeSnapshot } from '../lib/snapshot/take-snapshot.mts'
-import { StepError } from '../lib/step-error.mts'
 import { step } from '../lib/steps.mts'
-import { formatTable } from '../lib/table.mts'
-import { timestamp } from '../lib/timestamp.mts'
 
 const { flags, args } = script({
   does: `Takes a snapshot of all machines, running or not, under a name or the time of day. Those that run

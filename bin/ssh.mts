@@ -1,13 +1,14 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // A shell on a machine, or one command, as root.
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { constants } from 'node:os'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { sshArguments, sshFolder } from '../lib/machine/ssh.mts'
 import { machineState } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 
 const { args } = script({
   does: `Opens a shell on a running machine, or runs a command there, as root. The cluster's own key

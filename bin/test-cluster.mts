@@ -1,7 +1,9 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The live cluster put to the test, from the machines' services up to a pod that asks another.
 import { CheckList } from '../lib/check-list.mts'
 import { loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { Kubectl } from '../lib/kubernetes/kubectl.mts'
 import { leaderOf } from '../lib/kubernetes/leader.mts'
@@ -20,7 +22,6 @@ import { runProbes } from '../lib/machine/probe.mts'
 import { probeApiServer, probeServices } from '../lib/machine/probes.mts'
 import { inspectTls } from '../lib/pki/tls-report.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 
 const { flags } = script({
   does: `Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption

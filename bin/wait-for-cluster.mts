@@ -1,6 +1,9 @@
-#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The dashboard of a cluster that is coming up: a row for each component until all are active.
 import { chooseNodes, loadCluster } from '../lib/cluster.mts'
+import { StepError } from '../lib/errors.mts'
+import { formatDuration } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
 import {
   componentsOf,
@@ -12,8 +15,6 @@ import { LiveLines } from '../lib/live-lines.mts'
 import { lastConsoleLines } from '../lib/qemu/console-log.mts'
 import { filesOf } from '../lib/qemu/machine-files.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
-import { formatDuration } from '../lib/steps.mts'
 
 const { flags, args } = script({
   does: `Waits until the API server, etcd, scheduler, controller-manager and every worker are active,

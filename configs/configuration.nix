@@ -1,5 +1,5 @@
-# A machine of the cluster: the base that all of them share, and its role. This file and the
-# modules are the same on every machine; what differs stands in cluster.json beside them.
+# A machine of the cluster: the base that all machines share, and its role. This file and the
+# modules are the same on every machine; what differs is in cluster.json in the same folder.
 let
   cluster = builtins.fromJSON (builtins.readFile ./cluster.json);
 in

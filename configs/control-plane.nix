@@ -1,6 +1,6 @@
 # The control plane: etcd, kube-apiserver, kube-controller-manager and kube-scheduler, each a
-# plain systemd service. Flags stand in groups with the reason why they are set; what is not set
-# has the program's own default.
+# plain systemd service. Flags are grouped, each group with the reason why it is set; everything
+# else has the program's default.
 {
   cluster,
   config,
@@ -15,7 +15,7 @@ let
   pki = "${home}/pki";
   reference = "https://kubernetes.io/docs/reference/command-line-tools-reference";
 
-  # "program --flag=value …", a line each, in the order of the groups.
+  # "program --flag=value …", one flag a line, in the order of the groups.
   commandLine =
     program: groups:
     lib.concatStringsSep " \\\n  " (
@@ -25,12 +25,12 @@ let
       ) groups
     );
 
-  # What nobody would notice from outside: changed keys and configuration files.
+  # Inputs that are not part of the unit itself: a changed key or file must restart it.
   changes = files: etcFiles:
     map (file: cluster.digests.${file}) files
     ++ map (file: config.environment.etc.${file}.source) etcFiles;
 
-  # Common to the four: they come back whatever happens, and write nowhere but where they say.
+  # Common to all four: always restarted, and allowed to write only to their own directories.
   serviceOf = user: {
     User = user;
     Group = user;
@@ -44,7 +44,7 @@ let
   };
 in
 {
-  # ── etcd: the only place where the cluster's state is kept ─────────────────────────────────
+  # ── etcd: stores the state of the cluster ──────────────────────────────────────────────────
   systemd.services.etcd = {
     description = "etcd, the store of the Kubernetes API server";
     documentation = [ "https://etcd.io/docs/" ];
@@ -53,7 +53,7 @@ in
     startLimitIntervalSec = 0;
     restartTriggers = changes [ "pki/ca.pem" "pki/kubernetes.pem" ] [ ];
     serviceConfig = serviceOf "etcd" // {
-      # Ready means: it has a leader and serves.
+      # Started means that it has a leader and serves requests.
       Type = "notify";
       TimeoutStartSec = 300;
       StateDirectory = "etcd";
@@ -61,7 +61,7 @@ in
       LimitNOFILE = 65536;
       ExecStart = commandLine "${pkgs.etcd_3_6}/bin/etcd" [
         {
-          why = "one member; its name stands in the data, so it must not change";
+          why = "a single member; its name is part of the data and must not change";
           flags = {
             name = node.name;
             data-dir = "/var/lib/etcd";
@@ -71,7 +71,7 @@ in
           };
         }
         {
-          why = "only the API server talks to it, and that runs here: nothing listens outside";
+          why = "its only client is the API server on this machine, so it listens on loopback";
           flags = {
             listen-client-urls = "https://127.0.0.1:2379";
             advertise-client-urls = "https://127.0.0.1:2379";
@@ -80,7 +80,7 @@ in
           };
         }
         {
-          why = "whoever asks shows a certificate of the cluster's CA";
+          why = "clients and peers authenticate with a certificate of the cluster's CA";
           flags = {
             cert-file = "${pki}/kubernetes.pem";
             key-file = "${pki}/kubernetes-key.pem";
@@ -93,14 +93,14 @@ in
           };
         }
         {
-          why = "health and metrics can be read without a certificate, on this machine only";
+          why = "health and metrics without a certificate, on loopback only";
           flags.listen-metrics-urls = "http://127.0.0.1:2381";
         }
       ];
     };
   };
 
-  # ── kube-apiserver: the one door to everything ─────────────────────────────────────────────
+  # ── kube-apiserver: every other component talks to it ──────────────────────────────────────
   systemd.services.kube-apiserver = {
     description = "Kubernetes API server";
     documentation = [ "${reference}/kube-apiserver/" ];
@@ -122,7 +122,7 @@ in
         ]
         [ "kubernetes/audit-policy.json" ];
     serviceConfig = serviceOf "kubernetes" // {
-      # Ready means: it listens, so the two services after it need not try in vain.
+      # Started means that it listens, so the two services after it find it.
       Type = "notify";
       TimeoutStartSec = 300;
       LogsDirectory = "kubernetes";
@@ -130,17 +130,17 @@ in
       LimitNOFILE = 65536;
       ExecStart = commandLine "${pkgs.kubernetes}/bin/kube-apiserver" [
         {
-          why = "workers come over the lan, the host through its forwarded port";
+          why = "workers connect over the LAN, the host through its forwarded port";
           flags = {
             bind-address = "0.0.0.0";
             secure-port = cluster.apiPort;
-            # The addresses behind the service "kubernetes"; without it, 10.0.2.15.
+            # The endpoint of the service "kubernetes"; by default it would be 10.0.2.15.
             advertise-address = node.ip;
             service-cluster-ip-range = cluster.serviceCidr;
           };
         }
         {
-          why = "TLS 1.3 or nothing: each client here speaks it, and it has no weak ciphers";
+          why = "TLS 1.3 only: every client here supports it, and it has no weak ciphers";
           flags = {
             tls-cert-file = "${pki}/kubernetes.pem";
             tls-private-key-file = "${pki}/kubernetes-key.pem";
@@ -148,7 +148,7 @@ in
           };
         }
         {
-          why = "its data, and who it is there";
+          why = "etcd, and the client certificate for it";
           flags = {
             etcd-servers = "https://127.0.0.1:2379";
             etcd-cafile = "${pki}/ca.pem";
@@ -161,28 +161,28 @@ in
           flags.encryption-provider-config = "${home}/encryption-config.yaml";
         }
         {
-          why = "who you are: a certificate of the CA or a service account's token, else nobody";
+          why = "authentication: a certificate of the CA or the token of a service account";
           flags = {
             client-ca-file = "${pki}/ca.pem";
             anonymous-auth = "false";
             service-account-issuer = "https://kubernetes.default.svc.${cluster.clusterDomain}";
             service-account-key-file = "${pki}/service-account.pem";
             service-account-signing-key-file = "${pki}/service-account-key.pem";
-            # Pods renew their tokens; none need live a year for those that do not.
+            # Pods renew their tokens, so none has to be valid for a year.
             service-account-extend-token-expiration = "false";
           };
         }
         {
-          why = "what you may: a kubelet only what concerns its node, everybody else by roles";
+          why = "authorization: a kubelet only for its own node, everybody else by roles";
           flags = {
             authorization-mode = "Node,RBAC";
             enable-admission-plugins = "NodeRestriction,DenyServiceExternalIPs";
-            # Cilium's agent is a privileged pod; Pod Security decides which may be.
+            # Cilium's agent is a privileged pod; Pod Security decides which pods may be.
             allow-privileged = "true";
           };
         }
         {
-          why = "logs and exec: it calls kubelets at their lan addresses, as user kubernetes";
+          why = "logs and exec: it calls kubelets at their LAN addresses, as user kubernetes";
           flags = {
             kubelet-certificate-authority = "${pki}/ca.pem";
             kubelet-client-certificate = "${pki}/kubernetes.pem";
@@ -191,7 +191,7 @@ in
           };
         }
         {
-          why = "aggregated APIs (metrics-server) believe this certificate who the user is";
+          why = "aggregated APIs (metrics-server) accept the user's name from this certificate only";
           flags = {
             proxy-client-cert-file = "${pki}/front-proxy-client.pem";
             proxy-client-key-file = "${pki}/front-proxy-client-key.pem";
@@ -200,12 +200,12 @@ in
             requestheader-username-headers = "X-Remote-User";
             requestheader-group-headers = "X-Remote-Group";
             requestheader-extra-headers-prefix = "X-Remote-Extra-";
-            # No kube-proxy or Cilium here: service addresses lead nowhere, pods' do.
+            # Without kube-proxy or Cilium here, only pod addresses can be reached, not services'.
             enable-aggregator-routing = "true";
           };
         }
         {
-          why = "who did what, kept for a month";
+          why = "audit log, kept for a month";
           flags = {
             audit-policy-file = "/etc/kubernetes/audit-policy.json";
             audit-log-path = "/var/log/kubernetes/audit.log";
@@ -215,11 +215,11 @@ in
           };
         }
         {
-          why = "no profiler for whoever gets in";
+          why = "no profiling endpoints";
           flags.profiling = "false";
         }
         {
-          why = "told to stop, it ends the watches too, else it waits a minute for them to end";
+          why = "on shutdown it ends open watches, instead of waiting a minute for them";
           flags.shutdown-watch-termination-grace-period = "5s";
         }
         {
@@ -230,13 +230,13 @@ in
     };
   };
 
-  # The first rule that fits counts.
+  # The first rule that matches counts.
   environment.etc."kubernetes/audit-policy.json".text = builtins.toJSON {
     apiVersion = "audit.k8s.io/v1";
     kind = "Policy";
     omitStages = [ "RequestReceived" ];
     rules = [
-      # Heartbeats and watching would bury the rest.
+      # Heartbeats and events would hide the rest.
       {
         level = "None";
         resources = [
@@ -250,7 +250,7 @@ in
           }
         ];
       }
-      # Who reads Secrets is written down, nodes among them.
+      # Every access to Secrets is logged, also by nodes.
       {
         level = "Metadata";
         resources = [
@@ -281,12 +281,12 @@ in
           "/version"
         ];
       }
-      # Who, what and when; never the content, which may be a Secret's.
+      # User, verb, object and time; never the content, which may be that of a Secret.
       { level = "Metadata"; }
     ];
   };
 
-  # ── kube-controller-manager: makes what is into what is wanted ─────────────────────────────
+  # ── kube-controller-manager: reconciles actual with desired state ──────────────────────────
   systemd.services.kube-controller-manager = {
     description = "Kubernetes controller manager";
     documentation = [ "${reference}/kube-controller-manager/" ];
@@ -301,7 +301,7 @@ in
     serviceConfig = serviceOf "kubernetes" // {
       ExecStart = commandLine "${pkgs.kubernetes}/bin/kube-controller-manager" [
         {
-          why = "who it is, and whom it asks about those who ask for its metrics";
+          why = "its credentials; requests for its metrics are checked with the API server too";
           flags = {
             kubeconfig = "${home}/kube-controller-manager.kubeconfig";
             authentication-kubeconfig = "${home}/kube-controller-manager.kubeconfig";
@@ -309,7 +309,7 @@ in
           };
         }
         {
-          why = "health and metrics are for this machine";
+          why = "health and metrics on loopback only";
           flags = {
             bind-address = "127.0.0.1";
             tls-min-version = "VersionTLS13";
@@ -317,11 +317,11 @@ in
           };
         }
         {
-          why = "every controller acts with rights of its own, not with all of them";
+          why = "every controller uses its own service account, with its own rights";
           flags.use-service-account-credentials = "true";
         }
         {
-          why = "signs service accounts' tokens, and gives pods the CA to check the API server by";
+          why = "signs service account tokens, and gives pods the CA of the API server";
           flags = {
             service-account-private-key-file = "${pki}/service-account-key.pem";
             root-ca-file = "${pki}/ca.pem";
@@ -335,7 +335,7 @@ in
           };
         }
         {
-          why = "each worker's pod range is written to its node from cluster.env, not chosen here";
+          why = "each node's pod range comes from cluster.env, so none is allocated here";
           flags = {
             cluster-name = cluster.name;
             cluster-cidr = cluster.podCidr;
@@ -344,11 +344,11 @@ in
           };
         }
         {
-          why = "one acts at a time, should there ever be two";
+          why = "only one is active at a time, if there are several";
           flags.leader-elect = "true";
         }
         {
-          why = "finished pods are kept to look at, but not 12500 of them";
+          why = "keeps at most 500 finished pods (the default is 12500)";
           flags.terminated-pod-gc-threshold = 500;
         }
         {
@@ -359,7 +359,7 @@ in
     };
   };
 
-  # ── kube-scheduler: decides which worker a pod goes to ─────────────────────────────────────
+  # ── kube-scheduler: assigns pods to workers ────────────────────────────────────────────────
   systemd.services.kube-scheduler = {
     description = "Kubernetes scheduler";
     documentation = [ "${reference}/kube-scheduler/" ];
@@ -371,18 +371,18 @@ in
     serviceConfig = serviceOf "kubernetes" // {
       ExecStart = commandLine "${pkgs.kubernetes}/bin/kube-scheduler" [
         {
-          why = "what has no deprecated flag stands in the file below";
+          why = "settings whose flags are deprecated are in the file below";
           flags.config = "/etc/kubernetes/scheduler.json";
         }
         {
-          why = "whom it asks about those who ask for its metrics";
+          why = "requests for its metrics are checked with the API server";
           flags = {
             authentication-kubeconfig = "${home}/kube-scheduler.kubeconfig";
             authorization-kubeconfig = "${home}/kube-scheduler.kubeconfig";
           };
         }
         {
-          why = "health and metrics are for this machine";
+          why = "health and metrics on loopback only";
           flags = {
             bind-address = "127.0.0.1";
             tls-min-version = "VersionTLS13";
@@ -404,7 +404,7 @@ in
     enableProfiling = false;
   };
 
-  # ── Users, and which keys are theirs ───────────────────────────────────────────────────────
+  # ── Users, and the owners of keys ──────────────────────────────────────────────────────────
   users.users.etcd = {
     isSystemUser = true;
     group = "etcd";
@@ -423,7 +423,7 @@ in
   systemd.tmpfiles.rules = [
     "z ${pki}/ca-key.pem 0600 kubernetes kubernetes -"
     "z ${pki}/kubernetes.pem 0644 root root -"
-    # The API server and etcd are known by one certificate, as in the original.
+    # The API server and etcd share one certificate, as in the original.
     "z ${pki}/kubernetes-key.pem 0640 kubernetes etcd -"
     "z ${pki}/service-account.pem 0644 root root -"
     "z ${pki}/service-account-key.pem 0600 kubernetes kubernetes -"

@@ -1,5 +1,5 @@
-# What every machine has: disk and boot loader, the two network cards, ssh, the kernel settings
-# of Kubernetes, and the owners of keys and kubeconfigs.
+# Common to all machines: disk and boot loader, the two network interfaces, ssh, the kernel settings
+# that Kubernetes needs, and the owners of keys and kubeconfigs.
 {
   cluster,
   config,
@@ -22,17 +22,17 @@ in
   fileSystems."/boot" = {
     device = "/dev/disk/by-label/ESP";
     fsType = "vfat";
-    # The boot loader's random seed is there; nobody but root needs to look.
+    # It holds the boot loader's random seed: for root only.
     options = [ "umask=0077" ];
   };
 
   boot.loader.systemd-boot = {
     enable = true;
-    # Older generations stay in the menu to fall back on; more would fill the ESP with kernels.
+    # Previous generations stay in the menu for a roll back; more would fill the ESP with kernels.
     configurationLimit = 5;
   };
-  # A machine's EFI variables can be lost (a restored snapshot, a new host), the boot loader's
-  # fallback path on the disk cannot.
+  # EFI variables can be lost (a restored snapshot, a new host); the boot loader's fallback path is
+  # on the disk.
   boot.loader.efi.canTouchEfiVariables = false;
   boot.loader.timeout = 1;
 
@@ -42,10 +42,10 @@ in
   ];
 
   boot.kernelParams = [
-    # Three machines that boot at once under emulation keep each other waiting for disks and
-    # consoles longer than the default of 90 seconds.
+    # When three emulated machines boot at the same time, disks and consoles can take longer than
+    # the default of 90 seconds to appear.
     "systemd.default_device_timeout_sec=15min"
-    # The last console is where systemd writes: QEMU's serial port, kept in a log on the host.
+    # systemd writes to the last console: QEMU's serial port, which is logged on the host.
     "console=tty0"
     "console=${if pkgs.stdenv.hostPlatform.isAarch64 then "ttyAMA0" else "ttyS0"},115200n8"
   ];
@@ -55,7 +55,7 @@ in
   networking.useNetworkd = true;
   networking.useDHCP = false;
 
-  # Cards are told apart by MAC: which name or slot they have depends on host and QEMU.
+  # Interfaces are matched by MAC address: their names and slots depend on host and QEMU.
   systemd.network.links."10-outside" = {
     matchConfig.PermanentMACAddress = node.mac;
     linkConfig.Name = "outside";
@@ -65,13 +65,13 @@ in
     linkConfig.Name = "lan";
   };
 
-  # To the internet, and the way in for the host. Its address is 10.0.2.15 on every machine, so
-  # nothing of the cluster may use it.
+  # To the internet, and from the host. Its address is 10.0.2.15 on every machine, so the cluster
+  # cannot use it.
   systemd.network.networks."10-outside" = {
     matchConfig.PermanentMACAddress = node.mac;
     networkConfig = {
       DHCP = "ipv4";
-      # QEMU announces an IPv6 prefix that leads nowhere on most hosts.
+      # QEMU announces an IPv6 prefix that is not routed on most hosts.
       IPv6AcceptRA = false;
     };
   };
@@ -91,22 +91,21 @@ in
     }) withPods;
   };
 
-  # Routes and rules that Cilium adds are not networkd's to remove when it restarts.
+  # networkd must not remove the routes and rules that Cilium adds when it restarts.
   systemd.network.config.networkConfig = {
     ManageForeignRoutes = false;
     ManageForeignRoutingPolicyRules = false;
   };
 
   networking.hosts = {
-    # NixOS maps a machine's own name to this; here a name means the lan address everywhere.
+    # NixOS maps a machine's own name to this address; here a name is the LAN address everywhere.
     "127.0.0.2" = lib.mkForce [ ];
   }
   // lib.listToAttrs (map (machine: lib.nameValuePair machine.ip [ machine.name ]) cluster.nodes);
 
-  # No packet filter of NixOS' own. QEMU lets in only the forwards on the host's loopback, the
-  # lan has no members but these machines, and what listens on it asks for a certificate. Rules
-  # for services and pods are Cilium's or kube-proxy's; a second hand in them (the reverse path
-  # filter above all) drops traffic between pods.
+  # No NixOS firewall. QEMU forwards only ports of the host's loopback, the LAN connects only these
+  # machines, and what listens there requires a certificate. Cilium or kube-proxy own the rules for
+  # services and pods; a second set (the reverse path filter above all) would drop pod traffic.
   networking.firewall.enable = false;
 
   networking.proxy = {
@@ -116,14 +115,14 @@ in
   };
   security.pki.certificateFiles = lib.optional proxy.ca ./proxy-ca.pem;
 
-  # Certificates and leases are worth nothing on a machine that has the time wrong.
+  # Certificates and leases are invalid on a machine whose clock is wrong.
   services.timesyncd.enable = true;
   time.timeZone = "UTC";
 
   # ── Access ─────────────────────────────────────────────────────────────────────────────────
   services.openssh = {
     enable = true;
-    # Made on the host before the machine was, so that the host knows it at the first connection.
+    # Generated on the host before the installation, so that it is pinned from the first connection.
     hostKeys = [
       {
         path = "/etc/ssh/ssh_host_ed25519_key";
@@ -136,7 +135,7 @@ in
       KbdInteractiveAuthentication = false;
     };
   };
-  # No user has a password, root's is locked, and no account can be added by hand.
+  # No user has a password, and accounts cannot be added by hand.
   users.mutableUsers = false;
   users.users.root = {
     hashedPassword = "!";
@@ -149,24 +148,24 @@ in
     "overlay"
   ];
   boot.kernel.sysctl = {
-    # Pods' packets pass through the machine. One switch of the kernel under two names: NixOS
-    # writes the second, too.
+    # The machine forwards the packets of pods. Two names of one kernel setting: NixOS sets the
+    # second as well.
     "net.ipv4.ip_forward" = 1;
     "net.ipv4.conf.all.forwarding" = 1;
-    # Packets over a bridge (the stock CNI plugins') meet the service rules as routed ones do.
+    # Bridged packets (of the stock CNI plugins) pass the service rules as routed ones do.
     "net.bridge.bridge-nf-call-iptables" = 1;
     "net.bridge.bridge-nf-call-ip6tables" = 1;
-    # An answer may leave by another card than the question came by. Cilium asks for this; the rest
-    # that it needs, bpffs and cgroup2, systemd has mounted.
+    # A reply may leave by another interface than its request came by. Cilium needs this; bpffs and
+    # cgroup2, which it needs as well, are mounted by systemd.
     "net.ipv4.conf.all.rp_filter" = 0;
     "net.ipv4.conf.default.rp_filter" = 0;
     "net.ipv4.conf.*.rp_filter" = 0;
   };
 
   # ── Keys and kubeconfigs ───────────────────────────────────────────────────────────────────
-  # They arrive root-owned, before their users exist. At boot and at each switch these rules
-  # hand each to the user that reads it, and to nobody else. (No Nix paths: whatever is one is
-  # copied to the store, where everybody may read it.)
+  # They are copied as root, before their users exist. At boot and at each switch these rules give
+  # each file to the user that reads it. (Not as Nix paths: those are copied to the store, which is
+  # world-readable.)
   systemd.tmpfiles.rules = [
     "d /var/lib/kubernetes 0755 root root -"
     "d /var/lib/kubernetes/pki 0755 root root -"
@@ -174,7 +173,7 @@ in
     "z /etc/ssh/ssh_host_ed25519_key 0600 root root -"
     "z /etc/ssh/ssh_host_ed25519_key.pub 0644 root root -"
   ];
-  # A new key under an old rule has to be handed over as well.
+  # A renewed key needs its owner set as well, although its rule has not changed.
   systemd.services.systemd-tmpfiles-resetup.restartTriggers = lib.attrValues cluster.digests;
 
   # ── The rest ───────────────────────────────────────────────────────────────────────────────
@@ -185,7 +184,7 @@ in
   environment.defaultPackages = [ ];
   documentation.enable = false;
 
-  # The release that this machine was first installed with. It says how to read old state and
-  # stays when the channel moves on.
+  # The release of the first installation. It defines the format of existing state and stays the
+  # same when the channel changes.
   system.stateVersion = "26.05";
 }

@@ -1,4 +1,4 @@
-# A worker: containerd runs the containers, the kubelet tells it which. Without Cilium, kube-proxy
+# A worker: the kubelet has containerd run the containers of its pods. Without Cilium, kube-proxy
 # makes services reachable.
 {
   cluster,
@@ -20,18 +20,18 @@ in
   # ── containerd ─────────────────────────────────────────────────────────────────────────────
   virtualisation.containerd.enable = true;
   virtualisation.containerd.settings.plugins."io.containerd.grpc.v1.cri" = {
-    # The container that holds a pod's network namespace, as Kubernetes 1.36 has it.
+    # The container that holds a pod's network namespace, in the version of Kubernetes 1.36.
     sandbox_image = "registry.k8s.io/pause:3.10.2";
-    # Cilium puts its plugin there, which nothing can into the Nix store.
+    # Cilium copies its plugin there; the Nix store is read-only.
     cni.bin_dir = "/opt/cni/bin";
     cni.conf_dir = "/etc/cni/net.d";
     containerd.runtimes.runc = {
       runtime_type = "io.containerd.runc.v2";
-      # systemd owns the cgroups; two managers of one tree lose containers under memory pressure.
+      # systemd manages the cgroups; two managers of one tree lose containers under memory pressure.
       options.SystemdCgroup = true;
     };
   };
-  # Images come through the proxy; containerd is the only one of ours that needs the internet.
+  # Images are pulled through the proxy; no other service of ours needs the internet.
   systemd.services.containerd.environment = config.networking.proxy.envVars;
 
   systemd.tmpfiles.rules = [
@@ -69,7 +69,7 @@ in
       cluster.digests."kubeconfigs/${node.name}.kubeconfig"
       (etcFile "kubernetes/kubelet.json")
     ];
-    # mount and friends for volumes, iptables for the chains that others look for.
+    # mount and the like for volumes, iptables for the chains that other components expect.
     path = [
       pkgs.iptables
       pkgs.util-linux
@@ -79,8 +79,8 @@ in
       TimeoutStartSec = 300;
       Restart = "always";
       RestartSec = 5;
-      # Most of the kubelet's settings live in the file below; these have no field there. The
-      # node's address is the lan's, as that of the other card is the same on every machine.
+      # Most settings are in the file below; these have no field there. The node's address is that in
+      # the LAN, as the outside one is the same on every machine.
       ExecStart = lib.concatStringsSep " \\\n  " [
         "${pkgs.kubernetes}/bin/kubelet"
         "--config=/etc/kubernetes/kubelet.json"
@@ -97,11 +97,11 @@ in
     kind = "KubeletConfiguration";
 
     containerRuntimeEndpoint = "unix:///run/containerd/containerd.sock";
-    # Taken when containerd is too old to tell (1.7); newer ones say it themselves.
+    # For containerd 1.7; newer versions report their driver to the kubelet.
     cgroupDriver = "systemd";
 
-    # Who may ask it: certificates of the CA and service accounts, as far as the API server says
-    # they may. Nobody without a name, and no port without TLS.
+    # Clients authenticate by a certificate of the CA or a service account token, and the API server
+    # authorizes them. No anonymous access, and no port without TLS.
     address = node.ip;
     authentication.anonymous.enabled = false;
     authentication.webhook.enabled = true;
@@ -109,26 +109,26 @@ in
     authorization.mode = "Webhook";
     readOnlyPort = 0;
 
-    # Who it is: certificates are made on the host, so none are asked for here.
+    # Its serving certificate is generated on the host, so it requests none.
     tlsCertFile = "${pki}/${node.name}.pem";
     tlsPrivateKeyFile = "${pki}/${node.name}-key.pem";
     tlsMinVersion = "VersionTLS13";
     rotateCertificates = false;
     serverTLSBootstrap = false;
 
-    # What pods find in their /etc/resolv.conf. The machine's own names 127.0.0.53, which inside a
-    # pod is the pod itself.
+    # For the /etc/resolv.conf of pods. The machine's own names 127.0.0.53, which in a pod is the pod
+    # itself.
     clusterDomain = cluster.clusterDomain;
     clusterDNS = [ cluster.clusterDns ];
     resolvConf = "/run/systemd/resolve/resolv.conf";
 
-    # Kernel settings that it relies on are set below; it refuses to start with others. A pod
-    # cannot use up all process ids, nor make system calls that the runtime's profile leaves out.
+    # The kernel settings that it requires are set below. A pod cannot use up all process ids, nor
+    # make system calls outside of the runtime's profile.
     protectKernelDefaults = true;
     podPidsLimit = 4096;
     seccompDefault = true;
 
-    # The default lies in /usr, which NixOS does not have.
+    # The default is below /usr, which does not exist in NixOS.
     volumePluginDir = "/var/lib/kubelet/volume-plugins";
   };
 
@@ -141,7 +141,7 @@ in
     "kernel.keys.root_maxbytes" = 25000000;
   };
 
-  # ── kube-proxy, unless Cilium does its work ────────────────────────────────────────────────
+  # ── kube-proxy, unless Cilium replaces it ──────────────────────────────────────────────────
   systemd.services.kube-proxy = lib.mkIf kubeProxy {
     description = "Kubernetes kube-proxy";
     documentation = [ "${reference}/kube-proxy/" ];
@@ -174,7 +174,7 @@ in
       apiVersion = "kubeproxy.config.k8s.io/v1alpha1";
       kind = "KubeProxyConfiguration";
       mode = cluster.kubeProxyMode;
-      # What comes from elsewhere than a pod is masqueraded on its way to a service.
+      # Traffic to a service that does not come from a pod is masqueraded.
       clusterCIDR = cluster.podCidr;
       hostnameOverride = node.name;
       clientConnection.kubeconfig = "${home}/kube-proxy.kubeconfig";
@@ -182,10 +182,10 @@ in
     };
   };
 
-  # When the machine stops, a container has the time that pods have by default; systemd's is 90 s.
+  # At shutdown a container has the time that pods have by default; systemd's default is 90 s.
   systemd.settings.Manager.DefaultTimeoutStopSec = "30s";
 
-  # ── To look around on the machine ──────────────────────────────────────────────────────────
+  # ── Tools on the machine ───────────────────────────────────────────────────────────────────
   environment.systemPackages = [ pkgs.cri-tools ];
   environment.etc."crictl.yaml".text = ''
     runtime-endpoint: unix:///run/containerd/containerd.sock

@@ -1,6 +1,7 @@
 // Checks done one after the other, all of them, whatever fails; then a sum.
-import { describeError, StepError } from './step-error.mts'
-import { formatDuration, step } from './steps.mts'
+import { describeError, StepError } from './errors.mts'
+import { formatDuration } from './format.mts'
+import { step } from './steps.mts'
 
 export interface Result {
   name: string

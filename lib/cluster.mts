@@ -1,55 +1,41 @@
 // The cluster as cluster.env describes it: read once, checked as a whole, then typed data.
 import { readFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
-import { type Assignment, parseEnvFile } from './env/env-file.mts'
-import { nodesFrom } from './env/nodes.mts'
-import { checkRanges } from './env/ranges.mts'
-import { SettingsReader } from './env/settings.mts'
-import { perNodeVariables, type Settings, variables } from './env/variables.mts'
-import { StepError } from './step-error.mts'
+import { type Assignment, parseEnvFile } from './env-file.mts'
+import { StepError } from './errors.mts'
+import { type Node, nodesFrom, type Role } from './nodes.mts'
+import {
+  caFileProblem,
+  perNodeVariables,
+  proxyProblem,
+  type Settings,
+  SettingsReader,
+  variables,
+} from './settings.mts'
 
-export type Role = 'control-plane' | 'worker'
-
-/** One virtual machine. */
-export interface Node {
-  name: string
-  role: Role
-  /** Address in the machines' own network (the lan). */
-  ip: string
-  /** MAC address of the card to the outside, and of the one to the lan. */
-  mac: string
-  lanMac: string
-  /** Port on 127.0.0.1 that leads to the machine's ssh. */
-  sshPort: number
-  /** UDP port on 127.0.0.1 from which its QEMU sends the lan's frames. */
-  lanPort: number
-  /** The pods' addresses on a worker; the control plane runs no pods. */
-  podCidr?: string
-  memory: number
-  cpus: number
-}
+export type { Node, Role }
 
 export interface Cluster {
   /** The project's folder, absolute. */
   root: string
   /** A path below it: `path('tls', 'ca.pem')`. */
   path(...parts: string[]): string
-  /** Every value of cluster.env that is not of one node, typed, by its name there. */
+  /** Every value of cluster.env that does not belong to one node, typed, by its name there. */
   settings: Settings
   /** The control plane first, then the workers in their order. */
   nodes: Node[]
   controlPlane: Node
   workers: Node[]
-  /** The node of that name. @throws StepError that lists the names there are */
+  /** The node of that name. @throws StepError that lists the nodes */
   node(name: string): Node
   /** The API server as the workers reach it: https://192.168.100.10:6443. */
   apiServer: string
 }
 
 /**
- * Reads cluster.env, lets variables of the environment win, and checks it all.
+ * Reads cluster.env, lets variables of the environment win, and checks all of it.
  *
- * @param options.text what cluster.env would say, instead of what it says
+ * @param options.text the content of cluster.env, instead of the file
  * @throws StepError with every problem found, each with file and line
  */
 export function loadCluster(
@@ -63,12 +49,10 @@ export function loadCluster(
   const { assignments, problems } = parseEnvFile(options.text ?? readSettingsFile(root))
   const reader = new SettingsReader(assignments, options.env ?? process.env)
   for (const { line, reason } of problems) reader.problems.push(`cluster.env:${line}: ${reason}`)
-
-  const settings = reader.readAll(variables)
+  const settings = reader.readAll()
   const nodes = nodesFrom(settings, reader)
   checkNames(assignments, settings, nodes, reader)
-  checkRanges(settings, nodes, reader)
-
+  checkProxy(root, settings, reader)
   const [controlPlane, ...workers] = nodes
   if (reader.problems.length > 0 || !controlPlane) {
     const count = reader.problems.length
@@ -77,6 +61,7 @@ export function loadCluster(
       hint: 'each variable is explained in cluster.env itself; the environment wins over the file',
     })
   }
+  if (!options.env && !options.root && !options.text) showOverridden(reader)
   return {
     root,
     path: (...parts) => join(root, ...parts),
@@ -90,7 +75,7 @@ export function loadCluster(
 }
 
 /**
- * The nodes a script was told to work on.
+ * The nodes a script is to work on.
  *
  * @param names none means all
  * @throws StepError for a name that no node has
@@ -120,16 +105,16 @@ function readSettingsFile(root: string): string {
   }
 }
 
-/** A misspelt variable would otherwise be ignored in silence. */
+/** A misspelt variable would otherwise be ignored silently. */
 function checkNames(
   assignments: readonly Assignment[],
   settings: Settings,
   nodes: readonly Node[],
   reader: SettingsReader,
 ): void {
-  // Without the list of nodes, told as a mistake already, every one would be unknown.
+  // Without the list of nodes, which is a mistake already, every one would be unknown.
   const nodesKnown = settings.CONTROL_PLANE_NODE && settings.WORKER_NODES
-  // Those that the file names stay known when the environment has other ones.
+  // Nodes that the file names stay known when the environment names others.
   const known = assignments
     .filter(({ name }) => name === 'CONTROL_PLANE_NODE' || name === 'WORKER_NODES')
     .flatMap(({ value }) => value.split(/\s+/))
@@ -141,8 +126,26 @@ function checkNames(
     const suffix = prefix && name.slice(prefix.length + 1)
     if (suffix && (!nodesKnown || known.includes(suffix))) continue
     const reason = suffix
-      ? `${name} is of a node "${suffix}", which CONTROL_PLANE_NODE and WORKER_NODES do not name`
-      : `${name} is no variable of this project`
+      ? `${name} belongs to a node "${suffix}", which CONTROL_PLANE_NODE and WORKER_NODES do not name`
+      : `${name} is not a variable of this project`
     reader.problems.push(`cluster.env:${line}: ${reason}`)
   }
+}
+
+function checkProxy(root: string, settings: Settings, reader: SettingsReader): void {
+  for (const name of ['PROXY_HTTP', 'PROXY_HTTPS'] as const) {
+    const problem = settings[name] && proxyProblem(settings[name])
+    if (problem) reader.problem(name, problem)
+  }
+  const problem = settings.PROXY_CA_FILE && caFileProblem(root, settings.PROXY_CA_FILE)
+  if (problem) reader.problem('PROXY_CA_FILE', problem)
+}
+
+let shown = process.env.CLUSTER_LOCKS !== undefined
+
+/** Once a command: a script that another one runs leaves it to that. Names only, no passwords. */
+function showOverridden({ overridden }: SettingsReader): void {
+  if (shown || overridden.length === 0) return
+  shown = true
+  console.error(`! from the environment instead of cluster.env: ${overridden.join(', ')}`)
 }

@@ -1,43 +1,61 @@
-// Ctrl-C and SIGTERM as an AbortSignal, so that a step in the middle of something can undo it.
+// Ctrl-C and SIGTERM: as an AbortSignal for a step that has something to undo, else the end.
 import { constants } from 'node:os'
-import { StepError } from './step-error.mts'
+import { StepError } from './errors.mts'
 
-const patience = 30_000
+const gracePeriod = 30_000
 let controller: AbortController | undefined
-/** How many are at work on what must not be cut off. */
-let unhurried = 0
+let endCommands = () => {}
+let undoing = 0
 
 /**
- * The signal that Ctrl-C and SIGTERM abort. Whoever takes it promises to stop soon, clean up and
- * let the error pass; the process then ends with the shell's status for that signal (130, 143).
- * A second Ctrl-C, or 30 seconds without `takingTime`, end it without waiting.
+ * Installs the handlers. Without `interruption`, a signal ends the running commands and the script.
+ *
+ * @param end ends the commands that the script is running
+ */
+export function handleSignals(end: () => void): void {
+  endCommands = end
+  process.off('SIGINT', stop).on('SIGINT', stop)
+  process.off('SIGTERM', stop).on('SIGTERM', stop)
+}
+
+/**
+ * The signal that Ctrl-C and SIGTERM abort. The caller must then stop soon, clean up and let the
+ * error pass; the process ends with the shell's status for that signal (130, 143). A second Ctrl-C,
+ * or 30 seconds outside of `takingTime`, end it without waiting.
  */
 export function interruption(): AbortSignal {
   if (!controller) {
     controller = new AbortController()
-    process.on('SIGINT', stop)
-    process.on('SIGTERM', stop)
+    handleSignals(endCommands)
   }
   return controller.signal
 }
 
-/** Work that undoes something, and has as long as it takes: half undone would be worse. */
+/** The reason of an interruption; undefined if there was none. */
+export function interrupted(): Error | undefined {
+  return controller?.signal.aborted ? (controller.signal.reason as Error) : undefined
+}
+
+/** Runs work that undoes something: after Ctrl-C it may take as long as it needs. */
 export async function takingTime<T>(work: () => Promise<T>): Promise<T> {
-  unhurried += 1
+  undoing += 1
   try {
     return await work()
   } finally {
-    unhurried -= 1
+    undoing -= 1
   }
 }
 
 function stop(signal: 'SIGINT' | 'SIGTERM'): void {
   const exitCode = 128 + constants.signals[signal]
-  if (controller?.signal.aborted) process.exit(exitCode)
-  controller?.abort(new StepError(`interrupted by ${signal}`, { exitCode }))
-  const end = () => {
-    if (unhurried === 0) process.exit(exitCode)
-    setTimeout(end, patience).unref()
+  if (!controller || controller.signal.aborted) {
+    endCommands()
+    process.exit(exitCode)
   }
-  setTimeout(end, patience).unref()
+  controller.abort(new StepError(`interrupted by ${signal}`, { exitCode }))
+  const end = () => {
+    if (undoing === 0) process.exit(exitCode)
+    setTimeout(end, gracePeriod).unref()
+  }
+  setTimeout(end, gracePeriod).unref()
 }

@@ -1,34 +1,52 @@
-// Starts a script of bin/ on Node 20, 22 and 24. The first line of every script calls it; it is
-// plain JavaScript because it runs before anything that could understand TypeScript.
+// Starts a script of bin/ on Node 20 to 24. The first lines of every script call it; it is plain
+// JavaScript because it runs before anything that understands TypeScript.
 import { realpathSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { basename, resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
 
-const script = realpathSync(process.argv[2] ?? '')
+const root = resolve(import.meta.dirname ?? '.', '..')
 const require = createRequire(import.meta.url)
-
 const [major = 0, minor = 0] = process.versions.node.split('.').map(Number)
 if (major < 20 || (major === 20 && minor < 11)) {
-  stop(`Node ${process.versions.node} is too old: version 20.11 or newer is needed`)
+  const hint = 'brew install node, or https://nodejs.org/en/download'
+  stop(`Node ${process.versions.node} is too old: version 20.11 or newer is needed`, hint)
 }
 try {
   require.resolve('zx')
 } catch {
-  stop(`the npm packages are missing: run "npm ci" in ${resolve(import.meta.dirname, '..')}`)
+  stop('the npm packages are missing', `cd ${JSON.stringify(root)} && npm ci`)
 }
+
+// Node says that reading TypeScript is experimental, which is not for the user of a script.
+process.removeAllListeners('warning')
+process.on('warning', (warning) => {
+  if (warning.name !== 'ExperimentalWarning') console.error(`${warning.name}: ${warning.message}`)
+})
 
 // Node 22.18 and later read TypeScript by themselves, in half the time that tsx takes.
 if (!process.features.typescript) {
-  const { register } = await import('tsx/esm/api')
-  register()
+  try {
+    const { register } = await import('tsx/esm/api')
+    register()
+  } catch (error) {
+    // esbuild is a program for one system: node_modules may have been copied from another.
+    const reason = String(error instanceof Error ? error.message : error).split('\n')[0]
+    stop(
+      `the npm packages do not work on this system: ${reason}`,
+      `cd ${JSON.stringify(root)} && npm ci`,
+    )
+  }
 }
-
+const script = realpathSync(process.argv[2] ?? '')
 process.argv.splice(1, 2, script)
 await import(pathToFileURL(script).href)
 
-/** @param {string} reason */
-function stop(reason) {
-  console.error(`${basename(process.argv[2] ?? 'launch')}: ${reason}`)
+/**
+ * @param {string} reason
+ * @param {string} hint
+ */
+function stop(reason, hint) {
+  console.error(`${basename(process.argv[2] ?? 'launch')}: ${reason}\n  hint:    ${hint}`)
   process.exit(1)
 }

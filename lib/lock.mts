@@ -1,28 +1,41 @@
-// One at a time, among processes: a file that names its holder. Its content is put there in one
-// step, by a hard link, so nobody ever reads half of it.
+// One process at a time: a lock file that names its holder. Its content appears in one step, by a
+// hard link, so that nobody ever reads half of it.
 import { randomBytes } from 'node:crypto'
 import { link, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { dirname } from 'node:path'
-import { becomes, commandLine } from './qemu/processes.mts'
-import { StepError } from './step-error.mts'
+import type { Cluster, Node } from './cluster.mts'
+import { StepError } from './errors.mts'
+import { commandLine } from './qemu/processes.mts'
+import { becomes } from './wait.mts'
 
 interface Holder {
   pid: number
-  /** What that process was started with: its number alone may be another's by now. */
+  /** The holder's command line: its pid alone may belong to another process by now. */
   command: string
-  /** What it holds the lock for. */
+  /** What the lock is held for. */
   purpose: string
   /** Tells two holders in one process apart. */
   nonce: string
 }
 
+// Locks of the scripts that started this one, which are open to it, and our own for our children.
+const variable = 'CLUSTER_LOCKS'
+const inherited = (process.env[variable] ?? '').split(' ').filter(Boolean)
+const held = new Set<string>()
+
+/** The environment variable by which a script that this one runs is let into its locks. */
+export function locksForChildren(): Record<string, string> {
+  return { [variable]: [...inherited, ...held].join(' ') }
+}
+
 /**
- * Does something that only one process may do at a time.
+ * Does something that only one process may do at a time. A lock that a parent script holds is
+ * entered as well.
  *
- * @param path of the lock file; its folder is made
- * @param purpose what is being done, for whoever comes second: "another process is starting alpha"
- * @param options.wait seconds to wait for another holder; none unless said
- * @throws StepError that names the other's purpose, pid and command; what `work` throws
+ * @param path of the lock file; its folder is created
+ * @param purpose what is being done, for the error of the second: "another process is starting alpha"
+ * @param options.wait seconds to wait for another holder; 0 by default
+ * @throws StepError that names the holder's purpose, pid and command; what `work` throws
  */
 export async function withLock<T>(
   path: string,
@@ -36,50 +49,81 @@ export async function withLock<T>(
     purpose,
     nonce: randomBytes(8).toString('hex'),
   }
+  const parent = await holderOf(path)
+  if (parent && inherited.includes(parent.nonce)) return work()
   await mkdir(dirname(path), { recursive: true, mode: 0o700 })
-  const taken = await becomes(() => take(path, mine), options.wait ?? 0, options.signal)
-  if (!taken) {
+  if (!(await becomes(() => take(path, mine), options.wait ?? 0, options.signal))) {
     const other = await holderOf(path)
     throw new StepError(`another process is ${other?.purpose ?? purpose}`, {
       ...(other ? { command: `${other.command} (pid ${other.pid})` } : {}),
-      hint: 'let it finish, then try again',
+      hint: 'wait until it has finished, then try again',
     })
   }
+  held.add(mine.nonce)
   try {
     return await work()
   } finally {
+    held.delete(mine.nonce)
     if ((await holderOf(path))?.nonce === mine.nonce) await rm(path, { force: true })
   }
 }
 
+/** The lock of scripts that change the cluster as a whole: snapshot, restore, reconfig, bootstrap, … */
+export function withClusterLock<T>(
+  cluster: Cluster,
+  purpose: string,
+  work: () => Promise<T>,
+): Promise<T> {
+  return withLock(cluster.path('run', 'bootstrap.lock'), purpose, work)
+}
+
+/** The locks of machines: none of these is started or stopped meanwhile, not even by us. */
+export function withMachineLocks<T>(
+  cluster: Cluster,
+  nodes: readonly Node[],
+  purpose: string,
+  work: () => Promise<T>,
+): Promise<T> {
+  const [first, ...rest] = nodes
+  if (!first) return work()
+  const others = () => withMachineLocks(cluster, rest, purpose, work)
+  const path = cluster.path('run', `${first.name}.lock`)
+  // Long enough for another script to finish starting or stopping the machine.
+  return withLock(path, `${purpose} (${first.name})`, others, { wait: 60 })
+}
+
 async function take(path: string, mine: Holder): Promise<boolean> {
-  const beside = `${path}.${mine.nonce}`
-  await writeFile(beside, JSON.stringify(mine), { mode: 0o600 })
+  const ours = `${path}.${mine.nonce}`
+  await writeFile(ours, JSON.stringify(mine), { mode: 0o600 })
   try {
-    await link(beside, path)
+    await link(ours, path).catch((error: NodeJS.ErrnoException) => {
+      if (!/^(EPERM|ENOTSUP|EOPNOTSUPP|ENOSYS)$/.test(error.code ?? '')) throw error
+      // A file system without hard links (exFAT, some shares).
+      return writeFile(path, JSON.stringify(mine), { mode: 0o600, flag: 'wx' })
+    })
     return true
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error
   } finally {
-    await rm(beside, { force: true })
+    await rm(ours, { force: true })
   }
-  return (await removeIfStale(path, `${beside}.stale`)) && take(path, mine)
+  return (await removeIfStale(path, `${ours}.stale`)) && take(path, mine)
 }
 
 /**
- * Removes a lock whose holder has ended without giving it back. It is moved aside first and looked
- * at again there: in between, someone else may have done the same and taken the lock.
+ * Removes a lock whose holder has ended without releasing it. It is renamed first and read again:
+ * in between, another process may have done the same and taken the lock.
  *
- * @returns whether the lock is free now, as far as one can tell
+ * @returns whether the lock seems free now
  */
-async function removeIfStale(path: string, aside: string): Promise<boolean> {
+async function removeIfStale(path: string, stale: string): Promise<boolean> {
   const holder = await holderOf(path)
   if (holder && (await commandLine(holder.pid)) === holder.command) return false
-  await rename(path, aside).catch(() => {})
-  const moved = await holderOf(aside)
+  await rename(path, stale).catch(() => {})
+  const moved = await holderOf(stale)
   const isAnothers = moved !== undefined && moved.nonce !== holder?.nonce
-  if (isAnothers) await link(aside, path).catch(() => {})
-  await rm(aside, { force: true })
+  if (isAnothers) await link(stale, path).catch(() => {})
+  await rm(stale, { force: true })
   return !isAnothers
 }
 

@@ -2,7 +2,8 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import type { Cluster } from './cluster.mts'
-import { StepError } from './step-error.mts'
+import { StepError } from './errors.mts'
+import { locksForChildren } from './lock.mts'
 
 /**
  * Runs a script to its end. It tells its own errors.
@@ -21,7 +22,10 @@ export async function runScript(
   signal.throwIfAborted()
   const command = [`./bin/${name}.mts`, ...args].join(' ')
   console.error(`\n$ ${command}`)
-  const child = spawn(cluster.path('bin', `${name}.mts`), args, { stdio: 'inherit' })
+  const child = spawn(cluster.path('bin', `${name}.mts`), args, {
+    stdio: 'inherit',
+    env: { ...process.env, ...locksForChildren() },
+  })
   // Ctrl-C reaches both of us; what is sent to this process alone has to be passed on.
   const forward = () => child.kill('SIGTERM')
   process.once('SIGTERM', forward)

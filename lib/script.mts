@@ -1,9 +1,10 @@
-// The front of every script in bin/: what it does, its flags and arguments, --help, and how an
-// error that nobody caught is told.
+// The front of every script in bin/: what it does, its flags and arguments, --help, the environment
+// of its commands, and how an error that nobody caught is printed.
 import { basename } from 'node:path'
 import minimist from 'minimist'
-import { $ } from 'zx/core'
-import { describeError, StepError } from './step-error.mts'
+import { $, log, ProcessOutput } from 'zx/core'
+import { describeError, noteFailure, StepError } from './errors.mts'
+import { interrupted } from './interrupt.mts'
 
 /** A flag is a switch (`--force`) unless `value` names what follows it (`--timeout SECONDS`). */
 export interface Flag {
@@ -32,7 +33,6 @@ type FlagValue<F extends Flag> = F extends { value: string }
     ? number | undefined
     : string | undefined
   : boolean
-
 export type FlagValues<Flags extends Record<string, Flag>> = {
   [Name in keyof Flags]: FlagValue<Flags[Name]>
 }
@@ -43,10 +43,10 @@ const common = {
 } satisfies Record<string, Flag>
 
 /**
- * Declares a script and reads its command line. With --help it prints the declaration and exits
- * 0; with a flag or an argument that it does not know it says so and exits 2, and nothing has
- * happened yet. From then on an error that reaches the top is told by `describeError` and ends
- * the script with status 1, or the one the error carries.
+ * Declares a script, reads its command line and prepares zx's `$` for it. With --help it prints the
+ * declaration and exits 0; an unknown flag or argument exits 2 before anything has happened. From
+ * then on an error that reaches the top is printed by `describeError` and ends the script with
+ * status 1, or the one the error carries.
  *
  * @returns the flags by name, and the positional arguments
  */
@@ -56,10 +56,20 @@ export function script<const Flags extends Record<string, Flag>>(
 ): { flags: FlagValues<Flags> & { verbose: boolean }; args: string[] } {
   const name = basename(process.argv[1] ?? 'script', '.mts')
   process.on('uncaughtException', (error) => {
-    console.error(`${name}: ${describeError(error, argv.includes('--verbose'))}`)
-    process.exit(error instanceof StepError ? (error.explanation.exitCode ?? 1) : 1)
+    // After Ctrl-C a command fails because it was ended.
+    const reason = interrupted()
+    const shown = reason && error instanceof ProcessOutput ? reason : error
+    console.error(`${name}: ${describeError(shown, argv.includes('--verbose'))}`)
+    const carried = [shown, reason].find((each) => each instanceof StepError)
+    process.exit((carried as StepError | undefined)?.explanation.exitCode ?? 1)
   })
-
+  // A reader that has seen enough (`| head`) is no error.
+  for (const stream of [process.stdout, process.stderr]) {
+    stream.on('error', (error: NodeJS.ErrnoException) => {
+      if (error.code === 'EPIPE') process.exit(0)
+      throw error
+    })
+  }
   const known: Record<string, Flag> = { ...declaration.flags, ...common }
   const parsed = parse(known, argv, name)
   if (parsed.help) {
@@ -71,9 +81,22 @@ export function script<const Flags extends Record<string, Flag>>(
   const most = declaration.args?.includes('...') ? Infinity : wordsIn(declaration.args)
   if (args.length > most) refuse(name, `unexpected argument "${args[most]}"`)
   if (args.length < least) refuse(name, `missing argument: ${declaration.args}`)
-
-  $.verbose = Boolean(parsed.verbose)
+  prepareCommands(Boolean(parsed.verbose))
   return { flags: parsed as unknown as FlagValues<Flags> & { verbose: boolean }, args }
+}
+
+/** Has zx print commands with --verbose, and notes those that fail for the error that is printed. */
+export function prepareCommands(verbose: boolean): void {
+  const commands = new Map<string, string>()
+  $.verbose = verbose
+  $.log = (entry) => {
+    if (entry.kind === 'cmd') commands.set(entry.id, entry.cmd)
+    if (entry.kind === 'end') {
+      if (entry.exitCode !== 0) noteFailure(commands.get(entry.id) ?? '', entry.duration)
+      commands.delete(entry.id)
+    }
+    log(entry)
+  }
 }
 
 function parse(

@@ -4,9 +4,9 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { availableParallelism, loadavg, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { type Cluster, loadCluster } from '../lib/cluster.mts'
+import { formatTable } from '../lib/format.mts'
 import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/pki/certificates.mts'
 import { kubeconfigsOf } from '../lib/pki/kubeconfig.mts'
-import { formatTable } from '../lib/table.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from './checkout.mts'
 
 interface Contest {

@@ -8,10 +8,10 @@ import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
 import { createDisk, finishDisk } from '../lib/qemu/disk.mts'
 import { detectHost, type Host } from '../lib/qemu/host.mts'
 import { filesOf } from '../lib/qemu/machine-files.mts'
-import { becomes } from '../lib/qemu/processes.mts'
 import { detectArchitecture, detectSystem } from '../lib/qemu/processor.mts'
 import { connectUnixSocket } from '../lib/qemu/unix-socket.mts'
 import { isRunning, machineState, prepareFolders, startMachine } from '../lib/qemu/vm.mts'
+import { becomes } from '../lib/wait.mts'
 import { type Checkout, makeCheckout } from './checkout.mts'
 
 const program = `qemu-system-${await detectArchitecture(detectSystem())}`

@@ -2,10 +2,9 @@
 // program here does it, then the machines' proxy of cluster.env.
 import { isIP } from 'node:net'
 import { resolve } from 'node:path'
+import { contains, outsideGateway, parseAddress, parseCidr } from '../cidr.mts'
 import type { Cluster } from '../cluster.mts'
-import { contains, parseAddress, parseCidr } from '../env/cidr.mts'
-import { outsideGateway } from '../env/ranges.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 export interface HostProxy {
   /** Proxies for http:// and https:// addresses; empty: none. */

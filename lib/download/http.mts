@@ -6,7 +6,7 @@ import { request as httpsRequest } from 'node:https'
 import { isIP, type Socket } from 'node:net'
 import { text as readAll } from 'node:stream/consumers'
 import { connect as connectTls, rootCertificates } from 'node:tls'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import { type HostProxy, proxyFor } from './host-proxy.mts'
 
 export interface RequestOptions {

@@ -1,6 +1,6 @@
 // A file that is still arriving, and the note beside it of what it will become.
 import { readFile, rename, rm, stat } from 'node:fs/promises'
-import { writeFileAtomic } from '../atomic-write.mts'
+import { writeFileAtomic } from '../files.mts'
 
 /** What the bytes are a part of. */
 export interface PartialNote {

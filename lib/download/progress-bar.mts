@@ -1,5 +1,5 @@
 // How far a transfer is: a bar with rate and time left on a terminal, a line now and then elsewhere.
-import { formatBytes } from '../bytes.mts'
+import { formatBytes } from '../format.mts'
 import type { Progress } from './download.mts'
 
 const width = 10

@@ -4,7 +4,7 @@ import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
 import { open, readFile, stat } from 'node:fs/promises'
 import type { Cluster } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 const digestSize = 32
 // bbolt: the header of the first page takes 16 bytes, then stands 0xed0cdaed, little endian.

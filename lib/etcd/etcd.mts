@@ -1,14 +1,15 @@
 // etcd on the control plane machine: a snapshot of its data is fetched, or put in its place. Paths,
 // addresses and names are those of its unit, where they stand anyway.
+
+import { describeError, StepError } from '../errors.mts'
+import { timestamp } from '../format.mts'
 import { takingTime } from '../interrupt.mts'
 import type { Machine } from '../machine/machine.mts'
 import { onMachine } from '../machine/on-machine.mts'
 import { servicesOf } from '../machine/probes.mts'
 import { stream } from '../machine/ssh-stream.mts'
 import { waitForServices } from '../machine/wait-for-services.mts'
-import { describeError, StepError } from '../step-error.mts'
 import type { Row } from '../steps.mts'
-import { timestamp } from '../timestamp.mts'
 
 /** What etcdutl tells of a snapshot. */
 export interface SnapshotStatus {

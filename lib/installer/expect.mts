@@ -1,8 +1,8 @@
 // A dialogue with a program in a terminal: send what a person would type, wait for what a person
 // would see. After Don Libes's expect; nothing in here knows of this project but the error's form.
 import { type IPty, spawn as spawnPty } from 'node-pty'
-import { type Explanation, StepError } from '../step-error.mts'
-import { formatDuration } from '../steps.mts'
+import { type Explanation, StepError } from '../errors.mts'
+import { formatDuration } from '../format.mts'
 import { PlainTextStream } from './terminal-text.mts'
 import { Transcript } from './transcript.mts'
 

@@ -1,7 +1,7 @@
 // Commands at a shell on a serial console: each with its exit status and its output, whatever else
 // the console shows, and files sent through it.
 import { createHash, randomBytes } from 'node:crypto'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import { type Dialogue, ExpectError } from './expect.mts'
 
 export interface CommandOptions {

@@ -1,7 +1,7 @@
 // The installation of NixOS as a dialogue on the machine's console: what one would type there.
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { machineProxy } from '../staging/machine-proxy.mts'
-import { StepError } from '../step-error.mts'
 import type { Row } from '../steps.mts'
 import { type Dialogue, ExpectError, endOf } from './expect.mts'
 import { InstallerShell, waitForPrompt } from './installer-shell.mts'

@@ -3,7 +3,7 @@
 import { open } from 'node:fs/promises'
 import { basename, join } from 'node:path'
 import { $, which } from 'zx/core'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 export interface IsoKernel {
   /** Files on this computer. */

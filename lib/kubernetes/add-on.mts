@@ -1,8 +1,8 @@
 // What every add-on's script has in common: its flags, --print and --delete, and the condition
 // that pods can run at all.
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import type { Flag } from '../script.mts'
-import { StepError } from '../step-error.mts'
 import { step } from '../steps.mts'
 import type { ApiObject, Kubectl } from './kubectl.mts'
 

@@ -3,7 +3,7 @@ import { readFile } from 'node:fs/promises'
 import { request } from 'node:https'
 import { text } from 'node:stream/consumers'
 import type { Cluster } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 export interface ApiAnswer {
   /** HTTP status. */

@@ -6,13 +6,13 @@ import { arch, platform } from 'node:os'
 import { join } from 'node:path'
 import { rootCertificates } from 'node:tls'
 import { $, which } from 'zx/core'
-import { writeFileAtomic } from '../atomic-write.mts'
 import type { Cluster } from '../cluster.mts'
 import { download } from '../download/download.mts'
 import { type HostProxy, hostProxy } from '../download/host-proxy.mts'
 import { requestText } from '../download/http.mts'
 import { progressListener } from '../download/progress-bar.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
+import { writeFileAtomic } from '../files.mts'
 
 export interface FetchOptions {
   /** Where releases lie: SITE/vVERSION/cilium-OS-ARCH.tar.gz, each with a .sha256sum beside it. */

@@ -2,6 +2,7 @@
 // answer holds up nothing else.
 
 import type { Cluster, Node, Role } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { lanSwitchStatus, type SwitchStatus } from '../lan/lan-switch.mts'
 import { clockProbe } from '../machine/clock.mts'
 import { certificateProbe, type InstalledCertificate } from '../machine/installed-certificates.mts'
@@ -17,7 +18,6 @@ import {
 import { type SystemState, systemStateProbe } from '../machine/system-state.mts'
 import { inspectTls } from '../pki/tls-report.mts'
 import { machineState } from '../qemu/vm.mts'
-import { StepError } from '../step-error.mts'
 import { askApiServer } from './api-server.mts'
 import { type PodList, type PodReport, podReport } from './pod-report.mts'
 

@@ -1,6 +1,6 @@
 // What cluster.env knows of the workers, and the API has to be told.
 import type { Node } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import { getNodes } from './add-on.mts'
 import type { Kubectl } from './kubectl.mts'
 

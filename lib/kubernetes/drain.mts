@@ -1,5 +1,5 @@
 // Taking a node out of service: no new pods, then none at all, then no node.
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import type { Kubectl } from './kubectl.mts'
 
 /** Keeps new pods away from the node. @returns whether it took some before */

@@ -1,7 +1,7 @@
 // kubectl as the admin of this cluster. What a script does with it, a learner can type.
 import { $, type ProcessOutput } from 'zx/core'
 import type { Cluster } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import { wrongEncryptionKey } from './api-server.mts'
 import { waitForRollout } from './rollout.mts'
 

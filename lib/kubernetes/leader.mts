@@ -1,5 +1,5 @@
 // Who of several does the work: controller-manager and scheduler each hold a lease.
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import type { Kubectl } from './kubectl.mts'
 
 /** A leader renews its lease every two seconds; after this many, nobody does its work. */

@@ -1,5 +1,5 @@
 // Pods as the API server lists them, in as many words as fit on a line.
-import { formatTable } from '../table.mts'
+import { formatTable } from '../format.mts'
 
 export interface PodReport {
   namespace: string

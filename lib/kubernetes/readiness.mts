@@ -2,6 +2,7 @@
 // and every worker, each with its state, since when, and why it is not there yet.
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { clockProbe, clockTrouble } from '../machine/clock.mts'
 import { Machine } from '../machine/machine.mts'
 import { runProbes } from '../machine/probe.mts'
@@ -15,7 +16,6 @@ import { NoAnswer } from '../machine/ssh.mts'
 import { findBootFailure, lastConsoleLines } from '../qemu/console-log.mts'
 import { filesOf } from '../qemu/machine-files.mts'
 import { isRunning } from '../qemu/vm.mts'
-import { StepError } from '../step-error.mts'
 
 /** The reason of a row before its first measurement. */
 export const notAskedYet = 'not asked yet'

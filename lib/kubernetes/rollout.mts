@@ -1,7 +1,7 @@
 // Waiting for pods, and why they are not there yet.
 
-import { StepError } from '../step-error.mts'
-import { waitFor } from '../wait-for.mts'
+import { StepError } from '../errors.mts'
+import { waitFor } from '../wait.mts'
 import type { ApiObject, Kubectl } from './kubectl.mts'
 
 interface Workload extends ApiObject {

@@ -2,7 +2,7 @@
 
 import type { Cluster, Node } from '../cluster.mts'
 import { probeApiServer } from '../machine/probes.mts'
-import { waitFor } from '../wait-for.mts'
+import { waitFor } from '../wait.mts'
 import { askApiServer } from './api-server.mts'
 
 /** Whether the node is Ready now; false also if the API server cannot tell. */

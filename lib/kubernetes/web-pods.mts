@@ -1,6 +1,6 @@
 // A web server in a pod on every worker, and a service before them: something to talk to.
 import type { Cluster, Node } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import type { Kubectl } from './kubectl.mts'
 import { waitForPods } from './rollout.mts'
 import { scratchAccount } from './scratch-namespace.mts'

@@ -3,9 +3,9 @@
 // SIGHUP: the machines are read anew from cluster.env. SIGTERM: the end.
 import { createSocket } from 'node:dgram'
 import { rm } from 'node:fs/promises'
-import { writeFileAtomic } from '../atomic-write.mts'
 import { type Cluster, loadCluster } from '../cluster.mts'
-import { describeError } from '../step-error.mts'
+import { describeError } from '../errors.mts'
+import { writeFileAtomic } from '../files.mts'
 import { pidFileOf, type SwitchStatus, statusQuery } from './lan-switch.mts'
 import { LearningSwitch } from './learning-switch.mts'
 

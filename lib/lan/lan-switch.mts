@@ -4,10 +4,11 @@ import { spawn } from 'node:child_process'
 import { createSocket } from 'node:dgram'
 import { mkdir, open, readFile } from 'node:fs/promises'
 import type { Cluster } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { withLock } from '../lock.mts'
 import { assertFree } from '../qemu/ports.mts'
-import { becomes, isGone, pidFrom } from '../qemu/processes.mts'
-import { StepError } from '../step-error.mts'
+import { isGone, pidFrom } from '../qemu/processes.mts'
+import { becomes } from '../wait.mts'
 import type { SwitchCounters } from './learning-switch.mts'
 
 /** What the switch answers to `statusQuery`. */
@@ -166,5 +167,5 @@ function programOf(cluster: Place): string {
 
 function switchCommand(cluster: Cluster): string[] {
   const launcher = cluster.path('lib', 'launch.mjs')
-  return ['--disable-warning=ExperimentalWarning', launcher, programOf(cluster)]
+  return [launcher, programOf(cluster)]
 }

@@ -1,8 +1,8 @@
 // A command of minutes on a machine: it goes on when the connection does not, and its lines are
 // shown as they come.
 import { setTimeout as sleep } from 'node:timers/promises'
+import { StepError } from '../errors.mts'
 import { isRunning } from '../qemu/vm.mts'
-import { StepError } from '../step-error.mts'
 import type { Row } from '../steps.mts'
 import type { Machine } from './machine.mts'
 import { onMachine } from './on-machine.mts'

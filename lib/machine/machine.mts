@@ -3,10 +3,10 @@
 import { readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { findBootFailure, lastConsoleLines } from '../qemu/console-log.mts'
 import { filesOf } from '../qemu/machine-files.mts'
 import { isRunning } from '../qemu/vm.mts'
-import { StepError } from '../step-error.mts'
 import { type Answer, NoAnswer, quoteForShell, runOverSsh } from './ssh.mts'
 import { type SystemState, systemStateProbe } from './system-state.mts'
 

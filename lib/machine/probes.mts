@@ -2,8 +2,8 @@
 // API server over its forwarded port. Only what was measured is told, never what should be.
 
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { type ApiAnswer, askApiServer, wrongEncryptionKey } from '../kubernetes/api-server.mts'
-import { StepError } from '../step-error.mts'
 import type { Machine } from './machine.mts'
 import { type Probe, runProbes } from './probe.mts'
 

@@ -3,7 +3,7 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { open } from 'node:fs/promises'
 import { text } from 'node:stream/consumers'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import type { Machine } from './machine.mts'
 import { NoAnswer, quoteForShell, sshArguments, sshFolder } from './ssh.mts'
 

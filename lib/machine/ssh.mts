@@ -4,7 +4,7 @@ import { spawn } from 'node:child_process'
 import { access, mkdir } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 /** What a command on a machine answered. */
 export interface Answer {

@@ -1,7 +1,7 @@
 // Waiting for a machine's services after they were changed, without waiting for those that will
 // never come: systemd starts them again and again, which is counted.
-import { StepError } from '../step-error.mts'
-import { waitFor } from '../wait-for.mts'
+import { StepError } from '../errors.mts'
+import { waitFor } from '../wait.mts'
 import type { Machine } from './machine.mts'
 import { probeApiServer, probeServices, type ServiceState } from './probes.mts'
 import { NoAnswer, quoteForShell } from './ssh.mts'

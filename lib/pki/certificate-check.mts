@@ -1,6 +1,6 @@
 // Whether a certificate that is there may stay: what it says against the table, and who signed it.
 import type { X509Certificate } from 'node:crypto'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import { type CertificateEntry, type Usage, usages } from './certificates.mts'
 import { type Pair, pairFiles } from './pki.mts'
 import type { Credential } from './x509.mts'

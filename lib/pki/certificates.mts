@@ -1,8 +1,9 @@
 // The table of certificates: who gets one, under which name, and what for. What is generated,
 // checked and explained is read from here.
+
+import { outsideGateway } from '../cidr.mts'
 import type { Cluster, Node } from '../cluster.mts'
-import { outsideGateway } from '../env/ranges.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 /** A subject's parts by their short names (RFC 4514), in the order they are written. */
 export type Subject = Readonly<{

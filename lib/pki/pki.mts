@@ -1,9 +1,8 @@
 // The files of tls/: for every row of the table a certificate and its key, read and written.
 import { createPrivateKey, type KeyObject, X509Certificate } from 'node:crypto'
 import { chmod, rm, stat } from 'node:fs/promises'
-import { writeFileAtomic } from '../atomic-write.mts'
 import type { Cluster } from '../cluster.mts'
-import { readIfThere } from '../optional-file.mts'
+import { readIfThere, writeFileAtomic } from '../files.mts'
 import type { Credential } from './x509.mts'
 
 /** What the two files of a name hold. A part that is missing or unreadable is undefined. */

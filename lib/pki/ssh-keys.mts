@@ -1,10 +1,9 @@
 // The ssh keys of the cluster: one to log in with, one that each machine proves itself by. Made
 // beforehand, so that ssh knows a machine the first time it meets it.
 import { chmod, stat } from 'node:fs/promises'
-import { writeFileAtomic } from '../atomic-write.mts'
 import type { Cluster } from '../cluster.mts'
-import { readIfThere } from '../optional-file.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
+import { readIfThere, writeFileAtomic } from '../files.mts'
 import { generateSshKey, publicHalf } from './ssh-key.mts'
 
 /** One row of the table: the files `tls/NAME` and `tls/NAME.pub`. */

@@ -1,8 +1,8 @@
 // What is in tls/ and what is wrong with it, as data and as a table.
 
 import type { Cluster } from '../cluster.mts'
-import { readIfThere } from '../optional-file.mts'
-import { formatTable } from '../table.mts'
+import { readIfThere } from '../files.mts'
+import { formatTable } from '../format.mts'
 import { describeCertificate, problemsOf } from './certificate-check.mts'
 import { authorityOf, certificatesOf } from './certificates.mts'
 import { isExposed, pairFiles, readPair } from './pki.mts'

@@ -1,6 +1,6 @@
 // What a check of this computer found.
 
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import type { Prerequisite } from './prerequisites.mts'
 
 export interface Finding {

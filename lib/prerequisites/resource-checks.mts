@@ -1,8 +1,8 @@
 // Whether this computer has enough left for the machines that do not run yet.
 import { freemem } from 'node:os'
 import { $ } from 'zx/core'
-import { formatBytes } from '../bytes.mts'
 import type { Cluster } from '../cluster.mts'
+import { formatBytes } from '../format.mts'
 import { lanSwitchStatus } from '../lan/lan-switch.mts'
 import { assertDiskSpace, freeBytes, hasDisk } from '../qemu/disk.mts'
 import { assertFree, isPortFree } from '../qemu/ports.mts'

@@ -2,7 +2,7 @@
 // QEMU itself, as a device that can be opened need not work.
 import { closeSync, openSync } from 'node:fs'
 import { $, which } from 'zx/core'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import {
   type Accelerator,
   cpuModel,

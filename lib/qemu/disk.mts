@@ -5,7 +5,7 @@ import { chmod, copyFile, mkdir, open, rename, rm, stat, statfs } from 'node:fs/
 import { basename, dirname, join } from 'node:path'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import type { FlashImage } from './firmware.mts'
 import type { Host } from './host.mts'
 import { filesOf } from './machine-files.mts'

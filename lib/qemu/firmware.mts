@@ -4,7 +4,7 @@ import { existsSync, realpathSync } from 'node:fs'
 import { open, readdir, readFile } from 'node:fs/promises'
 import { homedir } from 'node:os'
 import { dirname, join } from 'node:path'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 export type Architecture = 'x86_64' | 'aarch64'
 

@@ -1,7 +1,7 @@
 // This computer as far as QEMU is concerned: processor, accelerator, firmware, and the program.
 import { $, which } from 'zx/core'
 import type { Cluster } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import { detectAccelerator } from './accelerator.mts'
 import { type Architecture, type Firmware, findFirmware } from './firmware.mts'
 import {

@@ -5,7 +5,7 @@ import { readdir, readFile, readlink } from 'node:fs/promises'
 import { createConnection, createServer } from 'node:net'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from '../cluster.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 export type Transport = 'tcp' | 'udp'
 

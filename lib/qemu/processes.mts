@@ -1,7 +1,6 @@
 // Which process a pid file means. A pid alone says little: after a crash or a restart of this
 // computer the number may be anyone's. Only what a process was started with tells whose it is.
 import { readFile } from 'node:fs/promises'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx/core'
 
 /**
@@ -49,25 +48,4 @@ export async function pidFrom(file: string, marks: readonly string[]): Promise<n
   if (!Number.isInteger(pid) || pid < 2) return undefined
   const line = await commandLine(pid)
   return line && marks.every((mark) => line.includes(mark)) ? pid : undefined
-}
-
-/**
- * Looks every 100 ms until a condition holds.
- *
- * @param seconds how long at most
- * @returns whether it came to hold
- * @throws the signal's reason when it is aborted
- */
-export async function becomes(
-  condition: () => boolean | Promise<boolean>,
-  seconds: number,
-  signal?: AbortSignal,
-): Promise<boolean> {
-  const deadline = performance.now() + seconds * 1000
-  for (;;) {
-    signal?.throwIfAborted()
-    if (await condition()) return true
-    if (performance.now() > deadline) return false
-    await sleep(100)
-  }
 }

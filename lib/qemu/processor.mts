@@ -1,7 +1,7 @@
 // This computer's system and processor, as QEMU names them, and the processor that the machines get.
 import { arch as nodeArch } from 'node:os'
 import { $ } from 'zx/core'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import type { Architecture } from './firmware.mts'
 
 export type System = 'linux' | 'darwin'

@@ -1,7 +1,7 @@
 // A client of the QEMU Machine Protocol: one JSON object a line, a greeting, commands with their
 // answers in order of ids, events in between (QEMU's docs/interop/qmp-spec).
 import type { Socket } from 'node:net'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 import { connectUnixSocket } from './unix-socket.mts'
 
 export interface QmpEvent {

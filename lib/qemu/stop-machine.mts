@@ -1,9 +1,10 @@
 // Stopping a machine: asked first, then switched off, then ended. Only ever our own.
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { withLock } from '../lock.mts'
-import { StepError } from '../step-error.mts'
+import { becomes } from '../wait.mts'
 import { filesOf } from './machine-files.mts'
-import { becomes, isGone } from './processes.mts'
+import { isGone } from './processes.mts'
 import { Qmp } from './qmp.mts'
 import { isRunning, machineState } from './vm.mts'
 

@@ -5,11 +5,11 @@ import { mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promise
 import { tmpdir } from 'node:os'
 import { join, relative } from 'node:path'
 import { $ } from 'zx/core'
+import { StepError } from '../errors.mts'
 import type { Machine } from '../machine/machine.mts'
 import { onMachine } from '../machine/on-machine.mts'
 import { targetOf } from '../staging/staged-files.mts'
 import { stagingFolder } from '../staging/staging.mts'
-import { StepError } from '../step-error.mts'
 import { pushFolder } from './push.mts'
 
 /** A file that is not on the machine as it is staged. */

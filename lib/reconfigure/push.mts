@@ -1,9 +1,9 @@
 // The staged configuration on its way to a machine: as a whole or not at all, and back.
 import { createHash } from 'node:crypto'
+import { describeError, StepError } from '../errors.mts'
 import type { Machine } from '../machine/machine.mts'
 import { onMachine } from '../machine/on-machine.mts'
 import { stagedArchive } from '../staging/staging.mts'
-import { describeError, StepError } from '../step-error.mts'
 
 /** Where a machine keeps what belongs to a push. */
 export const pushFolder = '/var/lib/reconfig'

@@ -1,10 +1,11 @@
 // A new configuration on a running machine: pushed as a whole, switched to, and taken back if the
 // machine is not well with it.
+
+import { describeError, StepError } from '../errors.mts'
 import { isReady, waitForReady } from '../kubernetes/wait-for-node.mts'
 import { runLong } from '../machine/long-command.mts'
 import type { Machine } from '../machine/machine.mts'
 import { waitForServices } from '../machine/wait-for-services.mts'
-import { describeError, StepError } from '../step-error.mts'
 import type { Row } from '../steps.mts'
 import { confirmPush, push, pushFolder, putFormerBack } from './push.mts'
 

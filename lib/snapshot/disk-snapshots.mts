@@ -4,11 +4,11 @@
 import { open } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { hasDisk } from '../qemu/disk.mts'
 import { filesOf } from '../qemu/machine-files.mts'
 import { Qmp } from '../qemu/qmp.mts'
 import { isRunning, machineState } from '../qemu/vm.mts'
-import { StepError } from '../step-error.mts'
 
 /** A snapshot as the image lists it. Name, id and time together are its alone. */
 export interface DiskSnapshot {

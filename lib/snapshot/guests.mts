@@ -1,9 +1,9 @@
 // What the systems on the machines are asked for around a snapshot. Those that do not answer (one
 // that is booting, or has no system) do without.
 import type { Cluster, Node } from '../cluster.mts'
+import { StepError } from '../errors.mts'
 import { Machine } from '../machine/machine.mts'
 import { isRunning } from '../qemu/vm.mts'
-import { StepError } from '../step-error.mts'
 
 /** Seconds: where QEMU emulates the processor, a first ssh call takes five. */
 const patience = 20

@@ -3,8 +3,8 @@
 import { createHash } from 'node:crypto'
 import { chmod, copyFile, mkdir, readdir, readFile, stat } from 'node:fs/promises'
 import { dirname, join, relative } from 'node:path'
-import { writeFileAtomic } from '../atomic-write.mts'
 import type { Cluster } from '../cluster.mts'
+import { writeFileAtomic } from '../files.mts'
 import { filesOf } from '../qemu/machine-files.mts'
 
 /** A file that was kept. */

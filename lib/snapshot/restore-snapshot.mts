@@ -1,11 +1,10 @@
 // Making the cluster what it was at a snapshot: what would keep it from that is found before
 // anything is touched, and what is overwritten is kept.
 import { rm } from 'node:fs/promises'
-import { writeFileAtomic } from '../atomic-write.mts'
 import { type Cluster, loadCluster } from '../cluster.mts'
-import { readIfThere } from '../optional-file.mts'
-import { describeError, StepError } from '../step-error.mts'
-import { timestamp } from '../timestamp.mts'
+import { describeError, StepError } from '../errors.mts'
+import { readIfThere, writeFileAtomic } from '../files.mts'
+import { timestamp } from '../format.mts'
 import { type Disk, type IdleDisk, openDisk, openDisks } from './disk-snapshots.mts'
 import { damagedFiles, putBackFiles } from './kept-files.mts'
 import { listSnapshots, type Snapshot, snapshotFolder } from './snapshots.mts'

@@ -2,8 +2,8 @@
 // the keys and settings of that moment with a record of it all.
 import { readdir } from 'node:fs/promises'
 import type { Cluster, Node } from '../cluster.mts'
-import { readIfThere } from '../optional-file.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
+import { readIfThere } from '../files.mts'
 import type { DiskSnapshot } from './disk-snapshots.mts'
 import type { KeptFile } from './kept-files.mts'
 

@@ -1,5 +1,7 @@
 // Another release of NixOS, and the Kubernetes in it, on one machine: built beside the system that
 // runs, looked at, then switched to.
+
+import { describeError, StepError } from '../errors.mts'
 import { waitForReady } from '../kubernetes/wait-for-node.mts'
 import { runLong } from '../machine/long-command.mts'
 import { Machine } from '../machine/machine.mts'
@@ -8,7 +10,6 @@ import { NoAnswer } from '../machine/ssh.mts'
 import { waitForServices } from '../machine/wait-for-services.mts'
 import { confirmPush, push, pushFolder, putFormerBack } from '../reconfigure/push.mts'
 import { switchTo } from '../reconfigure/reconfigure.mts'
-import { describeError, StepError } from '../step-error.mts'
 import type { Row } from '../steps.mts'
 
 /** What a system holds. */

@@ -1,6 +1,6 @@
 // Which versions of Kubernetes may meet in one cluster, as far as an upgrade is concerned.
 // https://kubernetes.io/releases/version-skew-policy/
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
 
 /** Minor versions that a kubelet may be behind the API server. */
 const kubeletMayBeBehind = 3

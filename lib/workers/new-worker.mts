@@ -1,8 +1,9 @@
 // What another worker is called, and the next free port and addresses for it.
+
+import { type Cidr, overlap, parseAddress, parseCidr } from '../cidr.mts'
 import type { Cluster } from '../cluster.mts'
-import { type Cidr, overlap, parseAddress, parseCidr } from '../env/cidr.mts'
-import { kinds, perNodeVariables } from '../env/variables.mts'
-import { StepError } from '../step-error.mts'
+import { StepError } from '../errors.mts'
+import { kinds, perNodeVariables } from '../settings.mts'
 import type { WorkerSettings } from './worker-settings.mts'
 
 /** Names whose files in run/ would be those of something else, and what that is. */

@@ -1,12 +1,12 @@
 // The machines that a worker joins or leaves: each has a route to its pods and its name in
 // /etc/hosts, now and after a restart.
 import type { Cluster, Node } from '../cluster.mts'
+import { describeError } from '../errors.mts'
 import { Machine } from '../machine/machine.mts'
 import { isRunning } from '../qemu/vm.mts'
 import { compare, formatChanges } from '../reconfigure/configuration-changes.mts'
 import { reconfigure } from '../reconfigure/reconfigure.mts'
 import { stage } from '../staging/staging.mts'
-import { describeError } from '../step-error.mts'
 import { inParallel, step } from '../steps.mts'
 
 /** Seconds for networkd to change a route. */

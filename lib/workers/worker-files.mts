@@ -1,12 +1,11 @@
 // What this computer has of one worker, and taking it away.
 import { readdir, rename, rm } from 'node:fs/promises'
 import { basename } from 'node:path'
-import { writeFileAtomic } from '../atomic-write.mts'
 import type { Cluster, Node } from '../cluster.mts'
-import { readIfThere } from '../optional-file.mts'
+import { readIfThere, writeFileAtomic } from '../files.mts'
+import { timestamp } from '../format.mts'
 import { hasDisk } from '../qemu/disk.mts'
 import { filesOf } from '../qemu/machine-files.mts'
-import { timestamp } from '../timestamp.mts'
 
 /**
  * Removes keys, certificate, kubeconfig, staged configuration, logs and UEFI variables of a worker

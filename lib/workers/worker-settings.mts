@@ -1,8 +1,8 @@
 // A worker's lines in cluster.env, put in and taken out again. All else in the file stays as its
 // owner wrote it, to the byte.
-import { parseEnvFile } from '../env/env-file.mts'
-import { perNodeVariables } from '../env/variables.mts'
-import { StepError } from '../step-error.mts'
+import { parseEnvFile } from '../env-file.mts'
+import { StepError } from '../errors.mts'
+import { perNodeVariables } from '../settings.mts'
 
 /** What cluster.env says of one worker. */
 export interface WorkerSettings {

@@ -3,7 +3,7 @@ import assert from 'node:assert/strict'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
 import { type IPty, spawn } from 'node-pty'
 import { plainText } from '../../lib/installer/terminal-text.mts'
-import { becomes } from '../../lib/qemu/processes.mts'
+import { becomes } from '../../lib/wait.mts'
 import { type FakeApiServer, nodeList, startFakeApiServer } from '../api-server.mts'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
 

@@ -2,9 +2,9 @@
 // machines.
 import assert from 'node:assert/strict'
 import { after, before, describe, it } from 'node:test'
+import { StepError } from '../../lib/errors.mts'
 import { cordon, drain, forgetNode, uncordon } from '../../lib/kubernetes/drain.mts'
 import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import { StepError } from '../../lib/step-error.mts'
 import { claimsOn } from '../../lib/workers/local-volumes.mts'
 import { HollowCluster } from '../kubernetes/hollow-cluster.mts'
 import { findTools } from '../kubernetes/prepared.mts'

@@ -6,11 +6,11 @@ import { afterEach, beforeEach, describe, it } from 'node:test'
 import { promisify } from 'node:util'
 import { gzip } from 'node:zlib'
 import { loadCluster } from '../../lib/cluster.mts'
+import { describeError } from '../../lib/errors.mts'
 import { type Dialogue, ExpectError, spawn } from '../../lib/installer/expect.mts'
 import { install } from '../../lib/installer/installer.mts'
 import { markers } from '../../lib/installer/installer-shell.mts'
 import { type TarEntry, tar } from '../../lib/staging/tar.mts'
-import { describeError } from '../../lib/step-error.mts'
 import { type LiveSystem, makeLiveSystem, noLiveSystem } from '../live-system.mts'
 
 // A real shell with real files, in a mount namespace: what it lacks is a disk, and NixOS.

@@ -10,7 +10,8 @@ import {
   pidFileOf,
   stopLanSwitch,
 } from '../../lib/lan/lan-switch.mts'
-import { becomes, commandLine, isGone } from '../../lib/qemu/processes.mts'
+import { commandLine, isGone } from '../../lib/qemu/processes.mts'
+import { becomes } from '../../lib/wait.mts'
 import { type Checkout, makeCheckout } from '../checkout.mts'
 import { type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
 

@@ -4,7 +4,7 @@ import { chmod, mkdir, readFile, rm, utimes, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { loadCluster } from '../../lib/cluster.mts'
-import { parseEnvFile } from '../../lib/env/env-file.mts'
+import { parseEnvFile } from '../../lib/env-file.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from '../checkout.mts'
 
 const makefile = readFileSync(join(projectRoot, 'Makefile'), 'utf8')

@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { after, before, describe, it } from 'node:test'
 import type { Result } from '../../lib/check-list.mts'
-import { becomes } from '../../lib/qemu/processes.mts'
+import { becomes } from '../../lib/wait.mts'
 import { HollowMachines } from '../hollow-machines.mts'
 import { noQemu } from '../idle-qemu.mts'
 import { HollowCluster } from '../kubernetes/hollow-cluster.mts'

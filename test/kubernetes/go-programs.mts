@@ -3,8 +3,8 @@ import { cp, mkdtemp, readFile, rename, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { $, ProcessOutput, type Shell } from 'zx'
-import { StepError } from '../../lib/step-error.mts'
-import { formatDuration } from '../../lib/steps.mts'
+import { StepError } from '../../lib/errors.mts'
+import { formatDuration } from '../../lib/format.mts'
 import { architecture, say } from './program-cache.mts'
 
 interface GoModule {

@@ -2,7 +2,7 @@
 // with the real kubectl and, in place of what containers would run, programs of the test.
 import { writeFile } from 'node:fs/promises'
 import type { Cluster } from '../../lib/cluster.mts'
-import { becomes } from '../../lib/qemu/processes.mts'
+import { becomes } from '../../lib/wait.mts'
 import { type Checkout, type Outcome, run } from '../checkout.mts'
 import { FakePrograms } from '../fake-programs.mts'
 import type { ControlPlane } from './control-plane.mts'

@@ -9,7 +9,7 @@ import { loadCluster } from '../../lib/cluster.mts'
 import { download } from '../../lib/download/download.mts'
 import { type HostProxy, hostProxy } from '../../lib/download/host-proxy.mts'
 import { requestText } from '../../lib/download/http.mts'
-import { describeError, StepError } from '../../lib/step-error.mts'
+import { describeError, StepError } from '../../lib/errors.mts'
 import { type GoModuleName, goBuild, goModules, pinnedVersion } from './go-programs.mts'
 import { architecture, cachedPrograms, say } from './program-cache.mts'
 

@@ -2,10 +2,10 @@
 // numbers of every worker. That claims keep their data is shown by deploy-local-storage itself each
 // time it runs, and that a service is found by its name by smoke.
 import { CheckList } from '../../lib/check-list.mts'
+import { StepError } from '../../lib/errors.mts'
 import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
 import { type ProbePod, withProbePods } from '../../lib/kubernetes/probe-pods.mts'
 import type { Pod } from '../../lib/kubernetes/rollout.mts'
-import { StepError } from '../../lib/step-error.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
 /** Lookups through the service, of all workers' pods together; none of them may fail. */

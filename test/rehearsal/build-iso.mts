@@ -2,7 +2,7 @@
 //   node --import tsx test/rehearsal/build-iso.mts [--kube-bin-dir FOLDER]... [--images]
 import { parseArgs } from 'node:util'
 import { loadCluster } from '../../lib/cluster.mts'
-import { describeError } from '../../lib/step-error.mts'
+import { describeError } from '../../lib/errors.mts'
 import { type DebianLayer, debianLayer } from './debian-layer.mts'
 import { imageArchives, imagesLayer } from './images.mts'
 import { isoImage } from './iso.mts'

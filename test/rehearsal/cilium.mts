@@ -5,9 +5,9 @@ import { readFileSync } from 'node:fs'
 import { dirname } from 'node:path'
 import { parse } from 'yaml'
 import { loadCluster } from '../../lib/cluster.mts'
+import { describeError } from '../../lib/errors.mts'
 import { type HelmRelease, helmRelease } from '../../lib/kubernetes/helm.mts'
 import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import { describeError } from '../../lib/step-error.mts'
 import { helmRecord } from '../kubernetes/helm-record.mts'
 
 type Values = Record<string, unknown>

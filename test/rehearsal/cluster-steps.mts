@@ -1,9 +1,9 @@
 // From machines that answer ssh to a cluster that has passed its checks: what is rehearsed, in this
 // order. One more step is one more line.
+
+import { describeError } from '../../lib/errors.mts'
+import { formatDuration, formatTable } from '../../lib/format.mts'
 import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import { describeError } from '../../lib/step-error.mts'
-import { formatDuration } from '../../lib/steps.mts'
-import { formatTable } from '../../lib/table.mts'
 import { addOnChecks } from './add-on-checks.mts'
 import { dayTwoChecks } from './day-two-checks.mts'
 import { networkChecks } from './network-checks.mts'

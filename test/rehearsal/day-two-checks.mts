@@ -8,7 +8,7 @@ import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
 import { waitForReady } from '../../lib/kubernetes/wait-for-node.mts'
 import { Machine } from '../../lib/machine/machine.mts'
 import { servicesOf } from '../../lib/machine/probes.mts'
-import { waitFor } from '../../lib/wait-for.mts'
+import { waitFor } from '../../lib/wait.mts'
 import { podsTalk } from './pods-talk.mts'
 import type { Rehearsal, Step } from './rehearsal.mts'
 

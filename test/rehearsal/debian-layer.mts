@@ -15,7 +15,7 @@ import {
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { $ } from 'zx'
-import { StepError } from '../../lib/step-error.mts'
+import { StepError } from '../../lib/errors.mts'
 import { findSource } from './distribution.mts'
 import { cached, contentOf } from './layer-cache.mts'
 

@@ -2,7 +2,7 @@
 // changed where the host's is too old for Kubernetes (etcd 3.5, containerd 1.7 and newer).
 import { readFile } from 'node:fs/promises'
 import { $ } from 'zx'
-import { StepError } from '../../lib/step-error.mts'
+import { StepError } from '../../lib/errors.mts'
 
 export interface Source {
   /** ID of os-release: "debian" or "ubuntu". */

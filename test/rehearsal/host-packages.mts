@@ -1,7 +1,7 @@
 // What the rehearsal needs on this computer beside Node, and the Debian package that brings it.
 import { existsSync } from 'node:fs'
 import { $, which } from 'zx'
-import { StepError } from '../../lib/step-error.mts'
+import { StepError } from '../../lib/errors.mts'
 
 interface HostPackage {
   package: string

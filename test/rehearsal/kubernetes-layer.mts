@@ -3,7 +3,7 @@
 import { readdir, realpath, stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { $ } from 'zx'
-import { StepError } from '../../lib/step-error.mts'
+import { StepError } from '../../lib/errors.mts'
 import { cached } from './layer-cache.mts'
 
 /**

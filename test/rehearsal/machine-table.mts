@@ -1,10 +1,9 @@
 // What the machines of a rehearsal tell about themselves at its end.
 import { stat } from 'node:fs/promises'
 import type { Node } from '../../lib/cluster.mts'
+import { formatDuration, formatTable } from '../../lib/format.mts'
 import { Machine } from '../../lib/machine/machine.mts'
 import { filesOf } from '../../lib/qemu/machine-files.mts'
-import { formatDuration } from '../../lib/steps.mts'
-import { formatTable } from '../../lib/table.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
 const header = ['machine', 'state', 'failed units', 'installed in', 'ssh after', 'memory used']

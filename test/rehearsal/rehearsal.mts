@@ -6,10 +6,9 @@ import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import type { Cluster, Node } from '../../lib/cluster.mts'
+import { StepError } from '../../lib/errors.mts'
+import { formatDuration, formatTable } from '../../lib/format.mts'
 import { filesOf } from '../../lib/qemu/machine-files.mts'
-import { StepError } from '../../lib/step-error.mts'
-import { formatDuration } from '../../lib/steps.mts'
-import { formatTable } from '../../lib/table.mts'
 
 /** A part of a rehearsal that can be done for itself. */
 export type Step = readonly [what: string, work: (rehearsal: Rehearsal) => Promise<void>]

@@ -8,7 +8,7 @@ import type { WebPod } from '../../lib/kubernetes/web-pods.mts'
 import { lanSwitchStatus } from '../../lib/lan/lan-switch.mts'
 import { Machine } from '../../lib/machine/machine.mts'
 import { isRunning } from '../../lib/qemu/vm.mts'
-import { waitFor } from '../../lib/wait-for.mts'
+import { waitFor } from '../../lib/wait.mts'
 import { podsTalk } from './pods-talk.mts'
 import type { Rehearsal } from './rehearsal.mts'
 

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { describe, it, mock } from 'node:test'
 import { CheckList } from '../../lib/check-list.mts'
-import { StepError } from '../../lib/step-error.mts'
+import { StepError } from '../../lib/errors.mts'
 
 describe('a list of checks', () => {
   mock.method(process.stderr, 'write', () => true)

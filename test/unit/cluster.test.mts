@@ -5,9 +5,11 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { type Cluster, chooseNodes, loadCluster } from '../../lib/cluster.mts'
-import { perNodeVariables, variables } from '../../lib/env/variables.mts'
-import { StepError } from '../../lib/step-error.mts'
-import { projectRoot } from '../checkout.mts'
+import { StepError } from '../../lib/errors.mts'
+import { reservedFor } from '../../lib/nodes.mts'
+import { authorityOf, certificatesOf } from '../../lib/pki/certificates.mts'
+import { perNodeVariables, variables } from '../../lib/settings.mts'
+import { projectRoot, run } from '../checkout.mts'
 
 const original = readFileSync(join(projectRoot, 'cluster.env'), 'utf8')
 
@@ -31,7 +33,7 @@ function load(changes: Changes = {}, env: Record<string, string> = {}): Cluster 
   return loadCluster({ root, env })
 }
 
-/** The problems that are told for a changed cluster.env. */
+/** The problems that are reported for a changed cluster.env. */
 function problemsOf(changes: Changes, env: Record<string, string> = {}): string[] {
   try {
     load(changes, env)
@@ -106,6 +108,73 @@ describe('cluster.env as it comes', () => {
   })
 })
 
+describe('a node name', () => {
+  const taken = ['ca', 'ca-key', 'admin', 'kubernetes', 'sigma-key', 'alpha-install', 'bootstrap']
+  for (const name of [...taken, 'pki', 'lan-switch', 'localhost', 'all', 'kube-proxy']) {
+    it(`${name} is refused, because its files would be those of something else`, () => {
+      const problems = problemsOf({ WORKER_NODES: `WORKER_NODES="sigma gamma ${name}"` })
+      assert.ok(
+        problems.some((problem) =>
+          problem.includes(`names a node "${name}", which is the name of`),
+        ),
+        problems.join('\n'),
+      )
+    })
+  }
+
+  it('is refused for every certificate that is not a node’s', () => {
+    const cluster = load()
+    const names = cluster.nodes.map(({ name }) => name)
+    const others = certificatesOf(cluster).filter(({ name }) => !names.includes(name))
+    for (const { name } of [...others, authorityOf(cluster)]) assert.ok(reservedFor(name), name)
+  })
+})
+
+describe('a file in another encoding', () => {
+  const original = readFileSync(join(projectRoot, 'cluster.env'))
+  it('is refused by name if it starts with a byte order mark', () => {
+    const text = `\uFEFF${original}`
+    assert.throws(
+      () => loadCluster({ text, env: {} }),
+      ({ explanation }: StepError) =>
+        /^cluster\.env:1: .*byte order mark/.test(explanation.output ?? ''),
+    )
+  })
+
+  it('is refused by name if it is UTF-16', () => {
+    const text = Buffer.from(original.toString(), 'utf16le').toString('utf8')
+    assert.throws(
+      () => loadCluster({ text, env: {} }),
+      ({ explanation }: StepError) => /^cluster\.env:1: .*UTF-16/.test(explanation.output ?? ''),
+    )
+  })
+})
+
+describe('the environment', () => {
+  const show = (env: Record<string, string>) =>
+    run(
+      { root: '/' },
+      process.execPath,
+      [
+        '--import',
+        'tsx',
+        '--eval',
+        `import(${JSON.stringify(join(projectRoot, 'lib/cluster.mts'))}).then(({ loadCluster }) => loadCluster())`,
+      ],
+      { env, cwd: projectRoot },
+    )
+
+  it('is named in one line where it overrides cluster.env, without the values', async () => {
+    const { stderr } = await show({ API_PORT: '3000', PROXY_HTTP: 'http://me:secret@proxy:1' })
+    assert.equal(stderr, '! from the environment instead of cluster.env: API_PORT, PROXY_HTTP\n')
+  })
+
+  it('is not named where it says the same, nor by a script that another one runs', async () => {
+    assert.equal((await show({ API_PORT: '6443' })).stderr, '')
+    assert.equal((await show({ API_PORT: '3000', CLUSTER_LOCKS: '' })).stderr, '')
+  })
+})
+
 describe('values', () => {
   it('are typed', () => {
     const { settings } = load()
@@ -162,13 +231,13 @@ describe('a mistake', () => {
       of: 'a per-node variable of an unknown node',
       change: { SSH_PORT_omega: 'SSH_PORT_omega=2299' },
       at: 'SSH_PORT_omega',
-      says: /is of a node "omega", which CONTROL_PLANE_NODE and WORKER_NODES do not name/,
+      says: /belongs to a node "omega", which CONTROL_PLANE_NODE and WORKER_NODES do not name/,
     },
     {
       of: 'a misspelt variable',
       change: { CONTROLPLANE_MEM: 'CONTROLPLANE_MEM=4096' },
       at: 'CONTROLPLANE_MEM',
-      says: /CONTROLPLANE_MEM is no variable of this project/,
+      says: /CONTROLPLANE_MEM is not a variable of this project/,
     },
     {
       of: 'one ssh port for two nodes',
@@ -237,7 +306,7 @@ describe('a mistake', () => {
       of: 'a port that ssh and API share',
       change: { SSH_PORT_gamma: 'SSH_PORT_gamma=6443' },
       at: 'SSH_PORT_gamma',
-      says: /is API_PORT too/,
+      says: /is also API_PORT/,
     },
     {
       of: 'memory that is no number',
@@ -325,16 +394,58 @@ describe('a mistake', () => {
       says: /\(192\.168\.101\.12\) is outside LAN_CIDR/,
     },
     {
-      of: 'a node with the lan’s broadcast address',
+      of: 'a node with the broadcast address of the LAN',
       change: { NODE_IP_gamma: 'NODE_IP_gamma=192.168.100.255' },
       at: 'NODE_IP_gamma',
-      says: /\(192\.168\.100\.255\) is no machine's address in 192\.168\.100\.0\/24/,
+      says: /\(192\.168\.100\.255\) cannot be a machine's address in 192\.168\.100\.0\/24/,
     },
     {
-      of: 'a lan port above 65535',
+      of: 'a LAN port above 65535',
       change: { LAN_SWITCH_PORT: 'LAN_SWITCH_PORT=65524' },
       at: 'NODE_IP_gamma',
-      says: /gives a lan port above 65535/,
+      says: /gives a LAN port above 65535/,
+    },
+    {
+      of: 'certificates that would outlive the dates of X.509',
+      change: { CA_DAYS: 'CA_DAYS=9999999' },
+      at: 'CA_DAYS',
+      says: /CA_DAYS is "9999999", not a number of days from 1 to 7300/,
+    },
+    {
+      of: 'more seconds than a timer can count',
+      change: { BOOT_TIMEOUT: 'BOOT_TIMEOUT=99999999999' },
+      at: 'BOOT_TIMEOUT',
+      says: /not a number of seconds from 1 to 604800/,
+    },
+    {
+      of: 'a proxy that leads to the machine itself',
+      change: { PROXY_HTTP: 'PROXY_HTTP=http://localhost:3128' },
+      at: 'PROXY_HTTP',
+      says: /leads to the machine itself: .*10\.0\.2\.2/,
+    },
+    {
+      of: 'a proxy of another scheme, without its password',
+      change: { PROXY_HTTPS: "PROXY_HTTPS='socks5://me:secret@proxy:1080'" },
+      at: 'PROXY_HTTPS',
+      says: /is "socks5:\/\/…@proxy:1080", not a proxy address/,
+    },
+    {
+      of: 'a proxy with a blank in it',
+      change: { PROXY_HTTP: "PROXY_HTTP='http://proxy: 3128'" },
+      at: 'PROXY_HTTP',
+      says: /not a proxy address/,
+    },
+    {
+      of: 'a CA file that does not exist',
+      change: { PROXY_CA_FILE: 'PROXY_CA_FILE=/no/such/ca.pem' },
+      at: 'PROXY_CA_FILE',
+      says: /names a file that does not exist/,
+    },
+    {
+      of: 'a CA file that holds no certificate',
+      change: { PROXY_CA_FILE: 'PROXY_CA_FILE=cluster.env' },
+      at: 'PROXY_CA_FILE',
+      says: /holds no PEM certificate/,
     },
     {
       of: 'a range with bits behind its mask',
@@ -374,7 +485,7 @@ describe('a mistake', () => {
     },
   ]
   for (const { of, change, at, says } of mistakes) {
-    it(`is ${of}, and is told with file and line`, () => {
+    it(`is ${of}, and is reported with file and line`, () => {
       const problems = problemsOf(change)
       assert.equal(problems.length, 1, problems.join('\n'))
       assert.match(problems[0] ?? '', says)
@@ -396,14 +507,14 @@ describe('a mistake', () => {
     ])
   })
 
-  it('of the environment is told as such', () => {
+  it('of the environment is reported as such', () => {
     assert.deepEqual(problemsOf({}, { API_PORT: '80', NODE_IP_gamma: '192.168.100.10' }), [
       'environment: API_PORT is "80", not a port from 1024 to 65535',
       'environment: NODE_IP_gamma is "192.168.100.10", which alpha has already',
     ])
   })
 
-  it('is told together with all others', () => {
+  it('is reported together with all others', () => {
     const problems = problemsOf({
       PROXY_NO: 'PROXY_NO="open',
       WORKER_MEM: 'WORKER_MEM=much',
@@ -436,7 +547,7 @@ describe('nodes', () => {
     assert.equal(problemsOf(change, { WORKER_NODES: 'gamma' }).length, 1)
   })
 
-  it('that are unknown are told with those that are not', () => {
+  it('that are unknown are reported with those that are not', () => {
     assert.throws(
       () => load().node('omega'),
       (error) => {

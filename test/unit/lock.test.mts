@@ -5,9 +5,10 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { withLock } from '../../lib/lock.mts'
+import type { StepError } from '../../lib/errors.mts'
+import { locksForChildren, withLock } from '../../lib/lock.mts'
 import { commandLine } from '../../lib/qemu/processes.mts'
-import type { StepError } from '../../lib/step-error.mts'
+import { projectRoot, run } from '../checkout.mts'
 
 describe('a lock', () => {
   let folder: string
@@ -33,7 +34,7 @@ describe('a lock', () => {
     assert.ok(!existsSync(path))
   })
 
-  it('turns a second one away, who is told what the first does, its pid and its command', async () => {
+  it('refuses a second holder, and names the purpose, pid and command of the first', async () => {
     await withLock(path, 'starting alpha', async () => {
       const second = withLock(path, 'stopping alpha', async () => 'never')
       await assert.rejects(second, ({ message, explanation }: StepError) => {
@@ -85,5 +86,23 @@ describe('a lock', () => {
     await writeFile(path, JSON.stringify(other))
     assert.notEqual(await commandLine(process.ppid), other.command)
     assert.equal(await withLock(path, 'starting alpha', async () => 'taken over'), 'taken over')
+  })
+
+  it('lets in the scripts that its holder runs, and no others', async () => {
+    const other = `
+      const { withLock } = await import(${JSON.stringify(join(projectRoot, 'lib/lock.mts'))})
+      await withLock(${JSON.stringify(path)}, 'working', async () => console.log('let in'))`
+    const enter = (env: Record<string, string>) => {
+      const args = ['--import', 'tsx', '--input-type=module', '--eval', other]
+      return run({ root: '/' }, process.execPath, args, { cwd: projectRoot, env })
+    }
+    await withLock(path, 'restoring', async () => {
+      const child = await enter(locksForChildren())
+      assert.equal(child.stdout, 'let in\n', child.stderr)
+      assert.ok(existsSync(path), 'it is still held')
+      const stranger = await enter({})
+      assert.equal(stranger.stdout, '')
+      assert.match(stranger.stderr, /another process is restoring/)
+    })
   })
 })

@@ -14,14 +14,17 @@ import {
 import { basename, join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { type Checkout, makeCheckout, type Outcome, projectRoot, run } from '../checkout.mts'
+import { missing } from '../tools.mts'
 
-const firstLine = `#!/usr/bin/env -S sh -c 'exec node --disable-warning=ExperimentalWarning "$(dirname "$0")/../lib/launch.mjs" "$0" "$@"'`
+const firstLines = `\
+#!/bin/sh
+':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
+`
 
 /** A script that writes a file as soon as its command line is accepted. */
-const sample = `${firstLine}
-import { writeFileSync } from 'node:fs'
+const sample = `${firstLines}import { writeFileSync } from 'node:fs'
+import { StepError } from '../lib/errors.mts'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
 
 const { flags, args } = script({
   does: 'Shows what a script is given.',
@@ -132,19 +135,19 @@ Examples:
     })
   }
 
-  it('tells an error without its stack, and ends with its status', async () => {
+  it('prints an error without its stack, and ends with its status', async () => {
     const { stderr, exitCode } = await call('alpha', '--fail', 'step')
     assert.equal(exitCode, 7)
     assert.equal(stderr, 'sample: no luck\n  hint:    try again\n')
   })
 
-  it('tells an error of a callback too', async () => {
+  it('prints an error of a callback too', async () => {
     const { stderr, exitCode } = await call('alpha', '--fail', 'later')
     assert.equal(exitCode, 1)
     assert.equal(stderr, 'sample: no luck later\n')
   })
 
-  it('tells with --verbose the stack, and that of the cause', async () => {
+  it('prints with --verbose the stack, and that of the cause', async () => {
     const { stderr } = await call('alpha', '--fail', 'step', '--verbose')
     assert.match(stderr, /^sample: no luck\n/)
     assert.match(stderr, /StepError: no luck\n +at .*sample\.mts/)
@@ -154,6 +157,17 @@ Examples:
   it('ends with status 1 for an error of its own', async () => {
     const { stderr, exitCode } = await call('alpha', '--fail', 'bug')
     assert.deepEqual([stderr, exitCode], ['sample: a bug\n', 1])
+  })
+})
+
+describe('a script with a reader that has seen enough (| head)', () => {
+  it('ends quietly with status 0', async () => {
+    const { stdout, stderr } = await run(checkout, 'bash', [
+      '-c',
+      '(./bin/sample.mts --help; echo "status $?" >&2) | head -n 1',
+    ])
+    assert.equal(stdout, 'Shows what a script is given.\n')
+    assert.equal(stderr, 'status 0\n')
   })
 })
 
@@ -181,6 +195,48 @@ describe('the launcher', () => {
     await long.remove()
   })
 
+  // Linux gives the interpreter the rest of line 1 as one argument; macOS splits all of it at blanks,
+  // without regard to quotes (exec_extract_strings in XNU's kern_exec.c).
+  const kernels: [name: string, words: (line: string) => string[]][] = [
+    [
+      'Linux',
+      (line) =>
+        line
+          .match(/^#!\s*(\S+)\s*(.*)$/)
+          ?.slice(1)
+          .filter(Boolean) ?? [],
+    ],
+    [
+      'macOS',
+      (line) =>
+        line
+          .slice(2)
+          .trim()
+          .split(/[ \t]+/),
+    ],
+  ]
+  for (const [name, words] of kernels) {
+    it(`starts a script as the kernel of ${name} reads its first line`, async () => {
+      const [program = '', ...args] = words(sample.split('\n')[0] ?? '')
+      const script = checkout.path('bin', 'sample.mts')
+      const { stdout, stderr } = await run({ root: '/' }, program, [...args, script, 'a  b'])
+      assert.deepEqual(JSON.parse(stdout || '{}').args, ['a  b'], stderr)
+    })
+  }
+
+  it('starts a script with the sh of busybox', { skip: missing('busybox') }, async () => {
+    const script = checkout.path('bin', 'sample.mts')
+    const { stdout, stderr } = await run({ root: '/' }, 'busybox', ['sh', script, 'alpha'])
+    assert.deepEqual(JSON.parse(stdout || '{}').args, ['alpha'], stderr)
+  })
+
+  it('starts a script through a link to it in another folder', async () => {
+    const link = checkout.path('..', 'ksample')
+    await symlink(checkout.path('bin', 'sample.mts'), link)
+    const { stdout, stderr } = await run({ root: '/' }, link, ['alpha'])
+    assert.deepEqual(JSON.parse(stdout || '{}').args, ['alpha'], stderr)
+  })
+
   it('starts a script through a symbolic link to the project', async () => {
     const link = checkout.path('..', 'link')
     await symlink(checkout.root, link)
@@ -195,7 +251,10 @@ describe('the launcher', () => {
     const { stdout, stderr, exitCode } = await run(bare, 'bin/sample.mts', ['alpha'])
     assert.equal(exitCode, 1)
     const folder = await realpath(bare.root)
-    assert.equal(stderr, `sample.mts: the npm packages are missing: run "npm ci" in ${folder}\n`)
+    assert.equal(
+      stderr,
+      `sample.mts: the npm packages are missing\n  hint:    cd "${folder}" && npm ci\n`,
+    )
     assert.equal(stdout, '')
     await bare.remove()
   })
@@ -209,7 +268,10 @@ describe('the launcher', () => {
       checkout.path('bin', 'sample.mts'),
     ])
     assert.equal(exitCode, 1)
-    assert.equal(stderr, 'sample.mts: Node 18.20.4 is too old: version 20.11 or newer is needed\n')
+    assert.match(
+      stderr,
+      /^sample\.mts: Node 18\.20\.4 is too old: version 20\.11 or newer is needed\n {2}hint: .*nodejs/,
+    )
   })
 
   it('shows no warnings of Node', async () => {
@@ -255,12 +317,12 @@ describe('the launcher', () => {
 })
 
 describe('the scripts of bin/', () => {
-  it('all begin with the line that starts them', async () => {
+  it('all begin with the lines that start them', async () => {
     const names = (await readdir(join(projectRoot, 'bin'))).filter((name) => /\.mts$/.test(name))
     assert.ok(names.length > 0)
     for (const name of names) {
       const path = join(projectRoot, 'bin', name)
-      assert.equal((await readFile(path, 'utf8')).split('\n')[0], firstLine, basename(path))
+      assert.ok((await readFile(path, 'utf8')).startsWith(firstLines), basename(path))
       assert.equal((await stat(path)).mode & 0o777, 0o755, basename(path))
     }
   })

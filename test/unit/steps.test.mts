@@ -2,7 +2,6 @@ import assert from 'node:assert/strict'
 import { writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { spawn } from 'node-pty'
-import { formatDuration } from '../../lib/steps.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 
 /** Scripts of a few steps, each under the name of what it shows. */
@@ -48,7 +47,7 @@ describe('steps', () => {
       const text = `
 import { setTimeout as wait } from 'node:timers/promises'
 import { script } from '../lib/script.mts'
-import { StepError } from '../lib/step-error.mts'
+import { StepError } from '../lib/errors.mts'
 import { inParallel, step } from '../lib/steps.mts'
 script({ does: '', reads: [], writes: [], examples: [] })
 ${body}`
@@ -58,7 +57,6 @@ ${body}`
   after(() => checkout.remove())
 
   const command = (name: keyof typeof samples) => [
-    '--disable-warning=ExperimentalWarning',
     checkout.path('lib', 'launch.mjs'),
     checkout.path('bin', `${name}.mts`),
   ]
@@ -162,9 +160,4 @@ ${body}`
       /allOfSeveral: alpha and sigma failed\n {2}\| alpha: alpha has no disk\n {2}\| sigma: sigma has no disk\n {2}hint: {4}buy one\n$/,
     )
   })
-})
-
-it('durations are for people', () => {
-  const texts = [0, 1240, 59_949, 59_950, 60_000, 125_000, 3_600_000].map(formatDuration)
-  assert.deepEqual(texts, ['0.0s', '1.2s', '59.9s', '1m 00s', '1m 00s', '2m 05s', '60m 00s'])
 })

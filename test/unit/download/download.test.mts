@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
 import { type DownloadOptions, download, type Progress } from '../../../lib/download/download.mts'
-import type { StepError } from '../../../lib/step-error.mts'
+import type { StepError } from '../../../lib/errors.mts'
 import { type FileServer, startFileServer, startProxy } from '../../file-server.mts'
 
 const data = randomBytes(3_000_000)

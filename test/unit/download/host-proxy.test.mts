@@ -1,14 +1,21 @@
 import assert from 'node:assert/strict'
-import { describe, it } from 'node:test'
+import { rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { after, before, describe, it } from 'node:test'
 import { loadCluster } from '../../../lib/cluster.mts'
 import { hostProxy, proxyFor } from '../../../lib/download/host-proxy.mts'
 import { projectRoot } from '../../checkout.mts'
+
+const authority = join(tmpdir(), `proxy-ca-${process.pid}.pem`)
+before(() => writeFileSync(authority, '-----BEGIN CERTIFICATE-----\n'))
+after(() => rmSync(authority, { force: true }))
 
 const settings = {
   PROXY_HTTP: 'http://10.0.2.2:3128',
   PROXY_HTTPS: 'http://proxy.corp.test:3129',
   PROXY_NO: '.corp.test 192.168.7.0/24',
-  PROXY_CA_FILE: 'proxy-ca.pem',
+  PROXY_CA_FILE: authority,
 }
 const cluster = (env: Record<string, string>) => loadCluster({ root: projectRoot, env })
 
@@ -18,7 +25,7 @@ describe('the proxy of this computer', () => {
       http: 'http://127.0.0.1:3128',
       https: 'http://proxy.corp.test:3129',
       no: '.corp.test 192.168.7.0/24',
-      caFile: `${projectRoot}/proxy-ca.pem`,
+      caFile: authority,
     })
   })
 

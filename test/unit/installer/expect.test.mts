@@ -4,8 +4,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, afterEach, before, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { describeError } from '../../../lib/errors.mts'
 import { type Dialogue, ExpectError, spawn } from '../../../lib/installer/expect.mts'
-import { describeError } from '../../../lib/step-error.mts'
 
 /** What a promise was rejected with. */
 async function failureOf(promise: Promise<unknown>): Promise<ExpectError> {

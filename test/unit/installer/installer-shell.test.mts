@@ -4,13 +4,13 @@ import { chmod, mkdtemp, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
+import { describeError } from '../../../lib/errors.mts'
 import { type Dialogue, ExpectError, spawn } from '../../../lib/installer/expect.mts'
 import {
   CommandError,
   InstallerShell,
   waitForPrompt,
 } from '../../../lib/installer/installer-shell.mts'
-import { describeError } from '../../../lib/step-error.mts'
 
 // The machine is a real bash in a terminal, as chatty as one on a serial console: line editing,
 // echo, coloured prompts. Only `dmesg` is ours: the real one would change this computer.

@@ -3,8 +3,8 @@ import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
+import { describeError } from '../../../lib/errors.mts'
 import { extractKernel, firstEntry } from '../../../lib/installer/iso-boot.mts'
-import { describeError } from '../../../lib/step-error.mts'
 import { bootFiles, makeIso, menu, noIso, store } from '../../installer-iso.mts'
 
 describe("the boot menu's first entry", () => {

@@ -7,12 +7,12 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
 import { type Cluster, loadCluster } from '../../../lib/cluster.mts'
+import type { StepError } from '../../../lib/errors.mts'
 import {
   ciliumCommand,
   ciliumEnvironment,
   pinnedCilium,
 } from '../../../lib/kubernetes/cilium-cli.mts'
-import type { StepError } from '../../../lib/step-error.mts'
 import { type Checkout, makeCheckout } from '../../checkout.mts'
 import { FakePrograms } from '../../fake-programs.mts'
 import { type FileServer, startFileServer } from '../../file-server.mts'

@@ -1,8 +1,8 @@
 import assert from 'node:assert/strict'
 import { after, before, describe, it } from 'node:test'
 import { loadCluster } from '../../../lib/cluster.mts'
+import { StepError } from '../../../lib/errors.mts'
 import { Kubectl } from '../../../lib/kubernetes/kubectl.mts'
-import { StepError } from '../../../lib/step-error.mts'
 import { projectRoot } from '../../checkout.mts'
 import { FakePrograms } from '../../fake-programs.mts'
 

@@ -3,8 +3,8 @@ import { mkdir, mkdtemp, rm, symlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
+import type { StepError } from '../../../lib/errors.mts'
 import { type Architecture, findFirmware } from '../../../lib/qemu/firmware.mts'
-import type { StepError } from '../../../lib/step-error.mts'
 
 describe('the UEFI firmware', () => {
   let root: string

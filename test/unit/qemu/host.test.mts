@@ -3,8 +3,8 @@ import { chmod, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
+import { StepError } from '../../../lib/errors.mts'
 import { detectQemu } from '../../../lib/qemu/host.mts'
-import { StepError } from '../../../lib/step-error.mts'
 
 describe('the QEMU program', () => {
   let folder: string

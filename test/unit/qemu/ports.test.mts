@@ -4,8 +4,8 @@ import { once } from 'node:events'
 import { createServer } from 'node:net'
 import { describe, it } from 'node:test'
 import { loadCluster } from '../../../lib/cluster.mts'
+import type { StepError } from '../../../lib/errors.mts'
 import { assertFree, isPortFree, portHolder, portsOf } from '../../../lib/qemu/ports.mts'
-import type { StepError } from '../../../lib/step-error.mts'
 import { freePorts } from '../../checkout.mts'
 
 const me = new RegExp(`\\(pid ${process.pid}\\)$`)

@@ -5,7 +5,8 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
-import { becomes, commandLine, isGone, pidFrom } from '../../../lib/qemu/processes.mts'
+import { commandLine, isGone, pidFrom } from '../../../lib/qemu/processes.mts'
+import { becomes } from '../../../lib/wait.mts'
 
 describe('a pid file', () => {
   let folder: string

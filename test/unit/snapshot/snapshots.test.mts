@@ -3,6 +3,7 @@ import { mkdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Cluster, loadCluster } from '../../../lib/cluster.mts'
+import { timestamp } from '../../../lib/format.mts'
 import type { Disk, IdleDisk, LiveDisk } from '../../../lib/snapshot/disk-snapshots.mts'
 import {
   damagedFiles,
@@ -12,7 +13,6 @@ import {
 } from '../../../lib/snapshot/kept-files.mts'
 import { checkSnapshotName } from '../../../lib/snapshot/snapshots.mts'
 import { assertRoomToGrow, atOneMoment } from '../../../lib/snapshot/take-snapshot.mts'
-import { timestamp } from '../../../lib/timestamp.mts'
 import { type Checkout, makeCheckout } from '../../checkout.mts'
 
 let checkout: Checkout

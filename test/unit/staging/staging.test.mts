@@ -187,10 +187,13 @@ describe('staging', () => {
   })
 
   it('stages the certificate of the proxy, and says so when it is not there', async () => {
+    const file = checkout.path('proxy.pem')
+    await writeFile(file, '-----BEGIN CERTIFICATE-----\n')
     const proxied = loadCluster({ root: checkout.root, env: { PROXY_CA_FILE: 'proxy.pem' } })
     const alpha = proxied.node('alpha')
+    await rm(file)
     await assert.rejects(stage(proxied, alpha), /a file is missing/)
-    await writeFile(checkout.path('proxy.pem'), 'authority\n')
+    await writeFile(file, '-----BEGIN CERTIFICATE-----\n')
     assert.ok((await stage(proxied, alpha)).includes('proxy-ca.pem'))
     const path = join(stagingFolder(proxied, alpha), 'cluster.json')
     assert.equal(JSON.parse(await readFile(path, 'utf8')).proxy.ca, true)

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { loadCluster } from '../../../lib/cluster.mts'
-import { StepError } from '../../../lib/step-error.mts'
+import { StepError } from '../../../lib/errors.mts'
 import {
   isAddition,
   type WorkerSettings,

@@ -1,7 +1,10 @@
 import assert from 'node:assert/strict'
 import { describe, it } from 'node:test'
 import { $ } from 'zx/core'
-import { describeError, StepError } from '../../lib/step-error.mts'
+import { describeError, knownProblem, StepError } from '../../lib/errors.mts'
+import { prepareCommands } from '../../lib/script.mts'
+
+prepareCommands(false)
 
 const failure = (run: Promise<unknown>): Promise<unknown> =>
   run.then(
@@ -9,7 +12,7 @@ const failure = (run: Promise<unknown>): Promise<unknown> =>
     (error) => error,
   )
 
-describe('an error as it is told', () => {
+describe('a described error', () => {
   it('has the reason first, then output, command, hint and log', () => {
     const error = new StepError('the disk is full', {
       log: 'images/alpha-install.log',
@@ -53,7 +56,7 @@ describe('an error as it is told', () => {
     const error = await failure($({ quiet: true })`sh -c ${command}`)
     assert.equal(
       describeError(error),
-      `a command ended with status 3\n  | err\n  command: sh -c $'echo out; echo err >&2; exit 3'`,
+      `sh failed (exit status 3)\n  | err\n  command: sh -c $'echo out; echo err >&2; exit 3'`,
     )
   })
 
@@ -65,6 +68,29 @@ describe('an error as it is told', () => {
 
   it('of a killed command names the signal', async () => {
     const error = await failure($({ quiet: true })`sh -c ${'kill -TERM $$'}`)
-    assert.match(describeError(error), /^a command was ended by SIGTERM\n/)
+    assert.match(describeError(error), /^sh was ended by SIGTERM\n/)
+  })
+
+  it('of commands that fail at the same time names the right one', async () => {
+    const commands = ['exit 3', 'sleep 0.1; exit 3', 'sleep 0.2; exit 3']
+    const errors = await Promise.all(commands.map((command) => failure($`sh -c ${command}`)))
+    for (const [index, error] of errors.entries()) {
+      assert.ok(describeError(error).endsWith(`${commands[index]}'`), describeError(error))
+    }
+  })
+
+  it('of a known problem has its reason and its hint', () => {
+    const known = knownProblem('qemu-img info disk', 'Failed to get shared "write" lock')
+    assert.equal(known?.reason, 'another program has this disk open')
+    assert.match(known?.hint ?? '', /make status/)
+    assert.equal(knownProblem('cat disk', 'Failed to get shared "write" lock'), undefined)
+  })
+
+  it('of the file system has the path and words instead of a code', () => {
+    const error = Object.assign(new Error('EACCES: permission denied, open'), {
+      code: 'EACCES',
+      path: 'tls/ca.pem',
+    })
+    assert.equal(describeError(error), 'tls/ca.pem: permission denied (was it created by root?)')
   })
 })

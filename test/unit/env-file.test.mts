@@ -4,7 +4,7 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
-import { parseEnvFile } from '../../../lib/env/env-file.mts'
+import { parseEnvFile } from '../../lib/env-file.mts'
 
 let folder: string
 before(async () => {

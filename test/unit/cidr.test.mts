@@ -7,7 +7,7 @@ import {
   parseAddress,
   parseCidr,
   prefixLength,
-} from '../../../lib/env/cidr.mts'
+} from '../../lib/cidr.mts'
 
 function cidr(text: string): Cidr {
   const range = parseCidr(text)

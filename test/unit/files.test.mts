@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
 import { setTimeout as wait } from 'node:timers/promises'
-import { writeFileAtomic } from '../../lib/atomic-write.mts'
+import { privateFolder, writeFileAtomic } from '../../lib/files.mts'
 import { projectRoot } from '../checkout.mts'
 
 describe('a file written atomically', () => {
@@ -66,7 +66,7 @@ describe('a file written atomically', () => {
 
   it('is whole when the writer is killed', async () => {
     const program = `
-      const { writeFileAtomic } = await import(${JSON.stringify(join(projectRoot, 'lib/atomic-write.mts'))})
+      const { writeFileAtomic } = await import(${JSON.stringify(join(projectRoot, 'lib/files.mts'))})
       for (let turn = 0; ; turn += 1) await writeFileAtomic(${JSON.stringify(path)}, 'ab'[turn % 2].repeat(5e6))
     `
     for (const delay of [0, 5, 10, 20]) {
@@ -92,4 +92,19 @@ describe('a file written atomically', () => {
     assert.equal(await readFile(join(path, 'inside'), 'utf8'), 'kept')
     assert.deepEqual(await readdir(folder), ['file'])
   })
+})
+
+it('a folder for secrets is 0700 whatever the umask, also if it was open before', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'private-'))
+  const before = process.umask(0)
+  try {
+    await mkdir(join(folder, 'open'), { mode: 0o777 })
+    for (const name of ['open', 'new']) {
+      await privateFolder(join(folder, name))
+      assert.equal((await stat(join(folder, name))).mode & 0o777, 0o700)
+    }
+  } finally {
+    process.umask(before)
+    await rm(folder, { recursive: true })
+  }
 })

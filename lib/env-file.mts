@@ -1,4 +1,4 @@
-// Reading a file of shell assignments: NAME=value, quotes, comments, $NAME of earlier lines. Only
+// Parses a file of shell assignments: NAME=value, quotes, comments, $NAME of earlier lines. Only
 // what means the same in every shell; commands are refused, as nothing here is ever executed.
 
 export interface Assignment {
@@ -16,13 +16,19 @@ export interface Problem {
 
 /**
  * The assignments of a file in POSIX shell syntax, in their order. All problems are collected,
- * so that they can be told at once.
+ * so that they can be reported at once.
  */
 export function parseEnvFile(text: string): { assignments: Assignment[]; problems: Problem[] } {
   const assignments: Assignment[] = []
   const problems: Problem[] = []
   const values = new Map<string, string>()
-  const lines = text.split('\n')
+  if (/^(\uFEFF|\uFFFD|\0)/.test(text) || text.includes('\0')) {
+    const reason =
+      'the file starts with a byte order mark, or is UTF-16: save it as UTF-8 without BOM'
+    problems.push({ line: 1, reason })
+    if (text.includes('\0')) return { assignments, problems }
+  }
+  const lines = text.replace(/^\uFEFF/, '').split('\n')
   const windows = lines.findIndex((content) => content.endsWith('\r'))
   if (windows >= 0) {
     problems.push({ line: windows + 1, reason: 'ends in CR LF: a shell takes the CR for text' })

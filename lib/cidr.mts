@@ -43,3 +43,8 @@ export function contains(outer: Cidr, inner: Cidr | number): boolean {
 export function prefixLength(cidr: Cidr): number {
   return 32 - Math.log2(cidr.last - cidr.first + 1)
 }
+
+/** The network that QEMU's user-mode interface gives every machine. */
+export const outsideCidr = '10.0.2.0/24'
+/** This computer as the machines see it through that interface. */
+export const outsideGateway = '10.0.2.2'

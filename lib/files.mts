@@ -1,0 +1,54 @@
+// Files that are complete or absent: written next to their place, then renamed over it.
+import { randomBytes } from 'node:crypto'
+import { chmod, mkdir, open, readFile, rename, rm } from 'node:fs/promises'
+import { basename, dirname, join } from 'node:path'
+
+/**
+ * Writes a file so that a reader, or an interruption at any moment, sees either the previous or
+ * the new content. Missing folders are created.
+ *
+ * @param mode permission bits from the first byte on, whatever the umask (0o600 for secrets)
+ * @throws the file system's error; the previous file is then unchanged
+ */
+export async function writeFileAtomic(
+  path: string,
+  data: string | Uint8Array,
+  mode = 0o644,
+): Promise<void> {
+  await mkdir(dirname(path), { recursive: true })
+  const suffix = `${process.pid}-${randomBytes(4).toString('hex')}`
+  const temporary = join(dirname(path), `.${basename(path)}.tmp-${suffix}`)
+  try {
+    const file = await open(temporary, 'wx', mode)
+    try {
+      await file.chmod(mode)
+      await file.writeFile(data)
+    } finally {
+      await file.close()
+    }
+    await rename(temporary, path)
+  } catch (error) {
+    await rm(temporary, { force: true })
+    throw error
+  }
+}
+
+/**
+ * The text of a file; undefined if it does not exist.
+ *
+ * @throws the file system's error for a file that exists and cannot be read
+ */
+export async function readIfThere(path: string): Promise<string | undefined> {
+  try {
+    return await readFile(path, 'utf8')
+  } catch (error) {
+    if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return undefined
+    throw error
+  }
+}
+
+/** Creates a folder for secrets: mode 0700 whatever the umask, also if it exists already. */
+export async function privateFolder(path: string): Promise<void> {
+  await mkdir(path, { recursive: true, mode: 0o700 })
+  await chmod(path, 0o700)
+}

@@ -1,0 +1,65 @@
+// Waiting: one polling loop, with what is still missing shown and named when it gives up.
+import { setTimeout as sleep } from 'node:timers/promises'
+import { type Explanation, StepError } from './errors.mts'
+
+interface Wait extends Pick<Explanation, 'command' | 'hint' | 'log'> {
+  /** The beginning of the error: "no metrics" gives "no metrics after 300 s". */
+  failure: string
+  /** Seconds. */
+  timeout: number
+  /** Gets the first line of what is missing, after each attempt. */
+  detail?: ((text: string) => void) | undefined
+  /** Ends the wait with its reason. */
+  signal?: AbortSignal | undefined
+  /** Milliseconds between two attempts; 1000 by default. */
+  every?: number | undefined
+}
+
+// A computer that was asleep is not late: a pause that took this much longer restarts the deadline.
+const asleep = 30_000
+
+/**
+ * Polls until nothing is missing any more.
+ *
+ * @param look returns what is missing, undefined when nothing is; what it throws ends the wait
+ * @throws StepError with what was missing last; the signal's reason
+ */
+export async function waitFor(
+  { failure, timeout, detail, signal, every = 1000, ...explanation }: Wait,
+  look: () => Promise<string | undefined>,
+): Promise<void> {
+  let deadline = Date.now() + timeout * 1000
+  for (;;) {
+    signal?.throwIfAborted()
+    const missing = await look()
+    if (missing === undefined) return
+    if (Date.now() > deadline) {
+      throw new StepError(`${failure} after ${timeout} s`, { output: missing, ...explanation })
+    }
+    detail?.(missing.split('\n')[0] ?? '')
+    const before = Date.now()
+    await sleep(every, undefined, signal ? { signal } : {}).catch(() => {})
+    if (Date.now() - before > every + asleep) deadline = Date.now() + timeout * 1000
+  }
+}
+
+/**
+ * Polls every 100 ms until a condition holds.
+ *
+ * @param seconds the time limit
+ * @returns whether it held in time
+ * @throws the signal's reason
+ */
+export async function becomes(
+  condition: () => boolean | Promise<boolean>,
+  seconds: number,
+  signal?: AbortSignal,
+): Promise<boolean> {
+  const deadline = performance.now() + seconds * 1000
+  for (;;) {
+    signal?.throwIfAborted()
+    if (await condition()) return true
+    if (performance.now() > deadline) return false
+    await sleep(100)
+  }
+}

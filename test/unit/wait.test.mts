@@ -1,0 +1,57 @@
+import assert from 'node:assert/strict'
+import { describe, it, mock } from 'node:test'
+import type { StepError } from '../../lib/errors.mts'
+import { waitFor } from '../../lib/wait.mts'
+
+describe('a wait', () => {
+  it('ends when nothing is missing any more, and shows the first line of what is missing', async () => {
+    const missing = ['two pods\nweb-1\nweb-2', 'one pod', undefined]
+    const shown: string[] = []
+    await waitFor(
+      { failure: 'no pods', timeout: 60, every: 1, detail: (text) => shown.push(text) },
+      async () => missing.shift(),
+    )
+    assert.deepEqual(shown, ['two pods', 'one pod'])
+  })
+
+  it('gives up with what was missing last', async () => {
+    const failing = waitFor({ failure: 'no pods', timeout: 0.05, every: 10 }, async () => 'web-1')
+    await assert.rejects(failing, ({ message, explanation }: StepError) => {
+      assert.equal(message, 'no pods after 0.05 s')
+      assert.equal(explanation.output, 'web-1')
+      return true
+    })
+  })
+
+  it('ends at once with the reason of an interruption', async () => {
+    const abort = new AbortController()
+    const began = performance.now()
+    const waiting = waitFor(
+      { failure: 'no pods', timeout: 60, every: 30_000, signal: abort.signal },
+      async () => {
+        setTimeout(() => abort.abort(new Error('interrupted')), 20)
+        return 'web-1'
+      },
+    )
+    await assert.rejects(waiting, /^Error: interrupted$/)
+    assert.ok(performance.now() - began < 10_000)
+  })
+
+  it('does not count the time for which the computer was asleep', async () => {
+    const real = Date.now
+    let offset = 0
+    mock.method(Date, 'now', () => real() + offset)
+    try {
+      let looks = 0
+      await waitFor({ failure: 'no pods', timeout: 100, every: 20 }, async () => {
+        looks += 1
+        // An hour passes during the pause after the first look.
+        if (looks === 1) setTimeout(() => (offset = 3_600_000), 1)
+        return looks < 4 ? 'web-1' : undefined
+      })
+      assert.equal(looks, 4)
+    } finally {
+      mock.restoreAll()
+    }
+  })
+})
