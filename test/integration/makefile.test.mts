@@ -61,6 +61,26 @@ describe('the Makefile', () => {
     assert.match(refused.stderr, /unknown flag --no-such-flag/)
   })
 
+  it('takes the variables of a target from its command line, not from the environment', async () => {
+    const variables = ['NAME', 'FILE', 'FLAGS']
+    const targets = [
+      'snapshot',
+      'restore',
+      'add-worker',
+      'remove-worker',
+      'upgrade',
+      'etcd-restore',
+    ]
+    const args = ['-n', ...targets]
+    const env = Object.fromEntries(variables.map((name) => [name, 'DESKTOP-4K2J']))
+    const { stdout, exitCode } = await run(checkout, 'make', args, { env })
+    assert.equal(exitCode, 0)
+    assert.doesNotMatch(stdout, /DESKTOP/)
+    const given = await run(checkout, 'make', [...args, 'NAME=lab 3', 'FILE=my.db'])
+    assert.match(given.stdout, /snapshot\.mts +"lab 3"/)
+    assert.match(given.stdout, /restore +"my\.db"/)
+  })
+
   it('works from elsewhere, with make -C', async () => {
     const { stdout, exitCode } = await run({ root: '/' }, 'make', [
       '-C',
@@ -81,7 +101,7 @@ describe('the Makefile', () => {
     })
   }
 
-  it('never replaces the encryption key when all certificates are made anew', async () => {
+  it('never replaces the encryption key when all certificates are generated again', async () => {
     assert.equal((await make('pki')).exitCode, 0)
     const key = await readFile(checkout.path('configs', 'encryption-config.yaml'), 'utf8')
     const ca = await readFile(checkout.path('tls', 'ca.pem'), 'utf8')
@@ -99,10 +119,10 @@ describe('cluster.env', () => {
     const file = checkout.path('cluster.env')
     // What the three readers might take differently.
     const tricky = [
-      `PROXY_HTTP='http://user:a#b@proxy:3128'   # a comment`,
-      'PROXY_HTTPS="$PROXY_HTTP/x"',
+      `QEMU_FIRMWARE_CODE='oci://user:a#b@charts:3128'   # a comment`,
+      'SMOKE_IMAGE="$QEMU_FIRMWARE_CODE/x"',
       'PROXY_NO="with spaces, \\"quotes\\" and a \\$"',
-      "PROXY_CA_FILE=/a\\ path/it\\'s.pem",
+      "NIXOS_ISO_URL=/a\\ path/it\\'s.iso",
     ]
     await writeFile(file, `${await readFile(file, 'utf8')}${tricky.join('\n')}\n`)
     const { assignments } = parseEnvFile(await readFile(file, 'utf8'))
@@ -148,7 +168,7 @@ describe('cluster.env', () => {
       assert.equal(make.get(name), bash.get(name), `make's ${name}`)
       assert.equal(project.get(name), bash.get(name), `the scripts' ${name}`)
     }
-    assert.equal(bash.get('PROXY_HTTPS'), 'http://user:a#b@proxy:3128/x')
+    assert.equal(bash.get('SMOKE_IMAGE'), 'oci://user:a#b@charts:3128/x')
   })
 
   it('gives way to the environment, for make and the scripts alike', async () => {
@@ -169,18 +189,23 @@ describe('cluster.env', () => {
 
 describe('make and the npm packages', () => {
   let checkout: Checkout
+  const lockFile = (version: string) =>
+    JSON.stringify({ packages: { '': {}, 'node_modules/zx': { version } } })
   before(async () => {
     checkout = await makeCheckout()
     await rm(checkout.path('node_modules'))
-    await writeFile(checkout.path('package-lock.json'), '{}')
-    // An npm that notes that it was called, and installs by linking to what is there.
+    await writeFile(checkout.path('package-lock.json'), lockFile('8.0.0'))
+    await writeFile(checkout.path('.npmrc'), '')
+    // An npm that notes its calls, and installs by linking to what is there, unless it is offline.
     await mkdir(checkout.path('fake'))
     await writeFile(
       checkout.path('fake', 'npm'),
       `#!/bin/sh
-echo "$@" >>npm-calls
-mkdir -p node_modules && for package in '${projectRoot}'/node_modules/*; do ln -sfn "$package" node_modules/; done
-: >node_modules/.package-lock.json
+echo "$@" >>'${checkout.path('npm-calls')}'
+rm -rf node_modules; mkdir node_modules
+[ ! -e '${checkout.path('offline')}' ] || exit 1
+for package in '${projectRoot}'/node_modules/*; do ln -s "$package" node_modules/; done
+cp package-lock.json node_modules/.package-lock.json
 `,
     )
     await chmod(checkout.path('fake', 'npm'), 0o755)
@@ -200,22 +225,35 @@ mkdir -p node_modules && for package in '${projectRoot}'/node_modules/*; do ln -
     assert.deepEqual(await calls(), ['ci'])
   })
 
-  it('are left alone when they are there', async () => {
+  it('are left alone when they are installed, whatever the times of the files', async () => {
+    const soon = new Date(Date.now() + 5000)
+    await utimes(checkout.path('package-lock.json'), soon, soon)
     await help()
     assert.deepEqual(await calls(), ['ci'])
   })
 
-  it('are installed again when the list of them has changed', async () => {
-    const soon = new Date(Date.now() + 5000)
-    await utimes(checkout.path('package-lock.json'), soon, soon)
-    await help()
-    assert.deepEqual(await calls(), ['ci', 'ci'])
+  it('stay, with a warning, when others are listed and cannot be installed', async () => {
+    await writeFile(checkout.path('package-lock.json'), lockFile('8.1.0'))
+    await writeFile(checkout.path('offline'), '')
+    const { exitCode, stdout, stderr } = await help()
+    assert.equal(exitCode, 0, stderr)
+    assert.match(stdout, /Usage/)
+    assert.match(stderr, /! using the packages that are installed, which differ/)
   })
 
-  it('are not needed to be told of them', async () => {
+  it('are replaced when others are listed', async () => {
+    await rm(checkout.path('offline'))
+    await help()
+    await help()
+    assert.equal((await calls()).length, 3)
+    const installed = await readFile(checkout.path('node_modules/.package-lock.json'), 'utf8')
+    assert.equal(installed, lockFile('8.1.0'))
+  })
+
+  it('are named by a script where they are missing', async () => {
     await rm(checkout.path('node_modules'), { recursive: true })
     const { stderr, exitCode } = await run(checkout, 'bin/generate-certs.mts', ['--help'])
     assert.equal(exitCode, 1)
-    assert.match(stderr, /npm packages are missing: run "npm ci"/)
+    assert.match(stderr, /npm packages are missing\n +hint: .*npm ci/)
   })
 })
