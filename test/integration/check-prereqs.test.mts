@@ -39,7 +39,7 @@ describe('check-prereqs', () => {
     })
     programs = new FakePrograms()
     // What the first line of a script needs.
-    programs.link('sh', 'dirname')
+    programs.link('sh', 'dirname', 'readlink')
     programs.add('node', `exec '${process.execPath}' "$@"`)
   })
 
