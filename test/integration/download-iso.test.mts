@@ -102,7 +102,7 @@ describe('download-iso', { skip: noIsoTool }, () => {
       nixos.files.set(`${release}.sha256`, { data: Buffer.from(hash(iso)) })
       const env = {
         NIXOS_VERSION: '26.05',
-        PROXY_HTTPS: proxy.url,
+        PROXY_HTTPS: proxy.url.replace('127.0.0.1', '10.0.2.2'),
         PROXY_CA_FILE: 'proxy-ca.pem',
       }
       const first = await call([], env)
