@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict'
-import { mkdtemp, readFile, rm, stat } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
@@ -152,6 +152,7 @@ describe('the installer dialogue', { skip: noLiveSystem, timeout: 300_000 }, () 
 
   it('has nixos-install use the proxy and its CA, and tells nobody its password', async () => {
     const ca = join(folder, 'ca.pem')
+    await writeFile(ca, '-----BEGIN CERTIFICATE-----\n')
     await installation({
       settings: {
         PROXY_HTTP: 'http://me:hunter2@10.0.2.2:3128',

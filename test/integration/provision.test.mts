@@ -172,7 +172,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
   it('names the QEMU that is missing', async () => {
     const folder = join(system.folder, 'without-qemu')
     await mkdir(folder)
-    for (const program of ['node', 'sh', 'dirname']) {
+    for (const program of ['node', 'sh', 'dirname', 'readlink']) {
       await symlink(which.sync(program), join(folder, program))
     }
     const outcome = await provision(['--iso-file', iso], { env: { PATH: folder } })
