@@ -2,7 +2,7 @@
 # Extra flags go in FLAGS: make certs FLAGS=--force
 
 # These variables count only on make's command line: some shells and tools set NAME and the like.
-$(foreach variable,FLAGS NAME FILE NODES YES KEEP DAY_TWO,\
+$(foreach variable,FLAGS NAME FILE NODES YES KEEP DAY_TWO CHART REPO RELEASE NS VALUES,\
   $(if $(filter environment%,$(origin $(variable))),$(eval override $(variable) :=)))
 
 .DEFAULT_GOAL := help
@@ -11,7 +11,7 @@ $(foreach variable,FLAGS NAME FILE NODES YES KEEP DAY_TWO,\
 .PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
   reconfig add-worker remove-worker upgrade etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
-  health rehearse rehearse-proxy help packages
+  health helm-deploy rehearse rehearse-proxy help packages
 
 # ── The cluster ──────────────────────────────────────────────────────────────────────────────
 check: packages ## Verify prerequisites (QEMU, kubectl, firmware)
@@ -73,6 +73,10 @@ etcd-snapshot: packages ## Create etcd data backup (saved to backups/)
 
 etcd-restore: packages ## Restore etcd from latest backup (or FILE=backups/etcd-….db)
 	@./bin/etcd-backup.mts restore $(FLAGS) $(if $(FILE),"$(FILE)")
+
+helm-deploy: packages ## Install any Helm chart (CHART=podinfo REPO=https://… RELEASE=web NS=web VALUES=my.yaml)
+	@./bin/helm-deploy.mts $(if $(REPO),--repo "$(REPO)") $(if $(RELEASE),--release "$(RELEASE)") \
+	  $(if $(NS),--namespace "$(NS)") $(if $(VALUES),--values "$(VALUES)") $(FLAGS) $(if $(CHART),"$(CHART)")
 
 health: packages ## Live view of nodes, pods, usage and events (q quits, p pauses)
 	@./bin/cluster-health.mts $(FLAGS)

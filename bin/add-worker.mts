@@ -1,67 +1,78 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Another worker for a running cluster, from its lines in cluster.env to its being Ready.
+// Another worker for a running cluster, from its lines in cluster.env until it is Ready.
 import { existsSync, readFileSync } from 'node:fs'
+import { totalmem } from 'node:os'
+import { $ } from 'zx/core'
 import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
+import { isAddition, type WorkerSettings, withWorker } from '../lib/cluster-env.mts'
+import { describeError, StepError } from '../lib/errors.mts'
 import { writeFileAtomic } from '../lib/files.mts'
-import { formatDuration } from '../lib/format.mts'
+import { formatBytes, formatDuration } from '../lib/format.mts'
+import { waitForNode, waitForReady, waitForServices } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { describeWorkers } from '../lib/kubernetes/describe-workers.mts'
-import { Kubectl } from '../lib/kubernetes/kubectl.mts'
-import { waitForNode, waitForReady } from '../lib/kubernetes/wait-for-node.mts'
+import { useCluster } from '../lib/kubectl.mts'
 import { withClusterLock } from '../lib/lock.mts'
-import { Machine } from '../lib/machine/machine.mts'
-import { waitForServices } from '../lib/machine/wait-for-services.mts'
-import { certificatesOf } from '../lib/pki/certificates.mts'
-import { checkMemory } from '../lib/prerequisites/resource-checks.mts'
-import { assertDiskSpace, hasDisk } from '../lib/qemu/disk.mts'
-import { detectHost } from '../lib/qemu/host.mts'
-import { isPortFree } from '../lib/qemu/ports.mts'
-import { startMachine } from '../lib/qemu/vm.mts'
-import { runScript } from '../lib/run-script.mts'
-import { script } from '../lib/script.mts'
+import { nodeVariable, reservedFor } from '../lib/nodes.mts'
+import { isPortFree } from '../lib/processes.mts'
+import { runScript, script } from '../lib/script.mts'
+import {
+  type Cidr,
+  kinds,
+  overlap,
+  parseAddress,
+  parseCidr,
+  perNodeVariables,
+  prefixLength,
+} from '../lib/settings.mts'
+import { connect, setClocks } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
-import { checkWorkerName, chooseAddresses } from '../lib/workers/new-worker.mts'
-import { introduce, unreachable } from '../lib/workers/other-machines.mts'
-import { isAddition, withWorker } from '../lib/workers/worker-settings.mts'
+import { assertDiskSpace, hasDisk, isRunning } from '../lib/vm.mts'
 
 const { flags, args } = script({
-  does: `Adds a worker to a running cluster: chooses its addresses and writes them to cluster.env, makes
-its certificate and configuration, installs and starts it, tells the other machines the way to
-its pods, and waits until it is Ready. Run again after an interruption, it goes on from there.`,
+  does: `Adds a worker to a running cluster: chooses its addresses and writes them to cluster.env, creates
+its certificate and configuration, installs and starts it, gives the other machines its name and a
+route to its pods, and waits until it is Ready. Run again after an interruption, it continues.`,
   reads: ['cluster.env', 'configs/', 'tls/', 'images/'],
   writes: [
     ...['cluster.env', 'tls/', 'configs/NAME.kubeconfig', 'cloud-init/', 'images/NAME.qcow2'],
     ...['run/', 'on the other machines: /etc/nixos'],
   ],
   flags: {
+    'dry-run': { help: 'print the lines for cluster.env, and do nothing' },
     timeout: { value: 'SECONDS', number: true, help: 'for the node to be Ready (WAIT_TIMEOUT)' },
   },
   args: 'NAME',
   examples: ['./bin/add-worker.mts delta', 'make add-worker NAME=delta'],
 })
 const [name = ''] = args
+const before = loadCluster()
+const settingsFile = before.path('cluster.env')
+const continued =
+  isAddition(readFileSync(settingsFile, 'utf8'), name) &&
+  before.workers.some((node) => node.name === name)
+if (!continued) checkName()
+if (flags['dry-run']) {
+  const text = continued ? '' : withWorker('', await chooseAddresses(before))
+  process.stdout.write(text.trimStart() || `${name} is in cluster.env already\n`)
+  process.exit(0)
+}
+
 const began = performance.now()
 const signal = interruption()
-const before = loadCluster()
-const kubectl = new Kubectl(before, signal)
-
 await withClusterLock(before, `adding the worker ${name}`, async () => {
-  // 1. Whatever would keep it from joining is found before anything is touched.
-  const text = readFileSync(before.path('cluster.env'), 'utf8')
-  const goesOn = isAddition(text, name) && before.workers.some((node) => node.name === name)
-  if (!goesOn) checkWorkerName(before, name, process.env)
-  await step('check the cluster', checkCluster)
-  if (!goesOn) await refuseIfKnown()
-  if (!goesOn || !hasDisk(before, before.node(name))) await run('download-iso')
+  // 1. What would keep it from joining is found before anything is changed.
+  await useCluster(before)
+  await checkCluster()
+  if (!continued) await refuseIfKnown()
+  if (!continued || !hasDisk(before, before.node(name))) await run('download-iso')
 
-  // 2. Who it is: a block of its own in cluster.env.
-  const cluster = goesOn ? before : await step(`${name} in cluster.env`, describe)
+  // 2. Its lines in cluster.env.
+  const cluster = continued ? before : await step(`${name} in cluster.env`, writeSettings)
   const node = cluster.node(name)
   await join(cluster, node).catch((error) => {
     console.error(
-      `\n${name} is in cluster.env: make add-worker NAME=${name} goes on, make remove-worker NAME=${name} takes it out`,
+      `\n${name} is in cluster.env: make add-worker NAME=${name} continues, make remove-worker NAME=${name} takes it out`,
     )
     throw error
   })
@@ -71,10 +82,9 @@ await withClusterLock(before, `adding the worker ${name}`, async () => {
 })
 
 async function join(cluster: Cluster, node: Node): Promise<void> {
-  const others = cluster.nodes.filter((each) => each !== node)
-  const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
+  const others = cluster.nodes.filter((each) => each !== node).map((each) => each.name)
 
-  // 3. How it proves who it is, where it finds the API server, and what it is to be.
+  // 3. Its identity, the way to the API server, its configuration.
   await run('generate-certs')
   await run('generate-kubeconfigs')
   await run('generate-nocloud-iso', name)
@@ -82,75 +92,185 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
   // 4. NixOS on its disk.
   if (!hasDisk(cluster, node)) await run('provision', '--iso', name)
 
-  // 5. The others know its name and the way to its pods before there are any.
-  await introduce(cluster, node, others, { timeout, signal })
+  // 5. The others get its name and a route to its pods before there are any.
+  await run('reconfig', '--node', others.join(','))
+  // networkd has read its new configuration, but adds the route a little later.
+  const route = `ip route show exact ${node.podCidr} via ${node.ip}`
+  const wait60 = `timeout 60 sh -c 'until ${route} | grep -q .; do sleep 1; done'`
+  for (const other of others) await $({ signal })`ssh -F tls/ssh_config ${other} ${wait60}`
 
   // 6. Power on; its kubelet registers it.
-  const host = await detectHost(cluster)
-  await inParallel([name], async (_, row) => {
-    row.step('power on')
-    await startMachine(cluster, node, host)
-    const machine = new Machine(cluster, node, signal)
-    row.step('waiting for ssh')
-    await machine.waitForSsh({ detail: (said) => row.detail(said) })
-    row.step('waiting for its services')
-    await waitForServices(machine, { timeout, detail: (said) => row.detail(said), signal })
-    row.step('waiting for its kubelet to register')
-    await waitForNode(cluster, node, { timeout, detail: (said) => row.detail(said), signal })
-  })
+  await run('provision', '--wait', name)
+  const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
+  const wait = (detail: (text: string) => void) => ({ timeout, detail, signal })
+  await step(`${name}: services`, (detail) => waitForServices(cluster, node, wait(detail)))
+  await step(`${name}: registered`, (detail) => waitForNode(cluster, node, wait(detail)))
 
-  // 7. What the API cannot know by itself; with that, the pod network comes up on it.
-  await step('pod range and label', () => describeWorkers(kubectl, [node]))
-  if (await kubectl.exists('daemonset/cilium', '--namespace=kube-system')) {
-    await step(`${name} is Ready`, (detail) =>
-      waitForReady(cluster, node, { timeout, detail, signal }),
-    )
-  } else console.error('next: make network, as there is no pod network yet')
+  // 7. Its pod range, and its role, which a kubelet may not give itself. Then the pod network starts.
+  const spec = JSON.stringify({ spec: { podCIDR: node.podCidr, podCIDRs: [node.podCidr] } })
+  await $`kubectl patch node ${name} --patch ${spec}`
+  await $`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
+  const cilium = ['daemonset/cilium', '--namespace=kube-system']
+  const { stdout } = await $`kubectl get ${cilium} --ignore-not-found --output=name`
+  if (stdout.trim() === '') console.error('next: make network, as there is no pod network yet')
+  else await step(`${name}: Ready`, (detail) => waitForReady(cluster, node, wait(detail)))
 }
 
-/** The API server and all machines: each of them has something to do with it. */
+// ── Checks ───────────────────────────────────────────────────────────────────────────────────
+
+function checkName(): void {
+  const refuse = (reason: string, hint: string) => {
+    throw new StepError(reason, { hint, exitCode: 2 })
+  }
+  if (kinds.label.parse(name) === undefined) {
+    refuse(`a node cannot be named "${name}"`, `a name is ${kinds.label.expects}`)
+  }
+  const existing = before.nodes.find((node) => node.name === name)
+  if (existing) refuse(`there is already a node "${name}": a ${existing.role}`, 'use another name')
+  const of = reservedFor(name)
+  if (of) refuse(`a node cannot be named "${name}", the name of ${of}`, 'use another name')
+  const own = perNodeVariables.map((prefix) => nodeVariable(prefix, name))
+  const set = ['WORKER_NODES', ...own].find((variable) => process.env[variable] !== undefined)
+  if (set) refuse(`${set} is set in the environment and wins over cluster.env`, `unset ${set}`)
+}
+
+/** The API server and all machines must answer: each of them gets something to do. */
 async function checkCluster(): Promise<void> {
-  await kubectl.run(['get', '--raw', '/readyz'])
-  const others = before.nodes.filter((node) => node.name !== name)
-  const silent = await unreachable(before, others, signal)
-  if (silent.size === 0) return
-  throw new StepError('not all machines can be told of a new worker, so nothing was done', {
-    output: [...silent.values()].join('\n'),
-    hint: 'make up starts machines; make status shows how they are',
+  await $({ signal, timeout: '30s' })`kubectl get --raw /readyz`
+  const others = before.nodes.map((node) => node.name).filter((each) => each !== name)
+  await inParallel(others, async (other) => {
+    const node = before.node(other)
+    if (!(await isRunning(before, node))) throw new StepError(`${other} is not running`)
+    await connect(before, node, { signal })
+  }).catch((error) => {
+    signal.throwIfAborted()
+    throw new StepError('not all machines can be given a new worker, so nothing was done', {
+      output: describeError(error),
+      hint: 'make up starts machines; make status shows their state',
+    })
   })
+  await setClocks(before, signal)
 }
 
 /** A worker of that name that is not in cluster.env is not ours to overwrite. */
 async function refuseIfKnown(): Promise<void> {
-  if (await kubectl.exists('node', name)) {
+  const { stdout } = await $`kubectl get node ${name} --ignore-not-found --output=name`
+  if (stdout.trim()) {
     throw new StepError(`the API server knows a node "${name}" that cluster.env does not`, {
-      hint: `take another name, or: KUBECONFIG=configs/admin.kubeconfig kubectl delete node ${name}`,
+      hint: `use another name, or: KUBECONFIG=configs/admin.kubeconfig kubectl delete node ${name}`,
     })
   }
   if (existsSync(before.path('images', `${name}.qcow2`))) {
     throw new StepError(`there is a disk of another "${name}": images/${name}.qcow2`, {
-      hint: 'move it away, or take another name',
+      hint: 'move it away, or use another name',
     })
   }
 }
 
-/** @returns the cluster with it */
-async function describe(): Promise<Cluster> {
-  // Read anew: its owner may have changed something while the ISO was downloaded.
-  const text = readFileSync(before.path('cluster.env'), 'utf8')
-  const longer = withWorker(text, await chooseAddresses(before, name, isPortFree))
+function run(step: string, ...stepArgs: string[]): Promise<void> {
+  const hint = `make add-worker NAME=${name}`
+  return runScript(step, stepArgs, { failure: `so ${name} is not a worker yet`, hint })
+}
+
+// ── Lines in cluster.env ─────────────────────────────────────────────────────────────────────
+
+/** @returns the cluster with the worker */
+async function writeSettings(): Promise<Cluster> {
+  // Read again: its owner may have changed something while the ISO was downloaded.
+  const text = readFileSync(settingsFile, 'utf8')
+  const longer = withWorker(text, await chooseAddresses(before))
   // Checked as a whole before it is written.
   const cluster = loadCluster({ root: before.root, text: longer })
-  certificatesOf(cluster)
-  await assertDiskSpace(cluster, [cluster.node(name)])
-  const { found, advice } = await checkMemory(cluster)
-  if (advice) console.error(`! ${found} of memory are free, and ${advice}`)
-  await writeFileAtomic(before.path('cluster.env'), longer)
+  const warning = await assertDiskSpace(cluster, [cluster.node(name)])
+  if (warning) console.error(`! ${warning}`)
+  const needed = cluster.nodes.reduce((sum, { memory }) => sum + memory, 0) * 2 ** 20
+  if (needed > totalmem()) {
+    console.error(
+      `! the machines have ${formatBytes(needed)} of memory, this computer ${formatBytes(totalmem())}`,
+    )
+  }
+  await writeFileAtomic(settingsFile, longer)
   return cluster
 }
 
-function run(step: string, ...stepArgs: string[]): Promise<void> {
-  const failure = `so ${name} is not a worker yet`
-  const hint = `make add-worker NAME=${name}`
-  return runScript(before, step, stepArgs, { signal, failure, hint })
+/**
+ * Each time what follows the highest that a node has: ssh port and LAN address (both with a free port
+ * on this computer), MAC, and a range for pods of the size of the last worker's.
+ */
+async function chooseAddresses({ nodes, workers, settings }: Cluster): Promise<WorkerSettings> {
+  const highest = Math.max(...nodes.map((node) => node.sshPort))
+  const sshPort = await next([highest], highest + 1, 65535, 1, async (port) => {
+    return port !== settings.API_PORT && (await isPortFree('tcp', port))
+  })
+  if (!sshPort) throw new StepError(`no port above ${highest} is free for ssh`)
+
+  const lan = rangeOf(settings.LAN_CIDR)
+  const addresses = nodes.map((node) => parseAddress(node.ip) ?? 0)
+  // The first and the last address mean the network and everyone in it.
+  const ip = await next(addresses, lan.first + 1, lan.last - 1, 1, async (each) => {
+    const port = settings.LAN_SWITCH_PORT + (each - lan.first)
+    return !addresses.includes(each) && port <= 65535 && (await isPortFree('udp', port))
+  })
+  if (ip === undefined) {
+    throw new StepError(`LAN_CIDR (${lan.text}) has no address left with a free UDP port`, {
+      hint: 'each machine uses LAN_SWITCH_PORT plus the last number of its address',
+    })
+  }
+
+  // The MAC in the LAN is the same with one more in its third byte.
+  const macs = nodes.flatMap(({ mac, lanMac }) => [mac, lanMac])
+  const numbers = nodes.map(({ mac }) => Number.parseInt(mac.replaceAll(':', ''), 16))
+  const vendor = Math.floor(Math.max(...numbers) / 2 ** 24) * 2 ** 24
+  const macOf = (last: number) =>
+    (vendor + last)
+      .toString(16)
+      .padStart(12, '0')
+      .replace(/..(?!$)/g, '$&:')
+  const last = await next([Math.max(...numbers) - vendor], 0, 2 ** 24 - 1, 1, (each) => {
+    return !macs.includes(macOf(each))
+  })
+
+  const all = rangeOf(settings.K8S_POD_CIDR)
+  const ranges = workers.map(({ podCidr = '' }) => rangeOf(podCidr))
+  const length =
+    ranges.length > 0 ? prefixLength(ranges.at(-1) ?? all) : Math.max(24, prefixLength(all))
+  const size = 2 ** (32 - length)
+  const podCidrOf = (start: number) => rangeOf(`${formatAddress(start)}/${length}`)
+  // Next to ranges of other sizes a range still starts at a multiple of its size.
+  const starts = ranges.map((range) => range.last - (range.last % size))
+  const pods = await next(starts, all.first, all.last - size + 1, size, (start) => {
+    return !ranges.some((range) => overlap(range, podCidrOf(start)))
+  })
+  if (pods === undefined) {
+    throw new StepError(`K8S_POD_CIDR (${all.text}) has no room for another /${length}`, {
+      hint: 'each worker has a range of its own in it: POD_CIDR_… in cluster.env',
+    })
+  }
+  const podCidr = podCidrOf(pods).text
+  return { name, sshPort, ip: formatAddress(ip), mac: macOf(last ?? 0), podCidr }
+}
+
+/** The first number that fits: from the highest used one to the last, then from the first on. */
+async function next(
+  used: readonly number[],
+  first: number,
+  last: number,
+  step: number,
+  fits: (candidate: number) => boolean | Promise<boolean>,
+): Promise<number | undefined> {
+  const start = used.length > 0 ? Math.max(...used) + step : first
+  for (let each = start; each <= last; each += step) if (await fits(each)) return each
+  for (let each = first; each < start; each += step) if (await fits(each)) return each
+  return undefined
+}
+
+/** The ranges of a cluster have been checked when it was loaded. */
+function rangeOf(text: string): Cidr {
+  const range = parseCidr(text)
+  if (!range) throw new StepError(`"${text}" is not a range of addresses`)
+  return range
+}
+
+function formatAddress(address: number): string {
+  return [24, 16, 8, 0].map((shift) => Math.floor(address / 2 ** shift) % 256).join('.')
 }

@@ -1,25 +1,20 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Removes what the other steps made; with --disks the machines too. Files of yours stay, also in
-// the folders of ours.
-import { readdir, rm, rmdir } from 'node:fs/promises'
+// Removes what the other steps created; with --disks also the machines. Your own files stay.
+import { rmdir } from 'node:fs/promises'
 import { basename, dirname } from 'node:path'
-import { type Cluster, loadCluster } from '../lib/cluster.mts'
+import { $, glob } from 'zx'
+import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { formatTable } from '../lib/format.mts'
-import { interruption } from '../lib/interrupt.mts'
-import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
-import { withLock } from '../lib/lock.mts'
-import { hasDisk } from '../lib/qemu/disk.mts'
-import { pidFrom } from '../lib/qemu/processes.mts'
-import { stopMachine } from '../lib/qemu/stop-machine.mts'
-import { machineState } from '../lib/qemu/vm.mts'
-import { script } from '../lib/script.mts'
-import { step } from '../lib/steps.mts'
+import { withClusterLock } from '../lib/lock.mts'
+import { pidFrom } from '../lib/processes.mts'
+import { runScript, script } from '../lib/script.mts'
+import { hasDisk, machineState } from '../lib/vm.mts'
 
 const { flags } = script({
-  does: `Removes what the other steps made: the ISO, staged configurations, certificates, kubeconfigs.
-Certificates and keys that an installed machine needs stay, unless its disk goes too (--disks).
+  does: `Removes what the other steps created: the ISO, staged configurations, certificates, kubeconfigs.
+Certificates and keys that an installed machine needs stay, unless its disk is removed too (--disks).
 Shows what it removes, and does not ask.`,
   reads: ['cluster.env', 'run/', 'images/'],
   writes: ['tls/', 'configs/', 'cloud-init/', 'images/', 'run/', 'logs/', 'snapshots/', 'backups/'],
@@ -30,110 +25,86 @@ Shows what it removes, and does not ask.`,
   examples: ['./bin/clean.mts --list', './bin/clean.mts', './bin/clean.mts --disks'],
 })
 
-/** What there is to remove. `*` is any part of a name; folders that become empty go too. */
+/**
+ * What there is to remove. "key": an installed machine cannot be reached without it, so it stays
+ * as long as there is one. "machine": removed with --disks only.
+ */
 const generated = [
-  { what: 'certificates and keys', paths: ['tls/*.pem', 'tls/ssh_*', 'tls/known_hosts'] },
-  { what: 'kubeconfigs', paths: ['configs/*.kubeconfig'] },
-  { what: 'encryption key', paths: ['configs/encryption-config.yaml'] },
-  { what: 'staged configurations', paths: ['cloud-init/*'] },
-  { what: 'installer ISO', paths: ['images/*.iso*'] },
-  { what: 'disks', paths: ['images/*.qcow2*', 'images/*-efivars.fd'] },
-  { what: 'logs', paths: ['images/*-console.log*', 'images/*-install.log*', 'logs/*'] },
-  { what: 'snapshots and backups', paths: ['snapshots/*', 'backups/*'] },
-  { what: 'downloaded tools', paths: ['tools/*'] },
-  { what: 'sockets and pid files', paths: ['run/*'] },
+  {
+    what: 'certificates and keys',
+    of: 'key',
+    paths: ['tls/*.pem', 'tls/ssh_*', 'tls/known_hosts'],
+  },
+  { what: 'kubeconfigs', of: 'key', paths: ['configs/*.kubeconfig'] },
+  { what: 'encryption key', of: 'key', paths: ['configs/encryption-config.yaml'] },
+  { what: 'staged configurations', of: 'step', paths: ['cloud-init/*'] },
+  { what: 'installer ISO', of: 'step', paths: ['images/*.iso*'] },
+  { what: 'disks', of: 'machine', paths: ['images/*.qcow2*', 'images/*-efivars.fd*'] },
+  {
+    what: 'logs',
+    of: 'machine',
+    paths: ['images/*-console.log*', 'images/*-install.log*', 'logs/*'],
+  },
+  { what: 'snapshots and backups', of: 'machine', paths: ['snapshots/*', 'backups/*'] },
+  { what: 'downloaded tools', of: 'machine', paths: ['tools/*'] },
+  { what: 'sockets and pid files', of: 'machine', paths: ['run/*', '!run/bootstrap.lock*'] },
 ] as const
-type What = (typeof generated)[number]['what']
-
-/** Without these an installed machine can be neither reached nor understood. */
-const keys: readonly What[] = ['certificates and keys', 'kubeconfigs', 'encryption key']
-const onlyWithDisks: readonly What[] = [
-  ...(['disks', 'logs', 'snapshots and backups', 'downloaded tools'] as const),
-  'sockets and pid files',
-]
 
 const cluster = loadCluster()
-const lock = cluster.path('run', 'bootstrap.lock')
+const find = (paths: readonly string[]) =>
+  glob([...paths], { cwd: cluster.root, onlyFiles: false, dot: true })
+
 if (flags.list) await clean()
 else {
-  await withLock(lock, flags.disks ? 'removing everything' : 'cleaning up', clean)
-  // A folder that holds something still is not for us to remove.
-  const folders = generated.flatMap(({ paths }) => paths.map((path) => dirname(path)))
-  for (const folder of new Set(folders)) await rmdir(cluster.path(folder)).catch(() => {})
+  await withClusterLock(cluster, flags.disks ? 'removing everything' : 'cleaning up', clean)
+  // Folders that still contain something fail here, and stay.
+  const folders = new Set(generated.flatMap(({ paths }) => paths.map((path) => dirname(path))))
+  for (const folder of folders) await rmdir(cluster.path(folder)).catch(() => {})
 }
 
 async function clean(): Promise<void> {
-  await refuseIfInUse(cluster)
-  if (flags.disks && !flags.list) await stopEverything(cluster)
+  await refuseIfInUse()
+  if (flags.disks && !flags.list) await runScript('shutdown')
 
-  const installed = cluster.nodes.filter((node) => hasDisk(cluster, node))
-  const stay = new Set<What>(flags.disks ? [] : onlyWithDisks)
-  if (!flags.disks && installed.length > 0) for (const what of keys) stay.add(what)
+  const installed = cluster.nodes.filter((node) => hasDisk(cluster, node)).map(({ name }) => name)
   const found = await Promise.all(
-    generated.map(async ({ what, paths }) => {
-      const files = (await Promise.all(paths.map(expand))).flat().filter((file) => file !== lock)
-      return { what, files, where: paths.join(' ') }
-    }),
+    generated.map(async (row) => ({ ...row, files: await find(row.paths) })),
   )
-  const there = found.filter(({ files }) => files.length > 0)
-  const chosen = there.filter(({ what }) => !stay.has(what))
-  const kept = there.filter(({ what }) => stay.has(what) && keys.includes(what))
-  const rows = chosen.map(({ what, files, where }) => [what, String(files.length), where])
+  const existing = found.filter(({ files }) => files.length > 0)
+  const keepsKeys = installed.length > 0 && !flags.disks
+  const kept = existing.filter(({ of }) => of === 'key' && keepsKeys)
+  const chosen = existing.filter(
+    (row) => !kept.includes(row) && (flags.disks || row.of !== 'machine'),
+  )
+
+  const rows = chosen.map(({ what, files, paths }) => [what, `${files.length}`, paths.join(' ')])
   if (rows.length === 0) console.log('There is nothing to remove.')
   else console.log(formatTable([flags.list ? 'TO REMOVE' : 'REMOVED', 'FILES', 'WHERE'], rows))
   if (kept.length > 0) {
-    const names = installed.map(({ name }) => name).join(', ')
-    console.log(
-      `Kept, as ${names} cannot be reached without: ${kept.map((k) => k.what).join(', ')}.`,
-    )
+    const whats = kept.map(({ what }) => what).join(', ')
+    console.log(`Kept, because ${installed.join(', ')} cannot be reached without: ${whats}.`)
     console.log('make clobber removes them together with the disks.')
   }
-  if (flags.list) return
-
-  for (const file of chosen.flatMap(({ files }) => files)) {
-    await rm(file, { recursive: true, force: true })
-  }
+  for (const { files } of flags.list ? [] : chosen) await $`rm -rf ${files}`
 }
 
-/** Nothing may go while somebody writes it, or while a machine runs that would not be stopped. */
-async function refuseIfInUse(cluster: Cluster): Promise<void> {
+/** Nothing is removed during an installation, or while a machine runs that would not be stopped. */
+async function refuseIfInUse(): Promise<void> {
   for (const node of cluster.nodes) {
     const found = await machineState(cluster, node)
     if (found.state === 'running' && found.mode === 'install') {
-      throw new StepError(`${node.name} is being installed`, {
-        hint: 'let it finish, or Ctrl-C it',
-      })
+      const hint = 'wait until it has finished, or interrupt it with Ctrl-C'
+      throw new StepError(`${node.name} is being installed`, { hint })
     }
   }
-  for (const file of flags.disks ? await expand('run/*.pid') : []) {
+  for (const file of flags.disks ? await find(['run/*.pid']) : []) {
     const name = basename(file, '.pid')
     if (cluster.nodes.some((node) => node.name === name)) continue
-    const pid = await pidFrom(file, ['qemu-system-', `-pidfile ${file}`])
+    const path = cluster.path(file)
+    const pid = await pidFrom(path, ['qemu-system-', `-pidfile ${path}`])
     if (pid === undefined) continue
     throw new StepError(`a machine "${name}" runs (pid ${pid}) that cluster.env does not name`, {
-      hint: 'put it back into WORKER_NODES, or end it, then try again',
+      hint: 'add it to WORKER_NODES again, or stop it, then try again',
     })
   }
-}
-
-async function stopEverything(cluster: Cluster): Promise<void> {
-  const signal = interruption()
-  await Promise.all(
-    cluster.nodes.map(async (node) => {
-      if ((await machineState(cluster, node)).state === 'stopped') return
-      await step(`stop ${node.name}`, (detail) =>
-        stopMachine(cluster, node, { report: detail, signal }),
-      )
-    }),
-  )
-  await stopLanSwitch(cluster)
-}
-
-async function expand(pattern: string): Promise<string[]> {
-  const folder = dirname(pattern)
-  const shape = basename(pattern).replaceAll('.', '\\.').replaceAll('*', '.*')
-  const names = await readdir(cluster.path(folder)).catch(() => [])
-  return names
-    .filter((name) => new RegExp(`^${shape}$`).test(name))
-    .map((name) => cluster.path(folder, name))
 }

@@ -6,9 +6,8 @@ import { lookup } from 'node:dns/promises'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
-import { Kubectl } from '../lib/kubernetes/kubectl.mts'
-import { type ProbePod, withProbePods } from '../lib/kubernetes/probe-pods.mts'
+import * as kubectl from '../lib/kubectl.mts'
+import { startWebPods, type WebPod, waitForRollout, withScratchNamespace } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
 
@@ -16,7 +15,7 @@ const { flags } = script({
   does: 'Deploys CoreDNS at K8S_CLUSTER_DNS and looks names up from a pod on every worker.',
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
   writes: [],
-  flags: addOnFlags,
+  flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-coredns.mts', './bin/deploy-coredns.mts --print | less'],
 })
 const { timeout = 300 } = flags
@@ -31,7 +30,7 @@ metadata:
   name: coredns
   namespace: kube-system
 ---
-# It answers from what it sees of services; it changes nothing.
+# It answers with what it reads of services and changes nothing.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
@@ -63,7 +62,7 @@ metadata:
   name: coredns
   namespace: kube-system
 data:
-  # Port 1053, so that no privilege is needed to listen; the service maps 53 to it.
+  # Port 1053 needs no privilege; the service maps 53 to it.
   Corefile: |
     .:1053 {
         errors
@@ -105,9 +104,9 @@ spec:
     spec:
       serviceAccountName: coredns
       priorityClassName: system-cluster-critical
-      # The machine's resolver, not this one: it would ask itself.
+      # The machine's resolver, not CoreDNS itself.
       dnsPolicy: Default
-      # One on each worker as long as there are two.
+      # On different workers, if there are two.
       topologySpreadConstraints:
         - maxSkew: 1
           topologyKey: kubernetes.io/hostname
@@ -182,23 +181,33 @@ spec:
     - {name: metrics, port: 9153, targetPort: metrics, protocol: TCP}
 `
 
-const kubectl = new Kubectl(cluster, interruption())
-await printOrDelete('CoreDNS', manifest, flags, () => kubectl.delete(manifest))
+const signal = interruption()
+await kubectl.printOrDelete('CoreDNS', manifest, flags, async () => {
+  await kubectl.useCluster(cluster)
+  await kubectl.deleteManifest(manifest)
+})
 
-const workers = await step('pods can start', () => readyWorkers(cluster, kubectl))
+await kubectl.useCluster(cluster)
+const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`CoreDNS ${COREDNS_VERSION} at ${K8S_CLUSTER_DNS}`, () =>
-  kubectl.apply(manifest, { manager: 'deploy-coredns', forceConflicts: flags['force-conflicts'] }),
+  kubectl.apply(manifest, {
+    manager: 'deploy-coredns',
+    forceConflicts: flags['force-conflicts'],
+    signal,
+  }),
 )
 await step('CoreDNS is ready', (detail) =>
-  kubectl.rollout('deployment/coredns', { namespace: 'kube-system', timeout, detail }),
+  waitForRollout('deployment/coredns', { namespace: 'kube-system', timeout, detail, signal }),
 )
-await step('looking names up from every worker', async (detail) => {
-  // Where not even this computer gets out, a pod need not.
+await step('lookups from every worker', async (detail) => {
+  // Where this computer has no internet, a pod need not have it either.
   const outside = await lookup(outsideName).then(
     () => true,
     () => false,
   )
-  await withProbePods(cluster, kubectl, { workers, timeout, detail }, async (pods) => {
+  const namespace = 'network-probe'
+  await withScratchNamespace(namespace, { timeout, signal }, async () => {
+    const pods = await startWebPods(cluster, { namespace, workers, timeout, detail, signal })
     for (const pod of pods) {
       detail(pod.node.name)
       await expectLookup(pod, `kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`, 'found')
@@ -206,32 +215,30 @@ await step('looking names up from every worker', async (detail) => {
       if (outside) await expectLookup(pod, outsideName, 'found')
     }
   })
-  detail(outside ? '' : `${outsideName} is unknown here, so not looked up there`)
+  detail(outside ? '' : `${outsideName} cannot be resolved here, so not tried there`)
 })
 console.log(
   `Try: kubectl run dns -it --rm --restart=Never --image=${SMOKE_IMAGE} -- nslookup kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`,
 )
 
 /**
- * Looks a name up so often that each replica is asked. A missing name must be answered with "no",
- * not with silence.
+ * Looks a name up so often that each replica gets a query. For a missing name there must be a
+ * negative answer, not silence.
  */
-async function expectLookup(pod: ProbePod, name: string, expected: 'found' | 'missing') {
+async function expectLookup(pod: WebPod, name: string, expected: 'found' | 'missing') {
   const times = expected === 'found' ? 10 : 1
   const once = `nslookup ${name}. ${K8S_CLUSTER_DNS}`
-  const { stdout, stderr } = await pod.exec([
-    'sh',
-    '-c',
+  const output = await pod.run(
     `for i in $(seq ${times}); do out=$(${once} 2>&1) && echo found || echo "failed: $out"; done`,
-  ])
-  const found = stdout.match(/^found$/gm)?.length ?? 0
-  if (expected === 'found' ? found === times : /NXDOMAIN|can't resolve/.test(stdout)) return
+  )
+  const found = output.match(/^found$/gm)?.length ?? 0
+  if (expected === 'found' ? found === times : /NXDOMAIN|can't resolve/.test(output)) return
   throw new StepError(
     expected === 'found'
       ? `a pod on ${pod.node.name} finds ${name} in ${found} of ${times} lookups`
-      : `a pod on ${pod.node.name} is not told that ${name} does not exist`,
+      : `a pod on ${pod.node.name} gets no answer that ${name} does not exist`,
     {
-      output: `${stdout}${stderr}`.replaceAll('found\n', '').trim(),
+      output: output.replaceAll('found\n', '').trim(),
       command: once,
       hint: 'kubectl logs --namespace=kube-system deployment/coredns',
     },

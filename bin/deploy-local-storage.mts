@@ -1,14 +1,13 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
+// Storage for claims: local-path-provisioner creates a folder on a worker's disk for each. Its
+// content outlives the pod, but never leaves that worker.
+import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
-// Storage for claims: local-path-provisioner makes a folder on a worker's disk for each. What is
-// in it outlives the pod, but never leaves that worker.
-import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
-import { type ApiObject, Kubectl } from '../lib/kubernetes/kubectl.mts'
-import { waitForPods } from '../lib/kubernetes/rollout.mts'
-import { scratchAccount, withScratchNamespace } from '../lib/kubernetes/scratch-namespace.mts'
+import * as kubectl from '../lib/kubectl.mts'
+import { scratchAccount, waitForPods, waitForRollout, withScratchNamespace } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
 import { waitFor } from '../lib/wait.mts'
@@ -18,7 +17,7 @@ const { flags } = script({
 and checks that claims of all of them are bound and keep their data when their pods are replaced.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
   writes: [],
-  flags: addOnFlags,
+  flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-local-storage.mts', './bin/deploy-local-storage.mts --print | less'],
 })
 const { timeout = 300 } = flags
@@ -28,7 +27,7 @@ const provisioner = 'rancher.io/local-path'
 const workerLabel = 'local-path/worker'
 
 const manifest = `\
-# Its helper pods run as root and mount a folder of the machine: Pod Security lets them only here.
+# Its helper pods run as root and mount a folder of the machine; Pod Security admits them only here.
 apiVersion: v1
 kind: Namespace
 metadata:
@@ -42,7 +41,7 @@ metadata:
   name: local-path-provisioner
   namespace: local-path-storage
 ---
-# It answers claims with volumes.
+# It creates a volume for each claim.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
@@ -77,7 +76,7 @@ subjects:
     name: local-path-provisioner
     namespace: local-path-storage
 ---
-# A helper pod on the claim's worker makes the folder, and another removes it.
+# A helper pod on the claim's worker creates the folder, and another removes it.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata:
@@ -120,7 +119,7 @@ data:
         { "node": "DEFAULT_PATH_FOR_NON_LISTED_NODES", "paths": ["/var/lib/local-path"] }
       ]
     }
-  # For any user, as a pod's user is not known when the folder is made.
+  # For any user, as a pod's user is not known when the folder is created.
   setup: |
     #!/bin/sh
     set -eu
@@ -129,7 +128,7 @@ data:
     #!/bin/sh
     set -eu
     rm -rf "$VOL_DIR"
-  # Root, since only root may write to /var/lib, and the files in a volume are anybody's.
+  # Root, since only root may write to /var/lib, and files in a volume have any owner.
   helperPod.yaml: |
     apiVersion: v1
     kind: Pod
@@ -160,7 +159,7 @@ spec:
   selector:
     matchLabels:
       app: local-path-provisioner
-  # Two at the same time would both answer a claim.
+  # Two at the same time would both handle a claim.
   strategy:
     type: Recreate
   template:
@@ -190,7 +189,7 @@ spec:
             - name: POD_NAMESPACE
               valueFrom:
                 fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}
-            # Reads the helper pod anew when it changes.
+            # It reads the helper pod again when it changes.
             - {name: CONFIG_MOUNT_PATH, value: /etc/config/}
           ports:
             - {name: health, containerPort: 8080, protocol: TCP}
@@ -200,7 +199,7 @@ spec:
             httpGet: {path: /health, port: health}
           readinessProbe:
             httpGet: {path: /ready, port: health}
-            # It asks the API server five things for each answer.
+            # It sends the API server five requests for each answer.
             timeoutSeconds: 10
           securityContext:
             allowPrivilegeEscalation: false
@@ -220,15 +219,15 @@ metadata:
   name: local-path
   annotations:
     storageclass.kubernetes.io/is-default-class: 'true'
-    # A local volume's folder has to be there; a hostPath volume's would be made anew, empty.
+    # A local volume's folder must exist; a missing one of a hostPath volume would be created, empty.
     defaultVolumeType: local
 provisioner: ${provisioner}
-# The scheduler chooses the worker first, by all that the pod needs; then there is a volume.
+# The scheduler chooses the worker first, by all that the pod needs; then the volume is created.
 volumeBindingMode: WaitForFirstConsumer
 reclaimPolicy: Delete
 ${cluster.workers.map(({ name }) => classOf(name)).join('')}`
 
-/** For pods that have to be on a certain worker, with their data. */
+/** For pods that must run on a certain worker, with their data. */
 function classOf(worker: string): string {
   return `\
 ---
@@ -249,54 +248,55 @@ allowedTopologies:
 `
 }
 
-interface Volume extends ApiObject {
-  spec: { claimRef?: { namespace: string; name: string } }
-}
-
-const kubectl = new Kubectl(cluster, interruption())
-await printOrDelete('local storage', manifest, flags, async () => {
-  await refuseWhileUsed()
-  await removeClasses(workerLabel)
-  await kubectl.delete(manifest)
+const signal = interruption()
+await kubectl.printOrDelete('local storage', manifest, flags, async () => {
+  await kubectl.useCluster(cluster)
+  // Without the provisioner, nothing would ever remove the volumes of claims.
+  const left = await volumes()
+  if (left.length > 0) {
+    throw new StepError('there are volumes that nothing could remove any more', {
+      output: left.map(({ name, claim }) => `${name} of claim ${claim}`).join('\n'),
+      hint: 'delete the claims first: kubectl get persistentvolumeclaims --all-namespaces',
+    })
+  }
+  await $`kubectl delete storageclasses --selector=${workerLabel} --ignore-not-found`
+  await kubectl.deleteManifest(manifest)
 })
 
-const workers = await step('pods can start', () => readyWorkers(cluster, kubectl))
+await kubectl.useCluster(cluster)
+const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`local-path-provisioner ${LOCAL_PATH_VERSION}`, async () => {
-  await kubectl.apply(manifest, {
-    manager: 'deploy-local-storage',
-    forceConflicts: flags['force-conflicts'],
-  })
-  // Workers that cluster.env no longer has.
-  const names = cluster.workers.map(({ name }) => name)
-  await removeClasses(`${workerLabel},${workerLabel} notin (${names.join(',')})`)
+  const forceConflicts = flags['force-conflicts']
+  await kubectl.apply(manifest, { manager: 'deploy-local-storage', forceConflicts, signal })
+  // Classes of workers that cluster.env no longer has.
+  const names = cluster.workers.map(({ name }) => name).join(',')
+  const others = `${workerLabel},${workerLabel} notin (${names})`
+  await $`kubectl delete storageclasses --selector=${others} --ignore-not-found`
 })
-await step('local-path-provisioner is ready', (detail) =>
-  kubectl.rollout('deployment/local-path-provisioner', {
-    namespace: 'local-path-storage',
-    timeout,
-    detail,
-  }),
-)
+await step('local-path-provisioner is ready', (detail) => {
+  const limits = { namespace: 'local-path-storage', timeout, detail, signal }
+  return waitForRollout('deployment/local-path-provisioner', limits)
+})
 await step('claims keep their data when their pods are replaced', async (detail) => {
-  const limits = { namespace: 'storage-probe', timeout, detail }
+  const limits = { namespace: 'storage-probe', timeout, detail, signal }
   const claims = [undefined, ...workers.map(({ name }) => name)]
-  await withScratchNamespace(cluster, kubectl, { name: limits.namespace, timeout }, async () => {
-    const forClaims = (verb: string) => claims.map((worker) => probe(worker, verb)).join('')
-    const apply = (text: string) => kubectl.apply(text, { manager: 'storage-probe' })
+  const podsThat = (verb: string) => claims.map((worker) => probe(worker, verb)).join('')
+  const apply = (text: string) => kubectl.apply(text, { manager: 'storage-probe', signal })
+  await withScratchNamespace(limits.namespace, limits, async () => {
     await apply(claims.map(claimOf).join(''))
-    await apply(forClaims('write'))
-    for (const { metadata, spec } of await waitForPods(kubectl, 'Succeeded', limits)) {
+    await apply(podsThat('write'))
+    for (const { metadata, spec } of await waitForPods('Succeeded', limits)) {
       const { worker } = metadata.labels ?? {}
       if (worker && worker !== spec.nodeName) {
         throw new StepError(`a claim of class local-path-${worker} was bound on ${spec.nodeName}`)
       }
     }
-    await kubectl.delete(forClaims('write'))
-    await apply(forClaims('read'))
-    await waitForPods(kubectl, 'Succeeded', limits)
+    await kubectl.deleteManifest(podsThat('write'))
+    await apply(podsThat('read'))
+    await waitForPods('Succeeded', limits)
   })
   detail('removing the volumes')
-  await waitFor({ failure: 'volumes of deleted claims are still there', ...limits }, async () => {
+  await waitFor({ failure: 'volumes of deleted claims still exist', ...limits }, async () => {
     const left = (await volumes()).filter((volume) => volume.claim.startsWith('storage-probe/'))
     return left.map(({ name }) => name).join(', ') || undefined
   })
@@ -320,7 +320,7 @@ spec:
 `
 }
 
-/** A pod that writes a word into the claim's volume, or looks whether it is there. */
+/** A pod that writes a word into the claim's volume, or checks that it is there. */
 function probe(worker: string | undefined, verb: string): string {
   const claim = worker ?? 'default'
   const command = verb === 'write' ? `echo ${claim} >/data/word` : `grep -x ${claim} /data/word`
@@ -351,27 +351,17 @@ spec:
 `
 }
 
-async function removeClasses(selector: string): Promise<void> {
-  await kubectl.run(['delete', 'storageclasses', `--selector=${selector}`, '--ignore-not-found'])
+interface Volume extends kubectl.ApiObject {
+  spec: { claimRef?: { namespace: string; name: string } }
 }
 
-/** The volumes that the provisioner has made, and whose they are. */
+/** The volumes that the provisioner has created, each with its claim. */
 async function volumes(): Promise<{ name: string; claim: string }[]> {
-  const { items } = await kubectl.get<{ items: Volume[] }>('persistentvolumes')
+  const { items } = await kubectl.kubectlJson<{ items: Volume[] }>('get', 'persistentvolumes')
   return items
     .filter(({ metadata }) => Object.values(metadata.annotations ?? {}).includes(provisioner))
     .map(({ metadata, spec }) => {
       const { namespace = '', name = '' } = spec.claimRef ?? {}
       return { name: metadata.name, claim: `${namespace}/${name}` }
     })
-}
-
-/** Without the provisioner, nobody would ever remove the volumes of claims. */
-async function refuseWhileUsed(): Promise<void> {
-  const left = await volumes()
-  if (left.length === 0) return
-  throw new StepError('there are volumes, which nobody could remove any more', {
-    output: left.map(({ name, claim }) => `${name} of claim ${claim}`).join('\n'),
-    hint: 'delete the claims first: kubectl get persistentvolumeclaims --all-namespaces',
-  })
 }

@@ -1,20 +1,21 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// What nodes and pods use: metrics-server asks each kubelet and answers as a part of the API. All
-// three connections are verified with the cluster's CA: API server to it, it to the kubelets, and
-// it to the API server.
+// What nodes and pods use: metrics-server collects it from each kubelet and serves it as a part of
+// the API. All its connections are verified with the cluster's CA: from the API server, to the
+// kubelets, and to the API server.
 import { existsSync, readFileSync } from 'node:fs'
+import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { addOnFlags, printOrDelete, readyWorkers } from '../lib/kubernetes/add-on.mts'
-import { Kubectl } from '../lib/kubernetes/kubectl.mts'
+import * as kubectl from '../lib/kubectl.mts'
+import { waitForRollout } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
 import { waitFor } from '../lib/wait.mts'
 
 const { flags } = script({
-  does: 'Deploys metrics-server, and waits until kubectl top has numbers of every worker and of pods.',
+  does: 'Deploys metrics-server, and waits until kubectl top shows every worker and pods.',
   reads: [
     'cluster.env',
     'configs/admin.kubeconfig',
@@ -23,7 +24,7 @@ const { flags } = script({
     'tls/metrics-server-key.pem',
   ],
   writes: [],
-  flags: addOnFlags,
+  flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-metrics-server.mts', './bin/deploy-metrics-server.mts --print | less'],
 })
 const { timeout = 300 } = flags
@@ -37,7 +38,7 @@ metadata:
   name: metrics-server
   namespace: kube-system
 ---
-# What it measures, and whom it asks for it.
+# What it measures, and where it reads it.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
@@ -63,7 +64,7 @@ subjects:
     name: metrics-server
     namespace: kube-system
 ---
-# It has the API server tell whether who asks may have an answer.
+# It lets the API server authenticate and authorize its clients.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:
@@ -77,7 +78,7 @@ subjects:
     name: metrics-server
     namespace: kube-system
 ---
-# Where it reads how the API server proves itself: the CA and name of front-proxy-client.
+# How it verifies the API server: the CA and name of front-proxy-client.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
@@ -92,7 +93,7 @@ subjects:
     name: metrics-server
     namespace: kube-system
 ---
-# Who may view, edit or administer a namespace may see its numbers.
+# Those who may view, edit or administer a namespace may see its metrics.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
@@ -131,7 +132,7 @@ spec:
         runAsNonRoot: true
         runAsUser: 1000
         runAsGroup: 1000
-        # The key in the Secret is for this group.
+        # This group may read the key in the Secret.
         fsGroup: 1000
         seccompProfile:
           type: RuntimeDefault
@@ -144,7 +145,7 @@ spec:
             - --tls-cert-file=/etc/metrics-server/tls/tls.crt
             - --tls-private-key-file=/etc/metrics-server/tls/tls.key
             - --tls-min-version=VersionTLS13
-            # Kubelets have their lan address in their certificates, which are of the same CA.
+            # Kubelets have their LAN address in their certificates, issued by the same CA.
             - --kubelet-certificate-authority=/var/run/secrets/kubernetes.io/serviceaccount/ca.crt
             - --kubelet-preferred-address-types=InternalIP
             - --kubelet-use-node-status-port
@@ -185,7 +186,7 @@ spec:
   ports:
     - {name: https, port: 443, targetPort: https, protocol: TCP, appProtocol: https}
 ---
-# From now on the API server asks that service for everything below /apis/metrics.k8s.io/v1beta1.
+# The API server forwards /apis/metrics.k8s.io/v1beta1 to that service.
 apiVersion: apiregistration.k8s.io/v1
 kind: APIService
 metadata:
@@ -201,66 +202,54 @@ spec:
   versionPriority: 100
 `
 
-const kubectl = new Kubectl(cluster, interruption())
-await printOrDelete('metrics-server', manifest, flags, async () => {
-  await kubectl.delete(manifest)
-  await kubectl.run([
-    'delete',
-    'secret',
-    'metrics-server-tls',
-    '--namespace=kube-system',
-    '--ignore-not-found',
-  ])
+const signal = interruption()
+const namespace = 'kube-system'
+await kubectl.printOrDelete('metrics-server', manifest, flags, async () => {
+  await kubectl.useCluster(cluster)
+  await kubectl.deleteManifest(manifest)
+  await $`kubectl delete secret metrics-server-tls --namespace=${namespace} --ignore-not-found`
 })
 
-const workers = await step('pods can start', () => readyWorkers(cluster, kubectl))
+await kubectl.useCluster(cluster)
+const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`metrics-server ${METRICS_SERVER_VERSION}`, async () => {
-  const how = { manager: 'deploy-metrics-server', forceConflicts: flags['force-conflicts'] }
-  // Not a part of the manifest, which may be shown to anybody.
-  await kubectl.apply(JSON.stringify(secret()), how)
+  const forceConflicts = flags['force-conflicts']
+  const how = { manager: 'deploy-metrics-server', forceConflicts, signal }
+  // The certificate by which the API server verifies it. Not in the manifest, which anybody may
+  // see; nor in the arguments of a command.
+  const tls = (file: string) => read(file).toString('base64')
+  const secret = {
+    apiVersion: 'v1',
+    kind: 'Secret',
+    metadata: { name: 'metrics-server-tls', namespace },
+    type: 'kubernetes.io/tls',
+    data: { 'tls.crt': tls('metrics-server.pem'), 'tls.key': tls('metrics-server-key.pem') },
+  }
+  await kubectl.apply([secret], how)
   await kubectl.apply(manifest, how)
 })
 await step('metrics-server is ready', (detail) =>
-  kubectl.rollout('deployment/metrics-server', { namespace: 'kube-system', timeout, detail }),
+  waitForRollout('deployment/metrics-server', { namespace, timeout, detail, signal }),
 )
-const table = await step('numbers of every worker and of pods', measured)
+const table = await step('metrics of every worker and of pods', async (detail) => {
+  let nodes = ''
+  const limits = { failure: 'kubectl top has no metrics', timeout, detail, signal }
+  const hint = 'kubectl describe apiservice v1beta1.metrics.k8s.io'
+  await waitFor({ ...limits, hint, command: 'kubectl top nodes' }, async () => {
+    const top = $({ nothrow: true, timeout: '60s' })
+    const outputs = [await top`kubectl top nodes`, await top`kubectl top pods --all-namespaces`]
+    for (const { exitCode, stderr } of outputs) if (exitCode !== 0) return stderr.trim()
+    nodes = outputs[0]?.stdout.trimEnd() ?? ''
+    // A node without metrics has a row, too: <unknown>.
+    const missing = workers.filter(({ name }) => !new RegExp(`^${name} +\\d`, 'm').test(nodes))
+    return missing.map(({ name }) => `none of ${name}`).join('\n') || undefined
+  })
+  return nodes
+})
 console.log(`${table}\nTry: kubectl top pods --all-namespaces --sort-by=memory`)
-
-/** The certificate by which the API server knows it; the key reaches it in no other way. */
-function secret(): object {
-  const data = { 'tls.crt': 'metrics-server.pem', 'tls.key': 'metrics-server-key.pem' }
-  return {
-    apiVersion: 'v1',
-    kind: 'Secret',
-    metadata: { name: 'metrics-server-tls', namespace: 'kube-system' },
-    type: 'kubernetes.io/tls',
-    data: Object.fromEntries(
-      Object.entries(data).map(([key, file]) => [key, read(file).toString('base64')]),
-    ),
-  }
-}
 
 function read(file: string): Buffer {
   const path = cluster.path('tls', file)
   if (!existsSync(path)) throw new StepError(`tls/${file} is missing`, { hint: 'make certs' })
   return readFileSync(path)
-}
-
-/** Asks until there are numbers of all. @returns what is printed of the nodes */
-async function measured(detail: (text: string) => void): Promise<string> {
-  let table = ''
-  const limits = { failure: 'kubectl top has no numbers', timeout, detail }
-  const hint = 'kubectl describe apiservice v1beta1.metrics.k8s.io'
-  await waitFor({ ...limits, hint, command: 'kubectl top nodes' }, async () => {
-    const nodes = await kubectl.execute(['top', 'nodes'])
-    const pods = await kubectl.execute(['top', 'pods', '--all-namespaces'])
-    for (const { exitCode, stderr } of [nodes, pods]) {
-      if (exitCode !== 0) return stderr.trim()
-    }
-    table = nodes.stdout.trimEnd()
-    // A node without numbers has a row, too: <unknown>.
-    const missing = workers.filter(({ name }) => !new RegExp(`^${name} +\\d`, 'm').test(table))
-    return missing.map(({ name }) => `none of ${name}`).join('\n') || undefined
-  })
-  return table
 }

@@ -1,39 +1,37 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The cluster's state alone, without the machines: what kubectl shows, as etcd stores it.
-import { mkdir, readdir, rename, rm } from 'node:fs/promises'
-import { join, relative, resolve } from 'node:path'
+// Saves the cluster's state without the machines, as etcd stores it, and restores it.
+import { createHash } from 'node:crypto'
+import { createReadStream } from 'node:fs'
+import { open, readdir, readFile, rename, rm, stat } from 'node:fs/promises'
+import { relative, resolve } from 'node:path'
+import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
-import { restoreSnapshot, saveSnapshot } from '../lib/etcd/etcd.mts'
-import { assertOfThisCluster, assertWhole } from '../lib/etcd/etcd-snapshot.mts'
-import { formatBytes, formatDuration, timestamp } from '../lib/format.mts'
-import { interruption } from '../lib/interrupt.mts'
-import { askApiServer } from '../lib/kubernetes/api-server.mts'
+import { describeError, StepError } from '../lib/errors.mts'
+import { privateFolder } from '../lib/files.mts'
+import { formatBytes, formatDuration, quote, timestamp } from '../lib/format.mts'
+import { servicesOf, waitForServices } from '../lib/health.mts'
+import { interruption, takingTime } from '../lib/interrupt.mts'
+import { useCluster } from '../lib/kubectl.mts'
 import { withClusterLock } from '../lib/lock.mts'
-import { Machine } from '../lib/machine/machine.mts'
-import { probeApiServer } from '../lib/machine/probes.mts'
-import { isRunning } from '../lib/qemu/vm.mts'
 import { script } from '../lib/script.mts'
-import { inParallel, step } from '../lib/steps.mts'
+import { connect, remote } from '../lib/ssh.mts'
+import { inParallel, type Row, step } from '../lib/steps.mts'
+import { isRunning } from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `snapshot saves etcd's data, verified, in backups/, named by the time. restore puts such a file, the
-newest unless one is named, in the place of etcd's data: the control plane stops meanwhile, and gets
-its former data back if it is not well with the new ones. Pods go on running all the time.`,
-  reads: ['cluster.env', 'tls/', 'backups/'],
+newest unless one is named, in the place of etcd's data. The control plane stops meanwhile, and gets
+its former data back if it is not healthy with the new ones. Pods keep running all the time.`,
+  reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig', 'backups/'],
   writes: ['backups/etcd-TIME.db'],
   flags: {
-    keep: {
-      value: 'COUNT',
-      number: true,
-      help: 'snapshot: of those in backups/, keep the last (10)',
-    },
-    force: { help: 'restore: also a file of a cluster with another CA' },
+    keep: { value: 'COUNT', number: true, help: 'snapshot: how many backups to keep (10)' },
+    force: { help: 'restore: accept a file of a cluster with another CA' },
     timeout: {
       value: 'SECONDS',
       number: true,
-      help: 'restore: for the control plane to be well (WAIT_TIMEOUT)',
+      help: 'restore: for the control plane to be healthy (WAIT_TIMEOUT)',
     },
   },
   args: 'snapshot|restore [FILE]',
@@ -45,110 +43,256 @@ its former data back if it is not well with the new ones. Pods go on running all
 })
 const [action, file] = args
 if (action !== 'snapshot' && action !== 'restore') {
-  throw new StepError(`snapshot or restore, not ${action ? `"${action}"` : 'nothing'}`, {
-    hint: './bin/etcd-backup.mts --help',
-    exitCode: 2,
-  })
+  const hint = './bin/etcd-backup.mts --help'
+  const found = action ? `"${action}"` : 'nothing'
+  throw new StepError(`snapshot or restore, not ${found}`, { hint, exitCode: 2 })
 }
 const keep = flags.keep ?? 10
-if (action === 'snapshot' && file)
+if (action === 'snapshot' && file) {
   throw new StepError('a snapshot is named by the time', { exitCode: 2 })
-if (!Number.isInteger(keep) || keep < 1)
+}
+if (!Number.isInteger(keep) || keep < 1) {
   throw new StepError('--keep is at least 1', { exitCode: 2 })
+}
 
 const cluster = loadCluster()
 const { controlPlane } = cluster
-const folder = cluster.path('backups')
+const alpha = controlPlane.name
+// Some distributions package etcdctl alone, which can do the same up to etcd 3.5.
+const etcdutl = '"$(command -v etcdutl || command -v etcdctl)"'
 const signal = interruption()
 await withClusterLock(cluster, `etcd-backup ${action}`, action === 'snapshot' ? save : restore)
 
+/** Runs shell text on the control plane machine, as root. Without a signal it runs to its end. */
+function onAlpha(command: string, options: { signal?: AbortSignal } = {}): Promise<string> {
+  return remote(controlPlane, command, { timeout: 600, ...options })
+}
+
 async function save(): Promise<void> {
-  await assertRunning()
-  const path = join(folder, `etcd-${timestamp()}.db`)
+  const path = `backups/etcd-${timestamp()}.db`
   const partial = `${path}.partial`
-  await mkdir(folder, { recursive: true, mode: 0o700 })
-  try {
-    const { totalKey, revision, totalSize } = await step('save a snapshot of etcd', async () => {
-      await rm(partial, { force: true })
-      const status = await saveSnapshot(new Machine(cluster, controlPlane, signal), partial, signal)
-      await assertWhole(partial)
-      await rename(partial, path)
-      return status
-    })
-    const amount = `${totalKey} keys at revision ${revision}, ${formatBytes(totalSize)}`
-    console.log(`${relative(cluster.root, path)}: ${amount}`)
-  } finally {
-    await rm(partial, { force: true })
-  }
+  const { totalKey, revision, totalSize } = await step('save a snapshot of etcd', async () => {
+    const { flag, work } = await etcdOnMachine()
+    await privateFolder(cluster.path('backups'))
+    try {
+      // The first verifies that etcd sent all of it, the second that it is a database.
+      const save = `umask 077; rm -rf ${work}; mkdir ${work}
+        etcdctl --endpoints=${flag('advertise-client-urls')} --cacert=${flag('trusted-ca-file')} \\
+          --cert=${flag('cert-file')} --key=${flag('key-file')} snapshot save ${work}/snapshot.db >&2
+        ${etcdutl} snapshot status --write-out=json ${work}/snapshot.db`
+      const status = await onAlpha(save, { signal })
+      const copy = `cat ${work}/snapshot.db`
+      await $({ signal })`umask 077; ssh -F tls/ssh_config ${alpha} ${copy} >${partial}`
+      await assertComplete(cluster.path(partial))
+      await rename(cluster.path(partial), cluster.path(path))
+      return JSON.parse(status) as { totalKey: number; revision: number; totalSize: number }
+    } finally {
+      await rm(cluster.path(partial), { force: true })
+      await onAlpha(`rm -rf ${work}`).catch(() => {})
+    }
+  })
+  console.log(`${path}: ${totalKey} keys at revision ${revision}, ${formatBytes(totalSize)}`)
   for (const old of (await backups()).slice(0, -keep)) {
-    await rm(join(folder, old))
-    console.log(`removed backups/${old}, as ${keep} are kept`)
+    await rm(cluster.path('backups', old))
+    console.log(`removed backups/${old}: ${keep} are kept`)
   }
 }
 
 async function restore(): Promise<void> {
   const began = performance.now()
   const newest = (await backups()).at(-1)
-  const path = file ? resolve(file) : newest && join(folder, newest)
+  const path = file ? resolve(file) : newest && cluster.path('backups', newest)
   if (!path) throw new StepError('there is no file in backups/', { hint: 'make etcd-snapshot' })
   await step(`check ${relative(process.cwd(), path)}`, async () => {
-    await assertWhole(path)
-    if (!flags.force) await assertOfThisCluster(cluster, path)
+    await assertComplete(path)
+    if (!flags.force) await assertOfThisCluster(path)
+    await useCluster(cluster)
   })
-  await assertRunning()
-
-  const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
-  const [former] = await inParallel([controlPlane.name], (_, row) =>
-    // Without the signal: what has begun there is not cut off, but undone.
-    restoreSnapshot(new Machine(cluster, controlPlane), path, {
-      timeout,
-      check: secretsMissing,
-      row,
-      signal,
-    }),
-  )
+  const [former] = await inParallel([alpha], (_, row) => replaceData(path, row))
   console.log(`restored in ${formatDuration(performance.now() - began)}`)
-  console.log(`the former data are kept on ${controlPlane.name}: ${former}`)
-  await tellOfNodes()
+  console.log(`the former data are kept on ${alpha}: ${former}`)
+  await reportNodes()
 }
 
-/** Workers that came or went after the backup: a kubelet registers its node only when it starts. */
-async function tellOfNodes(): Promise<void> {
-  const { nodes } = await probeApiServer(cluster, { signal })
-  if (!nodes) return
-  const names = cluster.workers.map(({ name }) => name)
-  for (const name of names.filter((each) => !nodes.has(each))) {
-    console.error(`! the backup is from before ${name} joined, which has to do so again:`)
+/**
+ * Makes a data directory next to the one in use while the control plane works; then they change
+ * places while it is stopped. Puts the former one back if it is not healthy then, or after Ctrl-C.
+ *
+ * @returns where the former data are kept on the machine
+ */
+async function replaceData(path: string, row: Row): Promise<string> {
+  row.step('making the data directory')
+  const { flag, work } = await etcdOnMachine()
+  const data = flag('data-dir')
+  const former = `${data}.former-${timestamp()}`
+  // One at a time: a command whose connection was cut still runs to its end on the machine.
+  const lock = `exec 9>${data}.lock; flock --timeout 600 9`
+  // In the order in which they start. They stop in the opposite one: an API server that has lost
+  // its etcd does not end for a minute.
+  const units = servicesOf(cluster, controlPlane).map(({ unit }) => unit)
+  const stop = `systemctl stop ${units.toReversed().join(' ')}`
+  const start = `sync; systemctl start --no-block ${units.join(' ')}`
+  try {
+    await onAlpha(`umask 077; ${lock}; rm -rf ${work}; mkdir ${work}`, { signal })
+    const copy = `cat >${work}/snapshot.db`
+    await $({ signal })`ssh -F tls/ssh_config ${alpha} ${copy} <${path}`
+    // Clients that watch the API know the revision of what they have seen, and would miss what the
+    // restore changes: the new revision is above every earlier one, of this and of other backups,
+    // and everything before it is marked as compacted, so clients list everything again.
+    // Milliseconds since 1970 grow faster than etcd's revisions. (The flag's number is added.)
+    const prepare = `${lock}; umask 077
+      status=$(${etcdutl} snapshot status --write-out=json ${work}/snapshot.db)
+      revision=$(sed -E 's/.*"revision":([0-9]+).*/\\1/' <<<"$status")
+      now=$(date +%s%3N)
+      ${etcdutl} snapshot restore ${work}/snapshot.db --data-dir=${work}/data --name=${flag('name')} \\
+        --initial-cluster=${flag('initial-cluster')} \\
+        --initial-cluster-token=${flag('initial-cluster-token')} \\
+        --initial-advertise-peer-urls=${flag('initial-advertise-peer-urls')} \\
+        --bump-revision=$((now > revision ? now - revision : now)) --mark-compacted
+      if [ -e ${data} ]; then
+        chown -R --reference=${data} ${work}/data
+        chmod --reference=${data} ${work}/data
+      fi
+      sync`
+    await onAlpha(prepare, { signal })
+    signal.throwIfAborted()
+  } catch (error) {
+    await onAlpha(`${lock}; rm -rf ${work}`).catch(() => {})
+    throw error
+  }
+
+  row.step('changing the data')
+  const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
+  const wait = { timeout, detail: (text: string) => row.detail(text) }
+  try {
+    // Ctrl-C from here on: it is undone, but not cut off.
+    await onAlpha(`${lock}; ${stop}
+      if [ -e ${data} ]; then mv -T ${data} ${former}; fi
+      mv -T ${work}/data ${data}; rm -rf ${work}; ${start}`)
+    row.step('waiting for the control plane')
+    await waitForServices(cluster, controlPlane, { ...wait, check: secretsMissing, signal })
+  } catch (error) {
+    row.step('putting the former data back')
+    // However far the change came. Without data, etcd would start as an empty one.
+    const putBack = `${lock}; ${stop}
+      if [ -e ${former} ]; then rm -rf ${data}; mv -T ${former} ${data}; fi
+      rm -rf ${work}
+      [ -e ${data}/member ] || { echo 'there are no data in ${data}' >&2; exit 1; }
+      ${start}`
+    const undone = takingTime(async () => {
+      await onAlpha(putBack)
+      await waitForServices(cluster, controlPlane, wait)
+    })
+    const reasons = [describeError(error)]
+    const outcome = await undone.then(
+      () => `${alpha} has its former data again`,
+      (second) => {
+        reasons.push(describeError(second))
+        return `the former data are not in place again; on ${alpha} they are in ${former}`
+      },
+    )
+    const exitCode = (error instanceof StepError && error.explanation.exitCode) || 1
+    const output = reasons.join('\n')
+    throw new StepError(`etcd was not restored: ${outcome}`, { output, exitCode, cause: error })
+  }
+  // Of the former data only the last are kept.
+  await onAlpha(`for each in ${data}.former-*; do [ "$each" = ${former} ] || rm -rf "$each"; done`)
+  return former
+}
+
+/** The flags of etcd's unit, as shell words, and a folder for our work next to its data. */
+async function etcdOnMachine(): Promise<{ flag: (name: string) => string; work: string }> {
+  if (!(await isRunning(cluster, controlPlane))) {
+    throw new StepError(`${alpha} is not running`, { hint: `make boot-${alpha}` })
+  }
+  await connect(cluster, controlPlane, { signal })
+  const unit = await onAlpha('systemctl show --property=ExecStart --value etcd', { signal })
+  const flag = (name: string) => {
+    const word = unit.split(/\s+/).find((each) => each.startsWith(`--${name}=`))
+    if (word) return quote(word.slice(name.length + 3))
+    throw new StepError(`the unit etcd of ${alpha} has no flag --${name}`, {
+      hint: 'make reconfig installs the configuration of this project',
+    })
+  }
+  return { flag, work: `${flag('data-dir')}.new` }
+}
+
+/** Secrets from before the encryption key was replaced could never be read again. */
+async function secretsMissing(): Promise<string | undefined> {
+  // With a limit the answer comes from etcd, even before the API server has read all of them.
+  const call = $({ nothrow: true, timeout: '20s', signal })
+  const { exitCode, stderr } =
+    await call`kubectl get --raw ${'/api/v1/secrets?limit=100'} >/dev/null`
+  signal.throwIfAborted()
+  if (exitCode === 0) return undefined
+  if (!/unable to transform key/.test(stderr)) return 'the API server does not list Secrets yet'
+  throw new StepError('the API server cannot decrypt the Secrets of the snapshot', {
+    hint: 'it was saved when configs/encryption-config.yaml had another key',
+  })
+}
+
+/** Workers that were added or removed after the backup: a kubelet registers when it starts. */
+async function reportNodes(): Promise<void> {
+  const { exitCode, stdout } = await $({ nothrow: true, signal })`kubectl get nodes --output=name`
+  if (exitCode !== 0) return
+  const registered = stdout.split('\n').flatMap((line) => line.match(/^node\/(.+)/)?.[1] ?? [])
+  const workers = cluster.workers.map(({ name }) => name)
+  for (const name of workers.filter((each) => !registered.includes(each))) {
+    console.error(`! ${name} joined after the backup and has to register again:`)
     console.error(`!   ./bin/ssh.mts ${name} -- systemctl restart kubelet, then make network`)
   }
-  for (const name of [...nodes.keys()].filter((each) => !names.includes(each))) {
+  for (const name of registered.filter((each) => !workers.includes(each))) {
     console.error(`! ${name} was removed after the backup: kubectl delete node ${name}`)
   }
 }
 
-/** Our own backups, oldest first; other files in the folder are none of our business. */
+/** Our own backups, oldest first; other files in the folder are left alone. */
 async function backups(): Promise<string[]> {
-  const names = await readdir(folder).catch(() => [])
+  const names = await readdir(cluster.path('backups')).catch(() => [])
   return names.filter((name) => /^etcd-\d{4}-\d\d-\d\d-\d{6}\.db$/.test(name)).sort()
 }
 
-async function assertRunning(): Promise<void> {
-  if (await isRunning(cluster, controlPlane)) return
-  throw new StepError(`${controlPlane.name} is not running`, {
-    hint: `make boot-${controlPlane.name}`,
-  })
+/**
+ * Checks that a file is an etcd snapshot from its first byte to its last: a bbolt database with its
+ * SHA-256 behind it, as etcd sends it. (`etcdutl snapshot status` accepts a file without its end.)
+ */
+async function assertComplete(path: string): Promise<void> {
+  const found = await stat(path).catch(() => undefined)
+  if (!found?.isFile()) throw new StepError(`there is no file ${path}`)
+  const fail = (reason: string) => {
+    const hint = 'nothing was changed; try another file of backups/'
+    throw new StepError(`${path} is not a complete etcd snapshot: ${reason}`, { hint })
+  }
+  const size = found.size - 32
+  const file = await open(path)
+  try {
+    // bbolt's first page: 16 bytes, then the magic number 0xed0cdaed, little endian.
+    const { buffer: magic } = await file.read(Buffer.alloc(4), 0, 4, 16)
+    if (magic.toString('hex') !== 'edda0ced') fail('it does not begin like a database of etcd')
+    if (size <= 0 || size % 512 !== 0) fail('it does not end with a checksum')
+    const { buffer: expected } = await file.read(Buffer.alloc(32), 0, 32, size)
+    const hash = createHash('sha256')
+    for await (const chunk of createReadStream(path, { end: size - 1 })) hash.update(chunk)
+    if (!hash.digest().equals(expected)) fail('its checksum does not match')
+  } finally {
+    await file.close()
+  }
 }
 
-/** Those of a snapshot from before the encryption key was replaced can never be read again. */
-async function secretsMissing(): Promise<string | undefined> {
-  // With a limit it is answered from etcd itself, also before the API server has read them all.
-  const { status, body } = await askApiServer(cluster, '/api/v1/secrets?limit=100', {
-    signal,
-  }).catch(() => ({ status: 0, body: '' }))
-  if (status === 200) return undefined
-  // This is how it tells that decrypting failed.
-  if (status !== 500 || !/transform/.test(body)) return 'the API server does not list Secrets yet'
-  throw new StepError('the API server cannot decrypt the Secrets of the snapshot', {
-    hint: 'it is of a time with another key in configs/encryption-config.yaml',
+/** Every namespace has the CA's certificate in a ConfigMap, kube-root-ca.crt, not encrypted. */
+async function assertOfThisCluster(path: string): Promise<void> {
+  const certificate = await readFile(cluster.path('tls', 'ca.pem')).catch((cause) => {
+    throw new StepError('tls/ca.pem is missing', { hint: 'make certs', cause })
+  })
+  const wanted = Buffer.from(certificate.toString().trim())
+  let rest = Buffer.alloc(0)
+  for await (const chunk of createReadStream(path, { highWaterMark: 2 ** 20 })) {
+    const part = Buffer.concat([rest, chunk as Buffer])
+    if (part.includes(wanted)) return
+    // It may begin in this part and end in the next.
+    rest = part.subarray(-wanted.length)
+  }
+  throw new StepError(`${path} is of another cluster: the certificate tls/ca.pem is not in it`, {
+    hint: 'its tokens and Secrets could not be used here; --force restores it anyway',
   })
 }

@@ -1,71 +1,129 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The key that kube-apiserver encrypts secrets with before they go to etcd.
+// The key with which kube-apiserver encrypts Secrets before it writes them to etcd.
 import { randomBytes } from 'node:crypto'
 import { chmod } from 'node:fs/promises'
-import { parse } from 'yaml'
+import { parse, stringify } from 'yaml'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { withLock } from '../lib/lock.mts'
 import { script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
+import { assertUnchanged } from '../lib/tls.mts'
 
 const { flags } = script({
   does:
-    "Makes the API server's encryption configuration with a new random key. One that is there\n" +
-    'stays: without its key the secrets in etcd cannot be read any more.',
+    "Generates the API server's encryption configuration with a new random key. An existing one of\n" +
+    'any provider is kept: without its key, the Secrets in etcd cannot be read any more.',
   reads: ['cluster.env'],
   writes: ['configs/encryption-config.yaml'],
-  flags: { force: { help: 'replace the key; secrets of a running cluster are lost' } },
+  flags: { force: { help: 'replace the key; Secrets of a running cluster are lost' } },
   examples: ['./bin/generate-encryption-config.mts'],
 })
 
 const cluster = loadCluster()
-const name = 'configs/encryption-config.yaml'
-const file = cluster.path(name)
+const file = 'configs/encryption-config.yaml'
 
-await withLock(cluster.path('run', 'encryption-config.lock'), `making ${name}`, async () => {
-  const present = flags.force ? undefined : await readIfThere(file)
-  if (present !== undefined) {
-    if (!hasKey(present)) {
-      throw new StepError(`${name} holds no encryption configuration with a key of 32 bytes`, {
-        hint: 'put it back from a copy; --force replaces it, and secrets of a cluster are lost',
-      })
-    }
-    await step(`${name} is there and stays`, () => chmod(file, 0o600))
-    return
-  }
-  await step(name, () => writeFileAtomic(file, configuration(randomBytes(32)), 0o600))
-})
-
-/**
- * The first provider encrypts: XSalsa20 and Poly1305. All of them decrypt: identity reads what
- * was written before there was a key.
- */
-function configuration(key: Buffer): string {
-  return `apiVersion: apiserver.config.k8s.io/v1
-kind: EncryptionConfiguration
-resources:
-  - resources:
-      - secrets
-    providers:
-      - secretbox:
-          keys:
-            - name: key1
-              secret: ${key.toString('base64')}
-      - identity: {}
-`
+// Of each provider: the key lengths that kube-apiserver accepts, and what is weak about it.
+const known: Readonly<Record<string, { keySizes?: readonly number[]; weakness?: string }>> = {
+  secretbox: { keySizes: [32] },
+  aescbc: { keySizes: [16, 24, 32], weakness: 'aescbc is open to padding oracle attacks' },
+  aesgcm: {
+    keySizes: [16, 24, 32],
+    weakness: 'a key of aesgcm has to be replaced after 200,000 writes, which nothing here does',
+  },
+  kms: { weakness: 'kms needs a plugin on the control plane, which nothing here installs' },
+  identity: { weakness: 'Secrets are not encrypted: the first provider is identity' },
 }
 
-/** Whether a key of the right length stands in it, for one of the providers that have keys. */
-function hasKey(text: string): boolean {
-  try {
-    const { kind, resources } = parse(text)
-    const [first] = resources[0].providers
-    const [key] = (first.secretbox ?? first.aescbc).keys
-    return kind === 'EncryptionConfiguration' && Buffer.from(key.secret, 'base64').length === 32
-  } catch {
-    return false
+const lock = cluster.path('run', 'encryption-config.lock')
+await withLock(lock, `generating ${file}`, () => (flags.force ? generate() : keepOrGenerate()))
+
+async function keepOrGenerate(): Promise<void> {
+  const present = await readIfThere(cluster.path(file))
+  if (present === undefined) return generate()
+  await assertUnchanged(cluster, [file])
+  const weaknesses = inspect(present)
+  await step(`${file} is kept`, () => chmod(cluster.path(file), 0o600))
+  for (const weakness of weaknesses) console.error(`! ${weakness}`)
+}
+
+/** The first provider encrypts (XSalsa20 and Poly1305); identity reads what is not encrypted yet. */
+async function generate(): Promise<void> {
+  const secret = randomBytes(32).toString('base64')
+  const configuration = {
+    apiVersion: 'apiserver.config.k8s.io/v1',
+    kind: 'EncryptionConfiguration',
+    resources: [
+      {
+        resources: ['secrets'],
+        providers: [{ secretbox: { keys: [{ name: 'key1', secret }] } }, { identity: {} }],
+      },
+    ],
   }
+  await step(file, () => writeFileAtomic(cluster.path(file), stringify(configuration), 0o600))
+}
+
+interface Configuration {
+  apiVersion: string
+  kind: string
+  resources: { resources: string[]; providers: Record<string, Provider | null>[] }[]
+}
+interface Provider {
+  keys?: { name: string; secret: string }[]
+  name?: string
+  endpoint?: string
+}
+
+/** What is weak about a configuration. @throws StepError if kube-apiserver would reject it */
+function inspect(text: string): string[] {
+  try {
+    const { apiVersion, kind, resources: rules }: Configuration = parse(text)
+    // kube-apiserver accepts the second as well, which its documentation once had by mistake.
+    const kinds = ['apiserver.config.k8s.io/v1 EncryptionConfiguration', 'v1 EncryptionConfig']
+    assert(kinds.includes(`${apiVersion} ${kind}`), `its kind is not ${kinds[0]}`)
+    assert(rules.length > 0, 'resources is empty')
+    for (const { resources, providers } of rules) {
+      assert(resources.length > 0 && providers.length > 0, 'resources or providers are empty')
+      providers.forEach(assertProvider)
+    }
+    const isForSecrets = (name: string) => ['secrets', '*.', '*.*'].includes(name)
+    const rule = rules.find(({ resources }) => resources.some(isForSecrets))
+    const [[name, provider] = ['', null]] = Object.entries(rule?.providers[0] ?? {})
+    const size = Buffer.from(provider?.keys?.[0]?.secret ?? '', 'base64').length
+    return [
+      rule ? '' : 'Secrets are not encrypted: no entry of resources contains them',
+      known[name]?.weakness ?? '',
+      size > 0 && size < 32 ? `the key of ${name} has ${size} bytes, 32 are possible` : '',
+    ].filter(Boolean)
+  } catch (error) {
+    // The YAML parser's own messages would show lines of the file.
+    const reason = error instanceof StepError ? error.message : 'a part of it is missing'
+    throw new StepError(`${file} is not a valid EncryptionConfiguration: ${reason}`, {
+      hint:
+        'correct it, or restore it from a copy. --force replaces it: Secrets that a cluster has\n' +
+        'encrypted with it are lost then',
+    })
+  }
+}
+
+function assertProvider(provider: Record<string, Provider | null>): void {
+  const [[name, value] = ['', null], ...more] = Object.entries(provider)
+  const names = Object.keys(known).join(', ')
+  assert(known[name] && value && more.length === 0, `a provider is not one of ${names}`)
+  const isReachable = value?.name && value.endpoint?.startsWith('unix:')
+  if (name === 'kms') assert(isReachable, 'kms needs a name and an endpoint (unix://…)')
+  const { keySizes } = known[name] ?? {}
+  if (!keySizes) return
+  assert(value?.keys?.length, `${name} has no keys`)
+  for (const { name: keyName, secret } of value?.keys ?? []) {
+    const size = /^[A-Za-z0-9+/]+={0,2}$/.test(secret) ? Buffer.from(secret, 'base64').length : 0
+    const wanted = `a key of ${name} needs a name and ${keySizes.join(', ')} bytes as base64`
+    assert(keyName && keySizes.includes(size), wanted)
+  }
+}
+
+function assert(condition: unknown, reason: string): void {
+  if (!condition) throw new StepError(reason)
 }

@@ -1,25 +1,25 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// A kubeconfig for everyone who logs in to the API server (the table is in lib/pki/kubeconfig.mts).
+// A kubeconfig for each client of the API server: its address, the CA and the client certificate.
 import { chmod } from 'node:fs/promises'
+import { isDeepStrictEqual } from 'node:util'
+import { parse, stringify } from 'yaml'
+import { authorityOf, certificatesOf } from '../lib/certificates.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { withLock } from '../lib/lock.mts'
-import { problemsOf } from '../lib/pki/certificate-check.mts'
-import { authorityOf } from '../lib/pki/certificates.mts'
-import { formatKubeconfig, isUpToDate, kubeconfigsOf } from '../lib/pki/kubeconfig.mts'
-import { readPair } from '../lib/pki/pki.mts'
 import { script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
+import { assertUnchanged, type Pair, problemsOf, readPair } from '../lib/tls.mts'
 
 const { flags } = script({
   does:
-    'Makes a kubeconfig for the administrator, for each kubelet and for each component.\n' +
-    'One that is there stays, unless its certificate or the address of the API server changed.',
+    'Generates a kubeconfig for the administrator, for each kubelet and for each component.\n' +
+    'Entries of your own (contexts, namespaces, clusters, users) and your current context are kept.',
   reads: ['cluster.env', 'tls/'],
   writes: ['configs/*.kubeconfig'],
-  flags: { force: { help: 'make all of them anew' } },
+  flags: { force: { help: 'write all of them again, without entries of your own' } },
   examples: [
     './bin/generate-kubeconfigs.mts',
     './bin/generate-kubeconfigs.mts && KUBECONFIG=configs/admin.kubeconfig kubectl get nodes',
@@ -27,47 +27,122 @@ const { flags } = script({
 })
 
 const cluster = loadCluster()
-const kubeconfigs = kubeconfigsOf(cluster)
+const { API_PORT, CLUSTER_NAME, CERT_RENEW_DAYS } = cluster.settings
 
-// Not while certificates are being made: one of them could meet another one's key here.
-await withLock(cluster.path('run', 'pki.lock'), 'making kubeconfigs', generate, { wait: 5 })
+// On this computer the API server's port is forwarded to 127.0.0.1; it is the same on the control
+// plane. The workers reach it at its LAN address.
+const local = `https://127.0.0.1:${API_PORT}`
+const servers = new Map([
+  ...['admin', 'kube-controller-manager', 'kube-scheduler'].map((name) => [name, local] as const),
+  ...['kube-proxy', ...cluster.workers.map(({ name }) => name)].map(
+    (name) => [name, cluster.apiServer] as const,
+  ),
+])
+
+// The rules of Go's parser, for which an unquoted "on" is true; and no line breaks in long values.
+const yaml = { version: '1.1', lineWidth: 0 } as const
+
+// Not while certificates are generated: a certificate could meet the key of another one here.
+const lock = cluster.path('run', 'pki.lock')
+await withLock(lock, 'generating kubeconfigs', generate, { wait: 5 })
 
 async function generate(): Promise<void> {
-  // 1. What will be embedded has to be worth it: signed by the authority, and with its own key.
+  // 1. The certificates to embed: signed by the CA, valid, each with its own key.
   const authority = await readPair(cluster, authorityOf(cluster).name)
-  const logins = await step('reading certificates', async () => {
-    const measure = {
-      authority: authority.certificate,
-      renewDays: cluster.settings.CERT_RENEW_DAYS,
-    }
-    const problems: string[] = []
-    const read = kubeconfigs.map(async (entry) => {
-      const pair = await readPair(cluster, entry.certificate.name)
-      const found = problemsOf(pair, entry.certificate, measure)
-      problems.push(...found.map((problem) => `${entry.certificate.name}: ${problem}`))
-      return { entry, pair }
-    })
-    const all = await Promise.all(read)
-    if (problems.length === 0) return all
-    throw new StepError('certificates are missing or not right', {
+  const measure = { authority: authority.certificate, renewDays: CERT_RENEW_DAYS }
+  const problems = authority.problems.map((problem) => `ca: ${problem}`)
+  const clients: { user: string; pair: Pair }[] = []
+  for (const entry of certificatesOf(cluster).filter(({ name }) => servers.has(name))) {
+    const pair = await readPair(cluster, entry.name)
+    clients.push({ user: entry.subject.CN, pair })
+    const found = problemsOf(pair, entry, measure)
+    problems.push(...found.map((problem) => `${entry.name}: ${problem}`))
+  }
+  if (problems.length > 0) {
+    throw new StepError('certificates are missing or wrong', {
       output: problems.join('\n'),
       hint: './bin/generate-certs.mts',
     })
-  })
+  }
 
-  // 2. A file for each. Whoever has it is that user, so it is for its owner's eyes alone.
-  for (const { entry, pair } of logins) {
-    const file = cluster.path('configs', `${entry.name}.kubeconfig`)
-    const fresh = formatKubeconfig(cluster, entry, {
-      authority: authority.pem ?? '',
-      certificate: pair.pem ?? '',
-      key: pair.keyPem ?? '',
-    })
-    const present = await readIfThere(file)
-    if (!flags.force && present !== undefined && (await isUpToDate(present, fresh))) {
-      await chmod(file, 0o600)
-      continue
+  // 2. A file for each. It is a credential: mode 0600.
+  for (const { user, pair } of clients) {
+    const file = `configs/${pair.name}.kubeconfig`
+    const ours = kubeconfig(servers.get(pair.name) ?? '', user, authority, pair)
+    const present = flags.force ? undefined : await readKubeconfig(file)
+    const wanted = present ? merge(present, ours) : ours
+    if (isDeepStrictEqual(present, wanted)) await chmod(cluster.path(file), 0o600)
+    else {
+      const text = stringify(wanted, yaml)
+      await step(file, () => writeFileAtomic(cluster.path(file), text, 0o600))
     }
-    await step(`configs/${entry.name}.kubeconfig`, () => writeFileAtomic(file, fresh, 0o600))
+  }
+}
+
+interface Kubeconfig extends Record<'clusters' | 'users' | 'contexts', Entry[]> {
+  'current-context': string
+}
+type Entry = { name: string } & Partial<Record<'cluster' | 'user' | 'context', object>>
+
+/** Where the API server is, how to verify it and how to log in, all of it embedded. */
+function kubeconfig(server: string, user: string, authority: Pair, client: Pair): Kubeconfig {
+  const base64 = (pem = '') => Buffer.from(pem).toString('base64')
+  return {
+    ...{ apiVersion: 'v1', kind: 'Config', preferences: {} },
+    clusters: [
+      {
+        name: CLUSTER_NAME,
+        cluster: { server, 'certificate-authority-data': base64(authority.pem) },
+      },
+    ],
+    users: [
+      {
+        name: user,
+        user: {
+          'client-certificate-data': base64(client.pem),
+          'client-key-data': base64(client.keyPem),
+        },
+      },
+    ],
+    contexts: [{ name: 'default', context: { cluster: CLUSTER_NAME, user } }],
+    'current-context': 'default',
+  }
+}
+
+/** The kubeconfig in a file; undefined if it contains none. */
+async function readKubeconfig(file: string): Promise<Kubeconfig | undefined> {
+  const text = await readIfThere(cluster.path(file))
+  await assertUnchanged(cluster, [file])
+  try {
+    const config = parse(text ?? '', yaml)
+    // kubectl writes an empty list as null.
+    const list = (entries: Entry[] | null) => (entries ?? []).filter(({ name }) => name)
+    const [clusters, users, contexts] = [config.clusters, config.users, config.contexts].map(list)
+    return { ...config, clusters, users, contexts }
+  } catch {
+    return undefined
+  }
+}
+
+/** Replaces our cluster, user and context. The rest is the user's, also a namespace in our context. */
+function merge(present: Kubeconfig, ours: Kubeconfig): Kubeconfig {
+  const put = (list: Entry[], own: Entry[]): Entry[] => {
+    const added = own.filter(({ name }) => !list.some((entry) => entry.name === name))
+    const kept = list.map((former) => {
+      const entry = own.find(({ name }) => name === former.name)
+      if (!entry?.context) return entry ?? former
+      return { ...entry, context: { ...former.context, ...entry.context } }
+    })
+    return [...kept, ...added]
+  }
+  const contexts = put(present.contexts, ours.contexts)
+  const current = contexts.find(({ name }) => name === present['current-context'])
+  return {
+    ...{ apiVersion: 'v1', kind: 'Config' },
+    ...present,
+    clusters: put(present.clusters, ours.clusters),
+    users: put(present.users, ours.users),
+    contexts,
+    'current-context': current?.name ?? ours['current-context'],
   }
 }

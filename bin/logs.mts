@@ -1,25 +1,21 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// What the machines say: the journals of the cluster's services, or the serial consoles.
-import { spawn } from 'node:child_process'
-import { once } from 'node:events'
-import { constants } from 'node:os'
+// The journals of the cluster's services, or the serial consoles.
 import { createInterface } from 'node:readline'
+import { $, type ProcessPromise } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
-import { interruption } from '../lib/interrupt.mts'
-import { servicesOf } from '../lib/machine/probes.mts'
-import { quoteForShell, sshArguments, sshFolder } from '../lib/machine/ssh.mts'
-import { filesOf } from '../lib/qemu/machine-files.mts'
+import { quote } from '../lib/format.mts'
+import { servicesOf } from '../lib/health.mts'
 import { script } from '../lib/script.mts'
 
 const { flags, args } = script({
   does: `Shows the last lines of the journals of the cluster's services, of all machines unless some
-are named; with --console what a machine's serial console said, which needs no ssh.`,
+are named; with --console the output of a machine's serial console, which needs no ssh.`,
   reads: ['cluster.env', 'tls/', 'images/NODE-console.log'],
   writes: [],
   flags: {
-    follow: { help: 'go on showing what comes, until Ctrl-C' },
+    follow: { help: 'keep printing new lines, until Ctrl-C' },
     unit: { value: 'UNIT', help: 'the journal of this systemd unit' },
     all: { help: 'the whole journal, not only that of the services' },
     console: { help: 'the serial console, from its log' },
@@ -33,58 +29,54 @@ are named; with --console what a machine's serial console said, which needs no s
   ],
 })
 
-const cluster = loadCluster()
-const nodes = chooseNodes(cluster, args)
-const lines = flags.lines ?? 50
 if (flags.console && (flags.unit || flags.all)) {
-  throw new StepError('--console has no units in it', { exitCode: 2 })
+  throw new StepError('a console has no units: --console without --unit and --all', { exitCode: 2 })
 }
 if (flags.unit && flags.all) throw new StepError('--unit or --all, not both', { exitCode: 2 })
-
+const cluster = loadCluster()
+const nodes = chooseNodes(cluster, args)
 const width = Math.max(...nodes.map(({ name }) => name.length))
-const signal = interruption()
-const statuses = await Promise.all(nodes.map(show))
-signal.throwIfAborted()
+// Lines are printed as they arrive; zx would keep all of them in memory.
+const dropped = Object.assign([] as string[], { push: () => 0 })
+const run = $({ nothrow: true, store: { stdout: dropped, stderr: dropped, stdall: dropped } })
+const statuses = await Promise.all(
+  nodes.map((node) => print(node, flags.console ? consoleOf(node) : journalOf(node))),
+)
 process.exitCode = Math.max(...statuses)
 
-/** Prints a machine's lines, each behind its name if there are several. @returns exit status */
-async function show(node: Node): Promise<number> {
-  const [file = '', ...rest] = flags.console ? tailOf(node) : journalOf(node)
-  const cwd = flags.console ? cluster.root : await sshFolder(cluster)
-  const child = spawn(file, rest, { cwd, stdio: ['ignore', 'pipe', 'pipe'] })
-  signal.addEventListener('abort', () => child.kill())
-  const prefix = nodes.length > 1 ? `${node.name.padEnd(width)} | ` : ''
+function journalOf(node: Node): ProcessPromise {
+  const services = servicesOf(cluster, node).map(({ unit }) => unit)
+  const units = flags.all ? [] : flags.unit ? [flags.unit] : services
+  const journalctl = [
+    ...['journalctl', '--no-pager', `--lines=${flags.lines ?? 50}`],
+    // Quoted for the shell on the machine.
+    ...units.map((unit) => `--unit=${quote(unit)}`),
+    ...(flags.follow ? ['--follow'] : []),
+  ]
+  return run`ssh -F tls/ssh_config ${node.name} ${journalctl}`
+}
+
+function consoleOf({ name }: Node): ProcessPromise {
+  // -F: each boot begins a new file.
+  const follow = flags.follow ? ['-F'] : []
+  return run`tail -n ${flags.lines ?? 50} ${follow} images/${name}-console.log`
+}
+
+/** Prints a command's lines, each after the machine's name if there are several. @returns its status */
+async function print({ name }: Node, command: ProcessPromise): Promise<number> {
+  const prefix = nodes.length > 1 ? `${name.padEnd(width)} | ` : ''
   const copies = [
-    [child.stdout, process.stdout],
-    [child.stderr, process.stderr],
+    [command.stdout, process.stdout],
+    [command.stderr, process.stderr],
   ] as const
-  const ended = once(child, 'exit') as Promise<[number | null, NodeJS.Signals | null]>
   await Promise.all(
     copies.map(async ([from, to]) => {
+      if (!from) return
       for await (const line of createInterface({ input: from })) to.write(`${prefix}${line}\n`)
     }),
   )
-  const [status, killedBy] = await ended
-  if (status === 255) {
-    console.error(`${prefix}does not answer ssh; --console shows its serial console`)
-    return 1
-  }
-  return status ?? 128 + (killedBy ? constants.signals[killedBy] : 0)
-}
-
-function journalOf(node: Node): string[] {
-  const named = servicesOf(cluster, node).map(({ unit }) => unit)
-  const units = flags.all ? [] : flags.unit ? [flags.unit] : named
-  const journalctl = [
-    ...['journalctl', '--no-pager', `--lines=${lines}`],
-    ...units.map((unit) => `--unit=${quoteForShell(unit)}`),
-    ...(flags.follow ? ['--follow'] : []),
-  ]
-  return ['ssh', '-n', ...sshArguments(node), journalctl.join(' ')]
-}
-
-function tailOf(node: Node): string[] {
-  // -F: the log starts anew at each boot.
-  const follow = flags.follow ? ['-F'] : []
-  return ['tail', '-n', `${lines}`, ...follow, filesOf(cluster, node).consoleLog]
+  const { exitCode } = await command
+  if (exitCode !== 255) return exitCode ?? 1
+  console.error(`${prefix}does not answer ssh; --console shows its serial console`)
+  return 1
 }

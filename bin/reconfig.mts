@@ -1,34 +1,36 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// A changed flag or certificate brought to running machines, one after another.
+// A changed flag, module or certificate on running machines, one after another.
+import { createHash, X509Certificate } from 'node:crypto'
+import { readFile, stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
-import { interruption } from '../lib/interrupt.mts'
+import { isReady, waitForReady, waitForServices } from '../lib/health.mts'
+import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock } from '../lib/lock.mts'
-import { Machine } from '../lib/machine/machine.mts'
-import { isRunning } from '../lib/qemu/vm.mts'
-import {
-  type Comparison,
-  compare,
-  formatChanges,
-} from '../lib/reconfigure/configuration-changes.mts'
-import { reconfigure } from '../lib/reconfigure/reconfigure.mts'
-import { script } from '../lib/script.mts'
-import { stage } from '../lib/staging/staging.mts'
-import { inParallel, step } from '../lib/steps.mts'
+import { runScript, script } from '../lib/script.mts'
+import { connect, remote, setClocks, waitForSsh } from '../lib/ssh.mts'
+import { inParallel, type Row } from '../lib/steps.mts'
+import { runUnit } from '../lib/unit.mts'
+import { isRunning } from '../lib/vm.mts'
 
 const { flags } = script({
-  does: `Brings changes of cluster.env, configs/*.nix and certificates to running machines: stages the
-configurations, shows what changes, pushes each as a whole and has NixOS switch to it, which
-restarts the services that are concerned. The control plane first, then one worker after another,
-each when the one before is well. One that is not gets its former configuration back.`,
+  does: `Applies changes of cluster.env, configs/*.nix and certificates to running machines: stages the
+configurations, shows what changes, copies each as a whole and runs nixos-rebuild switch, which
+restarts the services concerned. The control plane first, then one worker after another, each when
+the previous one is healthy. A machine that is not gets its former configuration back.
+
+For a switch by hand: --push-only, then nixos-rebuild switch (or boot, and a restart) on the
+machine; ./bin/reconfig.mts then checks it and finishes. --take-back undoes the push.`,
   reads: ['cluster.env', 'configs/', 'tls/'],
   writes: ['configs/*.kubeconfig', 'cloud-init/NODE/nixos/', 'on the machines: /etc/nixos, keys'],
   flags: {
     'dry-run': { help: 'show what would change, and change nothing on the machines' },
-    node: { value: 'NODES', help: 'only this node; several with commas between' },
-    timeout: { value: 'SECONDS', number: true, help: 'for services to be well (WAIT_TIMEOUT)' },
+    node: { value: 'NODES', help: 'only this node; several separated by commas' },
+    'push-only': { help: 'copy the files to their places, but do not switch' },
+    'take-back': { help: 'put the files of before the last push back, and do not switch' },
+    timeout: { value: 'SECONDS', number: true, help: 'for services to be healthy (WAIT_TIMEOUT)' },
   },
   examples: ['./bin/reconfig.mts --dry-run', './bin/reconfig.mts --node sigma'],
 })
@@ -37,80 +39,328 @@ const cluster = loadCluster()
 const chosen = chooseNodes(cluster, flags.node?.split(',') ?? [])
 // The control plane first, in whatever order they were named.
 const nodes = cluster.nodes.filter((node) => chosen.includes(node))
+const names = nodes.map(({ name }) => name)
+const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
 const signal = interruption()
-await withClusterLock(cluster, 'pushing configurations', pushAll)
+/** The folder on the machine for the former files and for the state of a change. */
+const home = '/var/lib/reconfig'
+/** Below /. */
+const ourFiles = 'etc/nixos var/lib/kubernetes etc/ssh/ssh_host_ed25519_key{,.pub}'
 
-async function pushAll(): Promise<void> {
-  // 1. A new certificate belongs into its kubeconfig, too.
-  await $({ stdio: 'inherit' })`${cluster.path('bin', 'generate-kubeconfigs.mts')}`
+await withClusterLock(cluster, 'changing configurations', async () => {
+  if (flags['take-back']) return void (await inParallel(names, (name) => putBack(name)))
 
-  // 2. What each machine is to have.
-  await step(`stage ${nodes.map(({ name }) => name).join(', ')}`, async () => {
-    for (const node of nodes) await stage(cluster, node)
+  // 1. A renewed certificate has to be in its kubeconfig, and both in the staged files.
+  await runScript('generate-kubeconfigs')
+  await runScript('generate-nocloud-iso', names)
+
+  // 2. All machines must answer before the first one is changed.
+  const found = await inParallel(names, (name) => compare(cluster.node(name))).catch((error) => {
+    signal.throwIfAborted()
+    throw new StepError('not all machines can be changed, so none was', {
+      output: describeError(error),
+      hint: 'make up starts machines; --node NODES leaves some out',
+    })
   })
 
-  // 3. Whoever is to change has to answer, before anyone does.
-  const comparisons = await lookAtAll()
-
-  // 4. What changes.
-  const concerned = nodes.filter((_, index) => changesIn(comparisons[index]))
-  for (const [index, node] of nodes.entries()) await show(node, comparisons[index])
+  // 3. What changes.
+  for (const { node, changes, unfinished } of found) {
+    const count = `${changes.length || 'no'} ${changes.length < 2 ? 'file changes' : 'files change'}`
+    const again = unfinished ? '; the last change did not finish and is made again' : ''
+    console.log(`${node.name}: ${count}${again}`)
+    process.stdout.write(changes.join(''))
+  }
   if (flags['dry-run']) return
+  await setClocks(cluster, signal)
 
-  // 5. One after another: so the others go on with the pods, and a mistake meets only one.
-  for (const [index, node] of concerned.entries()) {
-    const rest = concerned.slice(index + 1).map(({ name }) => name)
-    await change(node).catch((error) => {
-      if (!(error instanceof StepError) || rest.length === 0) throw error
-      const untouched = `${rest.join(', ')} ${rest.length > 1 ? 'were' : 'was'} not touched`
-      throw new StepError(`${error.message}; ${untouched}`, error.explanation)
+  // 4. One after another: the others keep the pods running, and a mistake affects only one.
+  const concerned = found.filter(({ changes, unfinished }) => changes.length > 0 || unfinished)
+  for (const [index, { node, changes }] of concerned.entries()) {
+    const work = (_: string, row: Row) => change(node, changes.length > 0, row)
+    const [outcome] = await inParallel([node.name], work).catch((error) => {
+      const rest = concerned.slice(index + 1).map((other) => other.node.name)
+      if (rest.length > 0) console.error(`! not touched: ${rest.join(', ')}`)
+      throw error
+    })
+    console.log(`${node.name}: ${outcome}`)
+  }
+})
+
+// ── What a machine has, and what it is to have ───────────────────────────────────────────────
+
+/**
+ * @returns how each changed file is shown, as a unified diff or a line of words; and whether an
+ *   earlier change did not finish, which has to be made again whatever the files say
+ */
+async function compare(
+  node: Node,
+): Promise<{ node: Node; changes: string[]; unfinished: boolean }> {
+  const { name } = node
+  if (!(await isRunning(cluster, node))) throw new StepError(`${name} is not running`)
+  await connect(cluster, node, { signal })
+  const look = `
+    cd /
+    find ${ourFiles} -type f -exec sha256sum {} + 2>/dev/null || true
+    if [ -d ${home} ]; then cd ${home}; else exit 0; fi
+    if [ -e lock ] && ! flock --nonblock lock true; then echo busy; fi
+    if [ -e unfinished ]; then echo unfinished; fi
+    if [ -e former-channel ]; then echo upgrading; fi`
+  const lines = (await remote(node, look, { signal })).trim().split('\n')
+  if (lines.includes('busy')) throw stillRunning(name)
+  // A switch would bring the release of the new channel, which nobody has asked for here.
+  if (lines.includes('upgrading') && !flags['push-only']) {
+    throw new StepError(`an upgrade of ${name} has not finished`, {
+      hint: `make upgrade NAME=${name} finishes it`,
+    })
+  }
+  // "DIGEST  etc/nixos/cluster.json"
+  const sums = lines.filter((line) => /^[0-9a-f]{64} /.test(line))
+  const there = new Map(sums.map((line) => [line.slice(66), line.slice(0, 64)]))
+  const folder = `cloud-init/${name}/nixos/`
+  const { stdout } = await $`find ${folder} -type f`
+  const staged = stdout
+    .trim()
+    .split('\n')
+    .map((file) => file.slice(folder.length))
+  const changes: string[] = []
+  for (const path of [...new Set([...there.keys(), ...staged])].sort()) {
+    if (!staged.includes(path)) changes.push(`/${path} is not needed any more\n`)
+    else if (there.get(path) !== sha256(await readFile(cluster.path(folder, path)))) {
+      changes.push(await describe(name, path, there.has(path)))
+    }
+  }
+  return { node, changes, unfinished: lines.includes('unfinished') }
+}
+
+/** The change of one file: the configuration as a diff; of secrets only that they change. */
+async function describe(name: string, path: string, known: boolean): Promise<string> {
+  const file = `cloud-init/${name}/nixos/${path}`
+  if (path.startsWith('etc/nixos/')) {
+    const labels = [`--label=/${path} (on the machine)`, `--label=/${path} (staged)`]
+    const now = known ? `cat /${path}` : 'true'
+    const diff = $({ signal, nothrow: true })
+    const { stdout, stderr, exitCode } =
+      await diff`ssh -F tls/ssh_config ${name} ${now} | diff -u ${labels} - ${file}`
+    // Without the password that the URL of a proxy may contain.
+    if (exitCode === 1 && !stderr) return stdout.replace(/(?<=:\/\/)[^/\s"@]*@/g, '…@')
+    throw new StepError(`/${path} on ${name} cannot be compared`, { output: stderr })
+  }
+  const what = known ? 'changes' : 'is new'
+  if (((await stat(cluster.path(file))).mode & 0o077) === 0) return `/${path} ${what} (secret)\n`
+  if (!path.endsWith('.pem')) return `/${path} ${what}\n`
+  const { subject, validTo } = new X509Certificate(await readFile(cluster.path(file)))
+  const until = new Date(validTo).toISOString().slice(0, 10)
+  return `/${path} ${what}: certificate of ${subject.match(/^CN=(.*)$/m)?.[1]}, valid until ${until}\n`
+}
+
+// ── The change of one machine ────────────────────────────────────────────────────────────────
+
+/** Copies the files, switches and checks; goes back if the machine is not healthy. */
+async function change(node: Node, copying: boolean, row: Row): Promise<string> {
+  const { name } = node
+  const wasReady = node.role === 'worker' && (await isReady(cluster, node))
+  row.step('copying the files')
+  if (copying) await push(node)
+  if (flags['push-only']) return 'the files are in place, nothing was switched to'
+  try {
+    const outcome = await switchTo(node, row, { guarded: true, signal })
+    row.step('waiting for Ready')
+    const detail = (text: string) => row.detail(text)
+    if (wasReady) await waitForReady(cluster, node, { timeout, detail, signal })
+    await remote(node, `rm -f ${home}/unfinished`)
+    return outcome
+  } catch (error) {
+    if (signal.aborted) {
+      // It continues, and is not to undo what it has switched to.
+      await remote(node, `rm -f ${home}/guarded`).catch(() => {})
+      throw new StepError(`interrupted: the change on ${name} continues in the background`, {
+        ...(signal.reason as StepError).explanation,
+        hint: 'make reconfig looks how it ended, and finishes it',
+      })
+    }
+    row.step('going back to the former configuration')
+    throw await takingTime(() => goBack(node, row, error))
+  }
+}
+
+/**
+ * Sends the staged files as an archive, which is unpacked in a folder and checked; only then is
+ * each file renamed into its place. The former files are kept.
+ */
+async function push(node: Node): Promise<void> {
+  const { name } = node
+  // base64, because zx takes all output for text.
+  const packed = await $`tar -czf - -C cloud-init/${name}/nixos . | base64`
+  const archive = Buffer.from(packed.stdout, 'base64')
+  const receive = `
+    umask 077
+    mkdir -p ${home}
+    cd ${home}
+    exec 9>lock
+    flock --nonblock 9 || { echo busy >&2; exit 1; }
+    rm -rf new archive
+    trap '[ $? = 0 ] || rm -rf new archive' EXIT
+    cat >archive
+    echo '${sha256(archive)}  archive' | sha256sum --check --quiet
+    mkdir new
+    tar -xzpf archive --no-same-owner -C new
+    rm archive
+    # The files of a machine that has finished its last change work: they are kept.
+    if [ ! -e unfinished ]; then
+      rm -rf former
+      mkdir former
+      (cd /; cp -a --parents ${ourFiles} ${home}/former)
+    fi
+    # Services may read their keys at any time: each keeps its owner and its mode.
+    cd new
+    find . -type f | while read -r file; do
+      if [ -e "/$file" ]; then
+        chown --reference="/$file" "$file"
+        chmod --reference="/$file" "$file"
+      fi
+    done
+    sync
+    [ -e ../unfinished ] || readlink -f /run/current-system >../unfinished
+    ${move('new')}`
+  try {
+    await remote(node, receive, { input: archive, timeout: 300 })
+  } catch (error) {
+    if (/^\s*\| busy$/m.test(describeError(error))) throw stillRunning(name)
+    // It may have finished on the machine, and only the answer was lost.
+    const outcome = await putBack(name).then(
+      () => 'nothing was changed there',
+      () => 'and it does not say what has arrived: run make reconfig again',
+    )
+    const reason = `the configuration did not get to ${name}; ${outcome}`
+    throw new StepError(reason, { output: describeError(error), cause: error })
+  }
+}
+
+/** Moves the files of a prepared folder to their places, and removes ours that are not in it. */
+function move(folder: 'new' | 'back'): string {
+  return `
+    cd ${home}/${folder}
+    find . -type f | sed 's/^.//' | sort >../files
+    find /etc/nixos /var/lib/kubernetes -type f | sort >../there
+    find . -type d | while read -r folder; do mkdir -p "/$folder"; done
+    find . -type f | while read -r file; do mv -fT "$file" "/$file"; done
+    comm -13 ../files ../there | while read -r file; do rm -f "$file"; done
+    cd ..
+    rm -rf ${folder} files there
+    sync`
+}
+
+/** Puts the former files back, unless they are in place. If nothing was switched to, that is all. */
+async function putBack(name: string): Promise<void> {
+  await waitForSsh(cluster, cluster.node(name))
+  const back = `
+    mkdir -p ${home}
+    cd ${home}
+    exec 9>lock
+    # A push or a switch whose connection was lost continues to its end.
+    flock --timeout 600 9
+    [ -e unfinished ] || exit 0
+    rm -rf back
+    cp -a former back
+    ${move('back')}
+    [ "$(cat unfinished)" != "$(readlink -f /run/current-system)" ] || rm unfinished`
+  await remote(cluster.node(name), back, { timeout: 900 })
+}
+
+/**
+ * Switches to what /etc/nixos on the machine says, and waits until the services are healthy.
+ *
+ * @param options.guarded the machine undoes a switch after which it is not reached any more
+ * @returns which units were restarted
+ */
+async function switchTo(
+  node: Node,
+  row: Row,
+  { guarded, signal }: { guarded: boolean; signal?: AbortSignal },
+): Promise<string> {
+  const { name } = node
+  const detail = (text: string) => row.detail(text)
+  row.step('nixos-rebuild switch')
+  const nixosRebuild = `
+    cd ${home}
+    rm -f undone
+    ${guarded ? 'touch' : 'rm -f'} guarded
+    status=0
+    flock --nonblock lock nixos-rebuild switch || status=$?
+    if [ -e guarded ]; then
+      former=$(cat unfinished)
+      systemd-run --unit=reconfig-undo --on-active=3min --setenv=PATH="$PATH" bash -c "
+        nix-env --profile /nix/var/nix/profiles/system --set $former
+        $former/bin/switch-to-configuration switch
+        touch ${home}/undone"
+    fi
+    exit $status`
+  const limits = { timeout: cluster.settings.INSTALL_TIMEOUT, detail, signal }
+  const { status, lines } = await runUnit(cluster, node, 'reconfig', nixosRebuild, limits)
+  const confirm = `
+    rm -f ${home}/guarded
+    systemctl stop reconfig-undo.timer 2>/dev/null || true
+    while systemctl is-active --quiet reconfig-undo.service; do sleep 1; done
+    if [ -e ${home}/undone ]; then echo undone; fi`
+  if ((await remote(node, confirm, { timeout: 300 })) !== '') {
+    throw new StepError(`${name} could not be reached after the switch and undid it`)
+  }
+  // 4: a unit had failed at that moment; it may be between two attempts, as the scheduler is when
+  // the API server has just been restarted.
+  if (status !== 0 && status !== 4) throw await switchFailed(node, status, lines)
+  row.step('waiting for services')
+  await waitForServices(cluster, node, { timeout, detail, signal })
+  const failed = await remote(node, 'systemctl list-units --state=failed --plain --no-legend')
+  if (status === 4 && failed) throw new StepError(`units failed on ${name}`, { output: failed })
+  const units = lines.flatMap((line) => {
+    const [, list] = line.match(/(?<!NOT )\b(?:re)?starting the following units: (.*)$/) ?? []
+    return list?.replaceAll('.service', '').split(', ') ?? []
+  })
+  return units.length > 0
+    ? `restarted ${[...new Set(units)].sort().join(', ')}`
+    : 'no unit restarted'
+}
+
+async function switchFailed({ name }: Node, status: number, lines: string[]): Promise<StepError> {
+  // Where it has no terminal, some versions of nixos-rebuild print nothing.
+  const journal = 'journalctl --unit=nixos-rebuild-switch-to-configuration --lines=15 --output=cat'
+  const { stdout } = await $({ nothrow: true })`ssh -F tls/ssh_config ${name} ${journal}`
+  const output = [...lines.slice(-15), stdout].join('\n').trim()
+  // NixOS refuses to replace a running D-Bus (1, since 26.05) or init (100): only a restart can.
+  if (status === 100 || output.includes('switchInhibitors')) {
+    return new StepError(`this change of ${name} needs a restart instead of a switch`, {
+      output,
+      hint: `./bin/reconfig.mts --node ${name} --push-only
+ssh -F tls/ssh_config ${name} 'nixos-rebuild boot && reboot'
+./bin/reconfig.mts --node ${name}`,
+    })
+  }
+  return new StepError(`nixos-rebuild switch failed on ${name} (exit status ${status})`, { output })
+}
+
+/** @returns the error to throw: what failed, and whether the machine has its former configuration */
+async function goBack(node: Node, row: Row, error: unknown): Promise<StepError> {
+  const { name } = node
+  try {
+    await putBack(name)
+    await switchTo(node, row, { guarded: false })
+    await remote(node, `rm -f ${home}/unfinished`)
+    const reason = `${name} was not healthy and has its former configuration again`
+    return new StepError(reason, { output: describeError(error), cause: error })
+  } catch (second) {
+    return new StepError(`${name} is not healthy, nor with its former configuration`, {
+      output: `${describeError(error)}\n${describeError(second)}`,
+      hint: `the former files are kept on it in ${home}/former; make reconfig pushes again`,
+      cause: second,
     })
   }
 }
 
-async function lookAtAll(): Promise<Comparison[]> {
-  const failures: string[] = []
-  const looked = await Promise.all(
-    nodes.map(async (node) => {
-      try {
-        if (!(await isRunning(cluster, node))) throw new StepError(`${node.name} is not running`)
-        return await compare(new Machine(cluster, node, signal))
-      } catch (error) {
-        signal.throwIfAborted()
-        failures.push(describeError(error))
-        return { changes: [], unfinished: false }
-      }
-    }),
-  )
-  if (failures.length === 0) return looked
-  throw new StepError('not all machines can be changed, so none was', {
-    output: failures.join('\n'),
-    hint: 'make up starts machines; --node NODES leaves some out',
-  })
+function stillRunning(name: string): StepError {
+  const hint = 'wait until it has finished, then try again'
+  return new StepError(`the last change on ${name} is still running`, { hint })
 }
 
-async function show({ name }: Node, comparison: Comparison | undefined): Promise<void> {
-  const { changes = [], unfinished } = comparison ?? {}
-  const files = `${changes.length} ${changes.length === 1 ? 'file changes' : 'files change'}`
-  const again = unfinished
-    ? ', and the last change, which did not come to its end, is made again'
-    : ''
-  console.log(`${name}: ${changes.length > 0 ? files : 'no file changes'}${again}`)
-  process.stdout.write(await formatChanges(changes))
-}
-
-async function change({ name }: Node): Promise<void> {
-  // Without the signal: an ssh call that has begun is not cut off.
-  const machine = new Machine(cluster, cluster.node(name))
-  const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
-  const [units = []] = await inParallel([name], (_, row) =>
-    reconfigure(machine, { timeout, row, signal }),
-  )
-  console.log(
-    `${name}: ${units.length > 0 ? `restarted ${units.join(', ')}` : 'no unit restarted'}`,
-  )
-}
-
-function changesIn(comparison: Comparison | undefined): boolean {
-  return comparison !== undefined && (comparison.changes.length > 0 || comparison.unfinished)
+function sha256(data: Buffer): string {
+  return createHash('sha256').update(data).digest('hex')
 }

@@ -1,26 +1,28 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Back to a snapshot: the machines stop, become what they were, and start again.
+// Goes back to a snapshot: the machines stop, their disks, the keys and the settings become what
+// they were, and the machines start.
+import { createHash } from 'node:crypto'
+import { readFile, rm } from 'node:fs/promises'
+import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
-import { formatDuration } from '../lib/format.mts'
+import { describeError, StepError } from '../lib/errors.mts'
+import { readIfThere, writeFileAtomic } from '../lib/files.mts'
+import { formatBytes, formatDuration, timestamp } from '../lib/format.mts'
+import { detectHost } from '../lib/host.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
-import { componentsOf, watchReadiness } from '../lib/kubernetes/readiness.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
-import { Machine } from '../lib/machine/machine.mts'
-import { detectHost, type Host } from '../lib/qemu/host.mts'
-import { stopMachine } from '../lib/qemu/stop-machine.mts'
-import { isRunning, startMachine } from '../lib/qemu/vm.mts'
-import { script } from '../lib/script.mts'
-import { setClocks, syncGuests } from '../lib/snapshot/guests.mts'
-import { assertRestorable, overwriteWith } from '../lib/snapshot/restore-snapshot.mts'
-import { findSnapshot, type Snapshot } from '../lib/snapshot/snapshots.mts'
+import { runScript, script } from '../lib/script.mts'
+import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
+import { freeBytes, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
+import { stopMachine } from '../lib/vm-stop.mts'
+import type { Snapshot } from './snapshot.mts'
 
 const { flags, args } = script({
-  does: `Makes the cluster what it was when a snapshot was taken, the newest unless one is named: disks,
-UEFI variables, certificates, kubeconfigs, encryption key and cluster.env. What is there now is
-kept as a snapshot of its own. Ends when the cluster answers. Refuses before it touches anything.`,
+  does: `Restores a snapshot of the cluster, the newest unless one is named: disks, UEFI variables,
+certificates, kubeconfigs, encryption key and cluster.env. What they replace is kept as a snapshot
+of its own. Ends when the cluster answers. Refuses before anything is changed.`,
   reads: ['cluster.env', 'snapshots/NAME/', 'images/'],
   writes: ['images/', 'tls/', 'configs/', 'cluster.env', 'snapshots/', 'run/'],
   flags: {
@@ -33,93 +35,180 @@ kept as a snapshot of its own. Ends when the cluster answers. Refuses before it 
 
 const began = performance.now()
 const signal = interruption()
-const before = loadCluster()
-const cluster = await withClusterLock(before, 'restoring a snapshot', async () => {
-  // 1. Whatever would keep us from it is found before anything is touched.
-  const snapshot = await findSnapshot(before, args[0])
-  await step(`check the snapshot ${snapshot.name}`, () => assertRestorable(before, snapshot))
-  const host = await detectHost(before)
+const cluster = loadCluster()
+const names = cluster.nodes.map((node) => node.name)
+const marker = cluster.path('snapshots', '.restoring')
 
-  // 2. The machines stop, and what they are is kept as a snapshot.
-  // 3. Disks, keys and settings become what they were. If that fails, who ran goes on.
-  const running = await runningNodes()
-  await syncGuests(before, signal)
+await withClusterLock(cluster, 'restoring a snapshot', async () => {
+  // 1. Everything that prevents a restore is found before anything is changed.
+  const snapshot = await find(args[0])
+  await step(`check the snapshot ${snapshot.name}`, () => check(snapshot))
+  const host = await detectHost(cluster)
+
+  // 2. The machines stop, and what is there now becomes a snapshot.
+  // 3. Disks, keys and settings are put back. If that fails, the machines that ran run on.
+  const saved = `before-restore-${timestamp()}`
+  const running: Node[] = []
+  for (const node of cluster.nodes) if (await isRunning(cluster, node)) running.push(node)
+  await syncGuests(cluster, signal)
   signal.throwIfAborted()
-  const aside = await takingTime(() =>
-    stopAll()
-      .then(() => overwrite(snapshot))
-      .catch(async (error) => {
-        await goOn(running, host)
-        throw error
-      }),
-  )
-  console.log(`what was there before is kept: make restore NAME=${aside.name}`)
+  await takingTime(async () => {
+    try {
+      await inParallel(names, async (name, row) => {
+        row.step('stop')
+        await stopMachine(cluster, cluster.node(name), { atOnce: true })
+      })
+      await withMachineLocks(cluster, cluster.nodes, 'restoring a snapshot', async () => {
+        await runScript('snapshot', ['--automatic', saved])
+        await step('put back disks, keys and settings', () => replace(snapshot, saved))
+      })
+    } catch (error) {
+      for (const node of running) {
+        if (await isRunning(cluster, node)) continue
+        await startMachine(cluster, node, host).catch((second) => {
+          console.error(`! ${node.name} was not started again: ${describeError(second)}`)
+        })
+      }
+      throw error
+    }
+  })
+  console.log(`what was replaced is kept: make restore NAME=${saved}`)
 
-  // 4. The machines start, as cluster.env now has them.
-  const restored = loadCluster({ root: before.root })
-  await inParallel(names(), async (name, row) => {
+  // 4. The machines start, with the cluster.env of the snapshot.
+  const restored = loadCluster()
+  await inParallel(names, async (name, row) => {
     row.step('power on')
     await startMachine(restored, restored.node(name), host)
   })
-  return restored
 })
 
 // 5. The cluster answers.
 if (!flags['start-only']) {
-  await inParallel(names(), async (name, row) => {
-    row.step('waiting for ssh')
-    const machine = new Machine(cluster, cluster.node(name), signal)
-    await machine.waitForSsh({ detail: (text) => row.detail(text) })
+  const restored = loadCluster()
+  await inParallel(names, async (name, row) => {
+    row.step('wait for ssh')
+    await waitForSsh(restored, restored.node(name), { detail: (text) => row.detail(text), signal })
   })
-  await setClocks(cluster, signal)
-  await step('wait until the cluster answers', waitUntilReady)
+  await setClocks(restored, signal)
+  await runScript('wait-for-cluster', flags.timeout ? ['--timeout', `${flags.timeout}`] : [], {
+    failure: 'but the snapshot is restored and all machines run',
+    hint: 'make wait waits longer',
+  })
 }
 console.log(`restored in ${formatDuration(performance.now() - began)}`)
 
-async function runningNodes() {
-  const states = await Promise.all(before.nodes.map((node) => isRunning(before, node)))
-  return before.nodes.filter((_, index) => states[index])
+async function allSnapshots(): Promise<Snapshot[]> {
+  return JSON.parse((await $`./bin/snapshot.mts --list --json`).stdout) as Snapshot[]
 }
 
-async function stopAll(): Promise<void> {
-  await inParallel(names(), async (name, row) => {
-    row.step('stop')
-    await stopMachine(before, before.node(name), { atOnce: true })
+/** The snapshot of that name; without a name the newest that was taken on purpose. */
+async function find(name?: string): Promise<Snapshot> {
+  const all = await allSnapshots()
+  const found = all.findLast((each) => (name ? each.name === name : !each.automatic))
+  if (found) return found
+  throw new StepError(name ? `there is no snapshot "${name}"` : 'there is no snapshot yet', {
+    hint: all.length > 0 ? `there are ${all.map((each) => each.name).join(', ')}` : 'make snapshot',
+    exitCode: 2,
   })
 }
 
-/** After a failure: machines that ran before and do not any more. */
-async function goOn(nodes: readonly Node[], host: Host): Promise<void> {
-  for (const node of nodes) {
-    if (!(await isRunning(before, node))) await startMachine(before, node, host).catch(() => {})
+/** @throws StepError with every reason why the snapshot cannot be restored */
+async function check({ name: snapshot, machines, files }: Snapshot): Promise<void> {
+  const problems: string[] = []
+  const then = machines.map(({ name, role }) => `${name} (${role})`)
+  const now = cluster.nodes.map(({ name, role }) => `${name} (${role})`)
+  for (const each of now) if (!then.includes(each)) problems.push(`it does not contain ${each}`)
+  for (const each of then) if (!now.includes(each)) problems.push(`it also contains ${each}`)
+
+  for (const node of cluster.nodes) {
+    const { name } = node
+    const disk = machines.find((machine) => machine.name === name)?.disk
+    if (!disk) continue
+    const found = await machineState(cluster, node)
+    if (found.state === 'running' && found.mode === 'install') {
+      problems.push(`${name} is being installed`)
+      continue
+    }
+    if (!hasDisk(cluster, node)) {
+      problems.push(`${name} has no disk: images/${name}.qcow2 is missing`)
+      continue
+    }
+    // -U: reading the list of snapshots is safe while a machine runs.
+    const info = JSON.parse((await $`qemu-img info -U --output=json images/${name}.qcow2`).stdout)
+    const same = (info.snapshots ?? []).find((each: { name: string }) => each.name === disk.name)
+    const time = same && same['date-sec'] + same['date-nsec'] / 1e9
+    if (!same) problems.push(`the disk of ${name} does not have it`)
+    else if (same.id !== disk.id || time !== disk.time) {
+      problems.push(`the disk of ${name} has another snapshot of that name`)
+    }
+  }
+  for (const { path, sha256 } of files) {
+    const data = await readFile(cluster.path('snapshots', snapshot, path)).catch(() => '')
+    if (createHash('sha256').update(data).digest('hex') === sha256) continue
+    problems.push(`snapshots/${snapshot}/${path} is missing or was changed`)
+  }
+  // As for a snapshot, which is about to be taken.
+  const needed = names.length * 2 ** 30
+  const free = await freeBytes(cluster.path('images'))
+  if (free < needed && process.platform !== 'darwin') {
+    problems.push(
+      `not enough disk space: ${formatBytes(needed)} are needed, ${formatBytes(free)} are free`,
+    )
+  }
+  if (problems.length === 0) return
+  const later = cluster.workers.filter(({ name }) => !machines.some((each) => each.name === name))
+  const removals = later.map(({ name }) => `make remove-worker NAME=${name}`).join(', ')
+  throw new StepError(`the snapshot "${snapshot}" cannot be restored; nothing was changed`, {
+    output: problems.join('\n'),
+    hint: removals
+      ? `remove the workers that were added after it: ${removals}`
+      : './bin/snapshot.mts --list shows the others',
+  })
+}
+
+/**
+ * Puts the snapshot in the place of what `saved` keeps. If that fails, that is put back.
+ *
+ * The marker names the last complete state while a restore is under way: after a restore that was
+ * killed it is kept until one succeeds.
+ */
+async function replace(snapshot: Snapshot, saved: string): Promise<void> {
+  const interrupted = (await readIfThere(marker))?.trim()
+  if (!interrupted) await writeFileAtomic(marker, `${saved}\n`)
+  try {
+    await putBack(snapshot)
+  } catch (error) {
+    await find(saved)
+      .then(putBack)
+      .catch((second) => {
+        throw new StepError('some disks are restored, others are not', {
+          output: `${describeError(error)}\n${describeError(second)}`,
+          hint: `what was there before: make restore NAME=${saved}`,
+        })
+      })
+    if (!interrupted) await rm(marker, { force: true })
+    throw error
+  }
+  await rm(marker, { force: true })
+  // Of what restores have replaced the last is enough: each snapshot keeps the images from shrinking.
+  for (const { name, automatic } of await allSnapshots()) {
+    if (!automatic || [saved, snapshot.name, interrupted].includes(name)) continue
+    await runScript('snapshot', ['--delete', name]).catch((error) => {
+      console.error(`! what an earlier restore replaced is still there: ${describeError(error)}`)
+    })
   }
 }
 
-function overwrite(snapshot: Snapshot): Promise<Snapshot> {
-  return withMachineLocks(before, before.nodes, 'restoring a snapshot', () =>
-    step('put back disks, keys and settings', () => overwriteWith(before, snapshot)),
-  )
-}
-
-async function waitUntilReady(detail: (text: string) => void): Promise<void> {
-  const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
-  const deadline = AbortSignal.timeout(timeout * 1000)
-  let missing: string[] = []
-  await watchReadiness(cluster, componentsOf(cluster), {
-    changed: (rows) => {
-      missing = rows.flatMap((row) => (row.active ? [] : [`${row.name}: ${row.reason}`]))
-      detail(missing.map((line) => line.split(':')[0]).join(', '))
-    },
-    signal: AbortSignal.any([signal, deadline]),
-  }).catch((error) => {
-    if (!deadline.aborted) throw error
-    throw new StepError(`the machines are restored, but the cluster does not answer yet`, {
-      output: missing.join('\n'),
-      hint: `${timeout} s were not enough: make wait goes on waiting`,
-    })
-  })
-}
-
-function names(): string[] {
-  return before.nodes.map(({ name }) => name)
+/** No machine runs. Other files stay as they are. */
+async function putBack({ name, machines, files }: Snapshot): Promise<void> {
+  for (const { name: machine } of machines) {
+    if (await isRunning(cluster, cluster.node(machine))) {
+      throw new StepError(`${machine} runs, so its disk is not changed`)
+    }
+    await $`qemu-img snapshot -q -a ${name} images/${machine}.qcow2`
+  }
+  for (const { path, mode } of files) {
+    const data = await readFile(cluster.path('snapshots', name, path))
+    await writeFileAtomic(cluster.path(path), data, mode)
+  }
 }

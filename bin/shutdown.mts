@@ -1,44 +1,42 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Machines down: the workers first, then the control plane, then the network between them.
+// Shuts machines down: the workers first, then the control plane, then the LAN switch.
+import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { formatDuration } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
-import { Machine } from '../lib/machine/machine.mts'
-import { type Ending, type Stopped, stopMachine } from '../lib/qemu/stop-machine.mts'
-import { isRunning } from '../lib/qemu/vm.mts'
+import { stopLanSwitch } from '../lib/lan.mts'
 import { script } from '../lib/script.mts'
-import { inParallel } from '../lib/steps.mts'
+import { connect } from '../lib/ssh.mts'
+import { inParallel, type Row } from '../lib/steps.mts'
+import { isRunning } from '../lib/vm.mts'
+import { powerButton, type Stopped, stopMachine, unplug } from '../lib/vm-stop.mts'
 
-const { args } = script({
-  does: `Shuts machines down, all of them unless some are named: asks over ssh, else presses the
-power button; who is still up after STOP_TIMEOUT seconds is switched off. Disks stay.`,
-  reads: ['cluster.env', 'run/'],
+const { flags, args } = script({
+  does: `Shuts machines down, all of them unless some are named: by ssh, else by the power button. A
+machine that is still up after STOP_TIMEOUT seconds is switched off. Disks stay.`,
+  reads: ['cluster.env', 'tls/ssh_config', 'run/'],
   writes: ['run/'],
+  flags: { now: { help: 'switch them off at once, as if the plug were pulled' } },
   args: '[NODE...]',
   examples: ['./bin/shutdown.mts', './bin/shutdown.mts sigma gamma'],
 })
-
-const endings: Record<Ending, string> = {
-  'not running': 'was not running',
-  'powered off': 'powered off',
-  quit: 'did not power off in time and was switched off',
-  killed: 'did not answer and was killed',
-}
 
 const cluster = loadCluster()
 const chosen = chooseNodes(cluster, args)
 const signal = interruption()
 
-// The control plane last: until then workers can still tell it that their pods have ended. One that
-// cannot be stopped keeps no other up.
+// The control plane last: until then workers can still report to it that their pods have ended. A
+// machine that cannot be stopped does not keep the others from it.
 const workers = chosen.filter(({ role }) => role === 'worker')
 const controlPlane = chosen.filter(({ role }) => role === 'control-plane')
-const stopped = new Map<Node, Stopped>()
+const stopped = new Map<string, Stopped>()
 const failures: unknown[] = []
 for (const nodes of [workers, controlPlane]) {
-  await shutDown(nodes).catch((error) => {
+  const names = nodes.map(({ name }) => name)
+  await inParallel(names, async (name, row) => {
+    stopped.set(name, await shutDown(cluster.node(name), row))
+  }).catch((error) => {
     signal.throwIfAborted()
     failures.push(error)
   })
@@ -48,27 +46,36 @@ const up = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node
 if (!up.includes(true)) await stopLanSwitch(cluster)
 
 const width = Math.max(...chosen.map(({ name }) => name.length))
-for (const node of [...workers, ...controlPlane]) {
-  console.log(`${node.name.padEnd(width)}  ${told(stopped.get(node))}`)
+for (const { name } of [...workers, ...controlPlane]) {
+  console.log(`${name.padEnd(width)}  ${describe(stopped.get(name))}`)
 }
 if (failures.length > 0) throw failures[0]
 
-function told(how: Stopped | undefined): string {
-  if (!how) return 'was not stopped'
-  const time = how.ended === 'not running' ? '' : ` (${formatDuration(how.seconds * 1000)})`
-  return `${endings[how.ended]}${time}`
+/** Tries one after the other until QEMU has ended. The last two are QMP's "quit" and kill -9. */
+function shutDown(node: Node, row: Row): Promise<Stopped> {
+  const { STOP_TIMEOUT } = cluster.settings
+  const sshTime = Math.min(15, STOP_TIMEOUT / 2)
+  const overSsh = async () => {
+    await connect(cluster, node, { timeout: 10, signal })
+    await $({ signal, timeout: '20s' })`ssh -F tls/ssh_config ${node.name} systemctl poweroff`
+  }
+  const attempts = [
+    { text: 'asked to power off', ended: 'powered off', ask: overSsh, seconds: sshTime } as const,
+    powerButton(cluster, node, STOP_TIMEOUT - sshTime), // QMP's "system_powerdown"
+    ...unplug(cluster, node),
+  ]
+  const report = (text: string) => row.step(text)
+  return stopMachine(cluster, node, { attempts, atOnce: flags.now, report, signal })
 }
 
-async function shutDown(nodes: Node[]): Promise<void> {
-  await inParallel(
-    nodes.map(({ name }) => name),
-    async (name, row) => {
-      const node = cluster.node(name)
-      row.step('shutting down')
-      const machine = new Machine(cluster, node, signal)
-      const powerOff = () => machine.succeed('systemctl poweroff', { timeout: 20 })
-      const report = (text: string) => row.step(text)
-      stopped.set(node, await stopMachine(cluster, node, { powerOff, report, signal }))
-    },
-  )
+function describe(how: Stopped | undefined): string {
+  if (!how) return 'was not stopped'
+  const endings = {
+    'not running': 'was not running',
+    'powered off': 'powered off',
+    quit: flags.now ? 'switched off' : 'did not power off in time and was switched off',
+    killed: 'did not answer and was killed',
+  }
+  const time = how.ended === 'not running' ? '' : ` (${formatDuration(how.seconds * 1000)})`
+  return `${endings[how.ended]}${time}`
 }

@@ -1,31 +1,28 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The live cluster put to the test, from the machines' services up to a pod that asks another.
-import { CheckList } from '../lib/check-list.mts'
-import { loadCluster } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
+// Tests the running cluster, from the machines' services up to a pod that requests a page of another.
+import { randomBytes, X509Certificate } from 'node:crypto'
+import { $ } from 'zx/core'
+import { loadCluster, type Node } from '../lib/cluster.mts'
+import { describeError, StepError } from '../lib/errors.mts'
+import { formatDuration } from '../lib/format.mts'
+import { probeApiServer, probeServices } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { Kubectl } from '../lib/kubernetes/kubectl.mts'
-import { leaderOf } from '../lib/kubernetes/leader.mts'
+import { apply, kubectlJson } from '../lib/kubectl.mts'
 import {
-  makeScratchNamespace,
-  removeScratchNamespace,
-} from '../lib/kubernetes/scratch-namespace.mts'
-import { encryptionOfSecrets } from '../lib/kubernetes/stored-secret.mts'
-import { startWebPods, type WebPod, webService } from '../lib/kubernetes/web-pods.mts'
-import {
-  certificateProbe,
-  type InstalledCertificate,
-} from '../lib/machine/installed-certificates.mts'
-import { Machine } from '../lib/machine/machine.mts'
-import { runProbes } from '../lib/machine/probe.mts'
-import { probeApiServer, probeServices } from '../lib/machine/probes.mts'
-import { inspectTls } from '../lib/pki/tls-report.mts'
+  createScratchNamespace,
+  deleteScratchNamespace,
+  startWebPods,
+  type WebPod,
+} from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
+import { connect, remote } from '../lib/ssh.mts'
+import { step } from '../lib/steps.mts'
+import { inspectTls } from '../lib/tls.mts'
 
 const { flags } = script({
   does: `Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption
-of Secrets, certificates. Does all checks, then sums up. What it makes it takes away again.`,
+of Secrets, certificates. Does all checks, then sums up. What it creates it deletes again.`,
   reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig'],
   writes: [],
   flags: {
@@ -36,34 +33,39 @@ of Secrets, certificates. Does all checks, then sums up. What it makes it takes 
 })
 const { timeout = 300 } = flags
 const cluster = loadCluster()
+const { controlPlane, workers, settings } = cluster
 const signal = interruption()
-const kubectl = new Kubectl(cluster, signal)
-const alpha = new Machine(cluster, cluster.controlPlane, signal)
-const machines = [alpha, ...cluster.workers.map((node) => new Machine(cluster, node, signal))]
-const list = new CheckList(signal)
+
+interface Result {
+  name: string
+  result: 'passed' | 'failed' | 'skipped'
+  /** Why it failed or was skipped; what a check that passed found. */
+  detail: string
+  seconds: number
+}
+const results: Result[] = []
 
 // ── Machines ─────────────────────────────────────────────────────────────────────────────────
-for (const machine of machines) {
-  const { name } = machine.node
-  const answers = await list.check(`${name} is up`, {}, async () => {
-    const { state, failedUnits } = await machine.systemState()
-    if (failedUnits.length > 0) throw new StepError(`failed units: ${failedUnits.join(', ')}`)
-    return state
+for (const node of cluster.nodes) {
+  const { name } = node
+  const up = await check(`${name} is up`, {}, async () => {
+    await connect(cluster, node, { signal })
+    const failed = await remote(node, 'systemctl list-units --state=failed --plain --no-legend')
+    const units = failed.split('\n').flatMap((line) => line.split(' ')[0] || [])
+    if (units.length > 0) throw new StepError(`failed units: ${units.join(', ')}`)
+    return (await remote(node, 'systemctl is-system-running || true')).trim()
   })
-  const skip = !answers && `${name} is not up`
-  await list.check(`the services of ${name} are healthy`, { skip }, async () => {
-    const sick = (await probeServices(machine)).filter(({ healthy }) => !healthy)
-    if (sick.length > 0) throw new StepError(sick.map(({ reason }) => reason).join('\n'))
+  const skip = !up && `${name} is not up`
+  await check(`the services of ${name} are healthy`, { skip }, async () => {
+    const unhealthy = (await probeServices(cluster, node)).filter(({ healthy }) => !healthy)
+    if (unhealthy.length > 0) throw new StepError(unhealthy.map(({ reason }) => reason).join('\n'))
   })
-  await list.check(`the certificates on ${name} are valid for long enough`, { skip }, async () => {
-    const { found } = await runProbes(machine, { found: certificateProbe }, 60)
-    return assertLongEnough(found)
-  })
+  await check(`the certificates on ${name} are valid long enough`, { skip }, () => daysLeft(node))
 }
-await list.check('the certificates in tls/ are right', {}, async () => {
+await check('the certificates in tls/ are right', {}, async () => {
   const { certificates } = await inspectTls(cluster)
   const problems = certificates.flatMap(({ name, problems }) =>
-    problems.map((p) => `${name}: ${p}`),
+    problems.map((problem) => `${name}: ${problem}`),
   )
   if (problems.length > 0) throw new StepError(problems.join('\n'), { hint: 'make certs-check' })
 })
@@ -71,14 +73,21 @@ await list.check('the certificates in tls/ are right', {}, async () => {
 // ── Control plane ────────────────────────────────────────────────────────────────────────────
 const api = await probeApiServer(cluster, { signal })
 const skip = !api.ready && 'the API server is not ready'
-await list.check('the API server is ready', {}, async () => {
+await check('the API server is ready', {}, async () => {
   if (!api.ready) throw new StepError(api.reason)
 })
 for (const name of ['kube-controller-manager', 'kube-scheduler']) {
-  await list.check(`${name} leads`, { skip }, () => leaderOf(kubectl, name))
+  await check(`${name} has a leader`, { skip }, async () => {
+    type Lease = { spec: { holderIdentity?: string; renewTime?: string } }
+    const { spec } = await kubectlJson<Lease>('get', 'lease', name, '--namespace=kube-system')
+    const age = (Date.now() - Date.parse(spec.renewTime ?? '')) / 1000
+    // A leader renews its lease every two seconds.
+    if (spec.holderIdentity && age < 60) return spec.holderIdentity
+    throw new StepError(`no process has renewed the lease ${name} for a minute`)
+  })
 }
-await list.check('every worker is Ready, at its lan address', { skip }, async () => {
-  for (const { name, ip } of cluster.workers) {
+await check('every worker is Ready, at its LAN address', { skip }, async () => {
+  for (const { name, ip } of workers) {
     const node = api.nodes?.get(name)
     if (!node) throw new StepError(`${name} has not registered`)
     if (!node.ready) throw new StepError(`${name}: ${node.reason}`, { hint: 'make network' })
@@ -88,72 +97,143 @@ await list.check('every worker is Ready, at its lan address', { skip }, async ()
 
 // ── Pods ─────────────────────────────────────────────────────────────────────────────────────
 const namespace = 'cluster-test'
-const { K8S_API_SERVICE_IP: API_SERVICE, K8S_CLUSTER_DOMAIN: DOMAIN } = cluster.settings
+const inNamespace = `--namespace=${namespace}`
 let pods: WebPod[] = []
-const fromEveryPod = async (command: string) => {
-  for (const pod of pods) await pod.succeed(command)
+const inEveryPod = async (command: string) => {
+  for (const pod of pods) await pod.run(command)
 }
 try {
-  const made = await list.check('a namespace can be made', { skip }, async () => {
-    await makeScratchNamespace(kubectl, { name: namespace, timeout })
+  const created = await check('a namespace can be created', { skip }, async () => {
+    await createScratchNamespace(namespace, { timeout, signal })
     return namespace
   })
-  const skipAll = !made && 'there is no namespace'
-  const run = await list.check('a pod runs on every worker', { skip: skipAll }, async () => {
-    const options = { namespace, timeout, workers: cluster.workers }
-    pods = await startWebPods(cluster, kubectl, options)
+  const noNamespace = !created && 'there is no namespace'
+  const noWorkers = workers.length === 0 && 'the cluster has no workers: make add-worker NAME=sigma'
+  const skipAll = noNamespace || noWorkers
+  const run = await check('a pod runs on every worker', { skip: skipAll }, async () => {
+    pods = await startWebPods(cluster, { namespace, workers, timeout, signal })
     return pods.map(({ name, ip }) => `${name} ${ip}`).join(', ')
   })
-  const skipPods = !run && 'there are no pods'
-  await list.check('exec runs a program in every pod', { skip: skipPods }, async () => {
+  const noPods = !run && 'there are no pods'
+  await check('exec runs a program in every pod', { skip: noPods }, async () => {
     for (const pod of pods) {
-      const said = await pod.succeed('hostname')
-      if (said.trim() !== pod.name) throw new StepError(`${pod.name} calls itself ${said}`)
+      const hostname = (await pod.run('hostname')).trim()
+      if (hostname !== pod.name) throw new StepError(`the host name of ${pod.name} is ${hostname}`)
     }
   })
-  await list.check('logs of every pod can be read', { skip: skipPods }, async () => {
-    for (const { name } of pods) await kubectl.run(['logs', name, `--namespace=${namespace}`])
+  await check('logs of every pod can be read', { skip: noPods }, async () => {
+    for (const { name } of pods) await $({ signal })`kubectl logs ${name} ${inNamespace}`
   })
-  await list.check('every pod reaches every pod', { skip: skipPods }, () =>
-    fromEveryPod(pods.map(({ ip }) => `wget -q -T 10 -O /dev/null ${ip}:8080`).join('; ')),
+  await check('every pod reaches every pod', { skip: noPods }, () =>
+    inEveryPod(pods.map(({ ip }) => `wget -q -T 10 -O /dev/null ${ip}:8080`).join('; ')),
   )
-  await list.check('every pod reaches the service', { skip: skipPods }, async () => {
-    const ip = await webService(kubectl, namespace)
-    await fromEveryPod(`for i in 1 2 3 4 5 6; do wget -q -T 10 -O /dev/null ${ip}:80; done`)
-    return ip
+  await check('every pod reaches the service', { skip: noPods }, async () => {
+    const address = 'jsonpath={.spec.clusterIP}'
+    const ip = await $`kubectl get service web ${inNamespace} --output=${address}`
+    await inEveryPod(`for i in 1 2 3 4 5 6; do wget -q -T 10 -O /dev/null ${ip}:80; done`)
+    return ip.stdout
   })
-  await list.check('every pod reaches the API server', { skip: skipPods }, () =>
-    // Who speaks plain HTTP to it is told off, but told.
-    fromEveryPod(`wget -T 10 -O - ${API_SERVICE}:443 2>&1 | grep -q 400`),
+  await check('every pod reaches the API server', { skip: noPods }, () =>
+    // It answers plain HTTP with an error, but it answers.
+    inEveryPod(`wget -T 10 -O - ${settings.K8S_API_SERVICE_IP}:443 2>&1 | grep -q 400`),
   )
-  const coredns = ['deployment/coredns', '--namespace=kube-system']
-  // If that cannot be found out, the lookups will tell why.
-  const noDns = run && !(await kubectl.exists(...coredns).catch(() => true))
-  const skipDns = skipPods || (noDns && 'CoreDNS is not deployed: make dns')
-  await list.check('every pod finds a service by its name', { skip: skipDns }, () =>
-    fromEveryPod(`nslookup kubernetes.default.svc.${DOMAIN}.`),
+  const coredns = $({ nothrow: true })`kubectl get deployment coredns --namespace=kube-system`
+  const noDns = run && /NotFound/.test((await coredns).stderr) && 'CoreDNS is missing: make dns'
+  await check('every pod finds a service by its name', { skip: noPods || noDns }, () =>
+    inEveryPod(`nslookup kubernetes.default.svc.${settings.K8S_CLUSTER_DOMAIN}.`),
   )
-  await list.check(`${alpha.node.name} reaches every pod`, { skip: skipPods }, async () => {
-    for (const { ip } of pods) await alpha.succeed(`curl -fsS -m 10 -o /dev/null ${ip}:8080`)
+  await check(`${controlPlane.name} reaches every pod`, { skip: noPods }, async () => {
+    for (const { ip } of pods) {
+      await remote(controlPlane, `curl -fsS -m 10 -o /dev/null ${ip}:8080`, { signal })
+    }
   })
-  await list.check('a Secret is ciphertext in etcd', { skip: skipAll }, async () => {
-    const provider = await encryptionOfSecrets(kubectl, alpha, namespace)
-    if (!provider) throw new StepError('etcd has it in the clear')
-    return provider
-  })
+  await check('a Secret is ciphertext in etcd', { skip: noNamespace }, encryptionProvider)
 } finally {
-  if (api.ready) await removeScratchNamespace(cluster, namespace)
+  if (api.ready) await deleteScratchNamespace(namespace)
 }
 
-console.error(`\n${list.summary()}`)
-if (flags.json) console.log(JSON.stringify(list.results, null, 2))
-list.assertPassed()
+const count = (wanted: string) => results.filter(({ result }) => result === wanted).length
+const seconds = results.reduce((sum, result) => sum + result.seconds, 0)
+const counts = ['passed', 'failed', 'skipped'].map((result) => `${count(result)} ${result}`)
+console.error(`\n${counts.join(', ')} (${formatDuration(seconds * 1000)})`)
+if (flags.json) console.log(JSON.stringify(results, null, 2))
+if (count('failed') > 0) {
+  throw new StepError(`${count('failed')} of ${results.length} checks failed`, {
+    output: results.flatMap(({ name, result }) => (result === 'failed' ? [name] : [])).join('\n'),
+    hint: 'make status, make logs',
+  })
+}
 
-function assertLongEnough(found: InstalledCertificate[]): string {
-  const [first] = found.sort((a, b) => a.daysLeft - b.daysLeft)
+/**
+ * Does a check and prints it as a line. A failure is noted, and the next checks are done.
+ *
+ * @param skip why there is nothing to check, if so
+ * @param work passes unless it throws; a text that it returns is noted
+ * @returns whether it passed
+ */
+async function check(
+  name: string,
+  { skip }: { skip?: string | false },
+  work: () => Promise<unknown>,
+): Promise<boolean> {
+  const began = performance.now()
+  const note = (result: Result['result'], detail: string) => {
+    const seconds = Math.round((performance.now() - began) / 100) / 10
+    results.push({ name, result, detail, seconds })
+    return result === 'passed'
+  }
+  if (skip) {
+    console.error(`- ${name}: skipped, ${skip}`)
+    return note('skipped', skip)
+  }
+  try {
+    const found = await step(name, work)
+    return note('passed', typeof found === 'string' ? found : '')
+  } catch (error) {
+    signal.throwIfAborted()
+    const reason = describeError(error)
+    console.error(reason.replace(/^/gm, '    '))
+    return note('failed', reason)
+  }
+}
+
+/** The days for which all certificates on a machine are valid. No private key leaves it. */
+async function daysLeft(node: Node): Promise<string> {
+  const output = await remote(
+    node,
+    `cd /var/lib/kubernetes
+    for file in $(ls pki/*.pem | grep -v -e -key.pem); do echo "== $file"; cat $file; done
+    for file in $(ls | grep kubeconfig); do
+      echo "== $file"
+      sed -n 's/.*client-certificate-data: *//p' $file | base64 -d
+    done`,
+    { signal },
+  )
+  const found = output.split(/^== /m).flatMap((section) => {
+    // service-account.pem may be a public key.
+    if (!section.includes('BEGIN CERTIFICATE')) return []
+    const left = Date.parse(new X509Certificate(section).validTo) - Date.now()
+    return { file: section.split('\n')[0], days: Math.floor(left / 86_400_000) }
+  })
+  const [first] = found.sort((a, b) => a.days - b.days)
   if (!first) throw new StepError('there are none')
-  if (first.daysLeft >= cluster.settings.CERT_RENEW_DAYS) return `${first.daysLeft} days`
-  throw new StepError(`${first.file} has ${first.daysLeft} days left`, {
+  if (first.days >= settings.CERT_RENEW_DAYS) return `${first.days} days`
+  throw new StepError(`${first.file} has ${first.days} days left`, {
     hint: 'make certs, make reconfig',
   })
+}
+
+/** Creates a Secret and reads it from etcd. @returns what encrypted it, such as "secretbox" */
+async function encryptionProvider(): Promise<string> {
+  const value = randomBytes(16).toString('hex')
+  const metadata = { name: 'probe', namespace }
+  const secret = { apiVersion: 'v1', kind: 'Secret', metadata, stringData: { value } }
+  await apply([secret], { manager: 'test-cluster', signal })
+  const pki = '/var/lib/kubernetes/pki'
+  const etcdctl = `etcdctl --endpoints=https://127.0.0.1:2379 --cacert=${pki}/ca.pem --cert=${pki}/kubernetes.pem --key=${pki}/kubernetes-key.pem`
+  const key = `/registry/secrets/${namespace}/${metadata.name}`
+  const stored = await remote(controlPlane, `${etcdctl} get ${key} | tr -d '\\000'`, { signal })
+  const [, provider] = stored.match(/k8s:enc:(\w+):/) ?? []
+  if (provider && !stored.includes(value)) return provider
+  throw new StepError('etcd has it in plain text')
 }

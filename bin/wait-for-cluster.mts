@@ -1,27 +1,32 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The dashboard of a cluster that is coming up: a row for each component until all are active.
-import { chooseNodes, loadCluster } from '../lib/cluster.mts'
+// The dashboard of a cluster that starts: a row for each component, until all are active.
+import { setTimeout as sleep } from 'node:timers/promises'
+import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
+import { findBootFailure, lastConsoleLines } from '../lib/console-log.mts'
 import { StepError } from '../lib/errors.mts'
 import { formatDuration } from '../lib/format.mts'
-import { interruption } from '../lib/interrupt.mts'
 import {
-  componentsOf,
-  notAskedYet,
-  type Row,
-  watchReadiness,
-} from '../lib/kubernetes/readiness.mts'
-import { LiveLines } from '../lib/live-lines.mts'
-import { lastConsoleLines } from '../lib/qemu/console-log.mts'
-import { filesOf } from '../lib/qemu/machine-files.mts'
+  type ApiState,
+  clockProbe,
+  clockTrouble,
+  probeApiServer,
+  type ServiceState,
+  serviceProbe,
+} from '../lib/health.mts'
+import { interruption } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
+import { connect, noAnswer, runProbes } from '../lib/ssh.mts'
+import { isLive } from '../lib/steps.mts'
+import { filesOf, isRunning } from '../lib/vm.mts'
+import { waitFor } from '../lib/wait.mts'
 
 const { flags, args } = script({
   does: `Waits until the API server, etcd, scheduler, controller-manager and every worker are active,
 and shows each of them: its state, for how long, and what is still missing. Asks their health
 endpoints and systemd. With names, waits for those machines alone. Gives up at once when a
 machine does not run or its boot has failed.`,
-  reads: ['cluster.env', 'tls/', 'run/', 'images/NODE-console.log'],
+  reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig', 'run/', 'images/NODE-console.log'],
   writes: [],
   flags: {
     timeout: { value: 'SECONDS', number: true, help: 'give up after this time (WAIT_TIMEOUT)' },
@@ -39,74 +44,172 @@ machine does not run or its boot has failed.`,
 })
 
 const cluster = loadCluster()
-const chosen = chooseNodes(cluster, args)
-const components = componentsOf(cluster, flags.ready).filter(({ node }) => chosen.includes(node))
-const width = Math.max(...components.map(({ name }) => name.length))
+const nodes = chooseNodes(cluster, args)
+const { controlPlane } = cluster
 const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
 const started = Date.now()
-const deadline = AbortSignal.timeout(timeout * 1000)
-let rows: Row[] = []
+const hint = 'make logs shows the journals of the services, make status the whole cluster'
 
-const live = process.stderr.isTTY ? new LiveLines(() => rows.map(rowText)) : undefined
-const told = new Map<string, string>()
+/** What was measured last. Without an entry: nothing yet. */
+let api: ApiState | undefined
+const machines = new Map<Node, { services: ServiceState[]; clock: number } | { silent: string }>()
+const notAskedYet = 'not asked yet'
+
+const rows = [
+  row('API server', controlPlane, apiServerMissing),
+  row('etcd', controlPlane, () => serviceMissing(controlPlane, 'etcd')),
+  row('controller-manager', controlPlane, () =>
+    serviceMissing(controlPlane, 'kube-controller-manager'),
+  ),
+  row('scheduler', controlPlane, () => serviceMissing(controlPlane, 'kube-scheduler')),
+  ...cluster.workers.map((node) => row(node.name, node, () => workerMissing(node))),
+].filter(({ node }) => nodes.includes(node))
+const width = Math.max(...rows.map(({ name }) => name.length))
+let drawn = 0
+
+// The API server and each machine are asked in loops of their own, so that none holds up the others.
+const ended = new AbortController()
+const signal = AbortSignal.any([interruption(), ended.signal])
+let hopeless: unknown
+const loops = [
+  repeat(async () => {
+    api = await probeApiServer(cluster, { signal })
+  }),
+  ...nodes.map((node) =>
+    repeat(async () => {
+      machines.set(node, await askMachine(node))
+    }),
+  ),
+]
 try {
-  rows = await watchReadiness(cluster, components, {
-    changed: (now) => {
-      rows = now
-      if (!live) tellChanges()
-    },
-    signal: AbortSignal.any([interruption(), deadline]),
+  await waitFor({ failure: 'not active', timeout, signal, every: 200, hint }, async () => {
+    if (hopeless) throw hopeless
+    update()
+    return rows.every(({ active }) => active) ? undefined : missing()
   })
-  if (!live) tellChanges()
-} catch (error) {
-  throw deadline.aborted ? await gaveUp() : error
 } finally {
-  live?.end()
+  ended.abort()
   if (flags.json) printJson()
+  await Promise.all(loops)
 }
 console.error(`✓ all are active (${formatDuration(Date.now() - started)})`)
 
-/** Without a terminal: a line for each row whose state or reason is another than before. */
-function tellChanges(): void {
-  for (const row of rows) {
-    const state = row.active ? 'active' : row.reason
-    if (state === notAskedYet || told.get(row.name) === state) continue
-    told.set(row.name, state)
-    console.error(rowText(row))
+async function repeat(measure: () => Promise<void>): Promise<void> {
+  while (!signal.aborted) {
+    await measure().catch((error) => {
+      hopeless ??= error
+    })
+    await sleep(1000, undefined, { signal }).catch(() => {})
   }
 }
 
-function rowText({ name, active, since, reason }: Row): string {
-  const time = formatDuration(Date.now() - (live ? since : started)).padStart(7)
+/** @throws StepError if the machine will not answer, however long one waits */
+async function askMachine(node: Node) {
+  try {
+    await connect(cluster, node, { signal })
+    const probes = { services: serviceProbe(cluster, node), clock: clockProbe }
+    return await runProbes(node, probes, 20, signal)
+  } catch (error) {
+    if (!noAnswer(error)) throw error
+    const log = filesOf(cluster, node).consoleLog
+    const stopped = (await isRunning(cluster, node)) ? undefined : 'its QEMU is not running'
+    const failure = (await findBootFailure(log)) ?? stopped
+    if (!failure) return { silent: (error as Error).message }
+    throw new StepError(`${node.name} will not start: ${failure}`, {
+      output: (await lastConsoleLines(log)).join('\n'),
+      hint: `make boot-${node.name}`,
+      log,
+    })
+  }
+}
+
+function row(name: string, node: Node, missing: () => string) {
+  return { name, node, missing, active: false, since: started, reason: notAskedYet, shown: '' }
+}
+
+function serviceMissing(node: Node, unit: string): string {
+  const machine = machines.get(node)
+  if (!machine) return notAskedYet
+  if ('silent' in machine) return machine.silent
+  return machine.services.find((service) => service.unit === unit)?.reason ?? `no unit ${unit}`
+}
+
+function apiServerMissing(): string {
+  if (api?.ready) return ''
+  // A unit that does not run is a better reason than a port on which nothing listens.
+  return serviceMissing(controlPlane, 'kube-apiserver') || api?.reason || notAskedYet
+}
+
+/** A worker needs the pod network to be Ready; without --ready it is enough that it registered. */
+function workerMissing(node: Node): string {
+  const kubelet = serviceMissing(node, 'kubelet')
+  if (kubelet) return kubelet
+  if (!api?.nodes) return 'kubelet runs; the API server does not answer yet'
+  const registered = api.nodes.get(node.name)
+  if (!registered) return 'kubelet runs, but has not registered with the API server'
+  return flags.ready && !registered.ready ? `not Ready: ${registered.reason}` : ''
+}
+
+/** Sets the rows to what was measured last, and shows them. */
+function update(): void {
+  for (const row of rows) {
+    const machine = machines.get(row.node)
+    const reason = row.missing()
+    // Certificates are refused because of a wrong clock, and much else fails because of that.
+    const clock = machine && 'clock' in machine ? clockTrouble(row.node.name, machine.clock) : ''
+    row.reason = [reason, reason && clock].filter(Boolean).join('; ')
+    if (row.active !== (reason === '')) row.since = Date.now()
+    row.active = reason === ''
+  }
+  if (isLive()) draw()
+  else printChanges()
+}
+
+function draw(): void {
+  const { columns = 80, rows: height = 24 } = process.stderr
+  const lines = rows.slice(0, height - 1).map((row) => textOf(row, row.since).slice(0, columns - 1))
+  const up = drawn > 0 ? `\x1b[${drawn}A` : ''
+  process.stderr.write(`${up}${lines.map((line) => `\x1b[2K${line}\n`).join('')}`)
+  drawn = lines.length
+}
+
+/** Without a terminal: a line for each row whose state or reason has changed. */
+function printChanges(): void {
+  for (const row of rows) {
+    const shown = row.active ? 'active' : row.reason
+    if (shown === notAskedYet || shown === row.shown) continue
+    row.shown = shown
+    console.error(textOf(row, started))
+  }
+}
+
+function textOf({ name, active, reason }: (typeof rows)[number], since: number): string {
+  const time = formatDuration(Date.now() - since).padStart(7)
   return `${active ? '✓' : '•'} ${name.padEnd(width)}  ${active ? 'active ' : 'waiting'} ${time}  ${reason}`
 }
 
-/** Who was not there in time and why, and what a machine that cannot be reached said last. */
-async function gaveUp(): Promise<StepError> {
-  const missing = rows.filter(({ active }) => !active)
-  const lines = missing.map(({ name, reason }) => `${name}: ${reason}`)
-  for (const node of new Set(missing.map((row) => row.node))) {
-    const unreachable = missing.some((row) => row.node === node && row.unreachable)
-    if (!unreachable) continue
+/** What is missing and why, and the last console lines of machines that do not answer. */
+async function missing(): Promise<string> {
+  const waiting = rows.filter(({ active }) => !active)
+  const lines = waiting.map(({ name, reason }) => `${name}: ${reason}`)
+  for (const node of new Set(waiting.map((row) => row.node))) {
+    const machine = machines.get(node)
+    if (!machine || !('silent' in machine)) continue
     const console = await lastConsoleLines(filesOf(cluster, node).consoleLog, 8)
     lines.push(`the console of ${node.name}:`, ...console.map((line) => `  ${line}`))
   }
-  const names = missing.map(({ name }) => name).join(', ')
-  return new StepError(`not active after ${timeout} s: ${names}`, {
-    output: lines.join('\n'),
-    hint: 'make logs shows the journals of the services, make status all of the cluster',
-  })
+  return lines.join('\n')
 }
 
 function printJson(): void {
-  const found = rows.map(({ name, node, active, since, reason }) => ({
+  const components = rows.map(({ name, node, active, since, reason }) => ({
     name,
     machine: node.name,
     state: active ? 'active' : 'waiting',
     seconds: Math.round((Date.now() - since) / 1000),
     reason,
   }))
-  const ready = rows.length > 0 && rows.every(({ active }) => active)
+  const ready = rows.every(({ active }) => active)
   const seconds = Math.round((Date.now() - started) / 1000)
-  console.log(JSON.stringify({ ready, seconds, components: found }, null, 2))
+  console.log(JSON.stringify({ ready, seconds, components }, null, 2))
 }

@@ -1,6 +1,7 @@
 // The error that a user can meet and how it is printed: the reason first, then output, command,
 // hint and log.
 import { ProcessOutput } from 'zx/core'
+import { knownProblem } from './problems.mts'
 
 /** What is printed below the reason. All of it is shown to the user: no secrets in it. */
 export interface Explanation {
@@ -26,50 +27,6 @@ export class StepError extends Error {
     super(reason, { cause: explanation.cause })
     this.explanation = explanation
   }
-}
-
-interface Problem {
-  /** Of the command line; every command by default. */
-  command?: RegExp
-  /** Of what the command printed on stderr. */
-  pattern: RegExp
-  /** A match's groups are $1, $2, … */
-  reason: string
-  hint?: string
-}
-
-/** Known problems of the tools that the scripts run. The first row that matches counts. */
-export const problems: readonly Problem[] = [
-  {
-    command: /\bqemu-img\b/,
-    pattern: /Failed to get .* lock/,
-    reason: 'another program has this disk open',
-    hint: 'make status shows which machines run',
-  },
-  {
-    pattern: /No space left on device/,
-    reason: 'the disk is full',
-    hint: 'df -h . shows the free space',
-  },
-  {
-    pattern: /Read-only file system/,
-    reason: 'the file system is read-only',
-  },
-]
-
-/** What went wrong in known cases, from a command and its stderr; undefined if it is not known. */
-export function knownProblem(
-  command: string,
-  stderr: string,
-): Pick<Problem, 'reason' | 'hint'> | undefined {
-  for (const problem of problems) {
-    if (problem.command && !problem.command.test(command)) continue
-    const match = stderr.match(problem.pattern)
-    if (!match) continue
-    const reason = problem.reason.replace(/\$(\d)/g, (_, group) => match[Number(group)] ?? '')
-    return { reason, ...(problem.hint ? { hint: problem.hint } : {}) }
-  }
-  return undefined
 }
 
 // zx does not keep the command in its error. script() notes those that failed, by their duration.

@@ -5,7 +5,7 @@ import { link, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import type { Cluster, Node } from './cluster.mts'
 import { StepError } from './errors.mts'
-import { commandLine } from './qemu/processes.mts'
+import { commandLine } from './processes.mts'
 import { becomes } from './wait.mts'
 
 interface Holder {

@@ -1,6 +1,14 @@
 // The machines of cluster.env, and whether their names, addresses and ports fit together.
-import { contains, outsideCidr, overlap, parseAddress, parseCidr } from './cidr.mts'
-import { kinds, type Settings, type SettingsReader } from './settings.mts'
+import {
+  contains,
+  kinds,
+  outsideCidr,
+  overlap,
+  parseAddress,
+  parseCidr,
+  type Settings,
+  type SettingsReader,
+} from './settings.mts'
 
 export type Role = 'control-plane' | 'worker'
 

@@ -1,10 +1,14 @@
 // The front of every script in bin/: what it does, its flags and arguments, --help, the environment
 // of its commands, and how an error that nobody caught is printed.
-import { basename } from 'node:path'
+import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { basename, delimiter, join } from 'node:path'
 import minimist from 'minimist'
-import { $, log, ProcessOutput } from 'zx/core'
+import { $, ProcessOutput, useBash, which } from 'zx/core'
 import { describeError, noteFailure, StepError } from './errors.mts'
-import { interrupted } from './interrupt.mts'
+import { quote } from './format.mts'
+import { handleSignals, interrupted, interruption } from './interrupt.mts'
+import { locksForChildren } from './lock.mts'
 
 /** A flag is a switch (`--force`) unless `value` names what follows it (`--timeout SECONDS`). */
 export interface Flag {
@@ -39,8 +43,10 @@ export type FlagValues<Flags extends Record<string, Flag>> = {
 
 const common = {
   help: { help: 'show this text' },
-  verbose: { help: 'show every command, and stacks of errors' },
+  verbose: { help: 'print every command as it runs, and stacks of errors' },
 } satisfies Record<string, Flag>
+
+const root = join(import.meta.dirname, '..')
 
 /**
  * Declares a script, reads its command line and prepares zx's `$` for it. With --help it prints the
@@ -85,18 +91,105 @@ export function script<const Flags extends Record<string, Flag>>(
   return { flags: parsed as unknown as FlagValues<Flags> & { verbose: boolean }, args }
 }
 
-/** Has zx print commands with --verbose, and notes those that fail for the error that is printed. */
-export function prepareCommands(verbose: boolean): void {
-  const commands = new Map<string, string>()
-  $.verbose = verbose
-  $.log = (entry) => {
-    if (entry.kind === 'cmd') commands.set(entry.id, entry.cmd)
-    if (entry.kind === 'end') {
-      if (entry.exitCode !== 0) noteFailure(commands.get(entry.id) ?? '', entry.duration)
-      commands.delete(entry.id)
-    }
-    log(entry)
+/** Variables of the caller that would change what our commands do or print. */
+const unwanted =
+  /^(BASH_ENV|ENV|BASH_FUNC_.*|SHELLOPTS|BASHOPTS|CDPATH|GLOBIGNORE|PS4|LANG|LANGUAGE|LC_.*|KUBECONFIG|KUBERC|KUBECTL_.*|HELM_.*|ETCDCTL_.*|SSH_AUTH_SOCK|SSH_ASKPASS.*|TAR_OPTIONS|GREP_OPTIONS|GREP_COLORS?|PAGER|LESS|CLICOLOR.*|FORCE_COLOR|POSIXLY_CORRECT|GZIP|XZ_OPT|TAPE|COPYFILE_DISABLE)$/
+
+/** The environment of our commands: the caller's, without what would change their output. */
+export function cleanEnvironment(env: NodeJS.ProcessEnv = process.env): NodeJS.ProcessEnv {
+  const kept = Object.entries(env).filter(([name]) => !unwanted.test(name.replace(/%%$/, '')))
+  return {
+    ...Object.fromEntries(kept),
+    // Pinned programs; sysctl and lsof of macOS.
+    PATH: [env.PATH, join(root, 'tools'), '/usr/sbin', '/sbin'].filter(Boolean).join(delimiter),
+    LC_ALL: 'C',
+    KUBERC: 'off',
+    KUBECACHEDIR: join(root, 'run', 'kube-cache'),
+    // macOS's tar would add its own attributes as files.
+    COPYFILE_DISABLE: '1',
   }
+}
+
+/**
+ * zx's `$` for our commands: run in the project's folder by bash, with standard input closed, in a
+ * process group of their own, so that a Ctrl-C in the terminal cannot cut a change in half.
+ */
+export function prepareCommands(verbose: boolean, env = cleanEnvironment()): void {
+  // Without it check-prereqs has to run nevertheless.
+  if (which.sync('bash', { nothrow: true })) useBash()
+  const running = new Set<ChildProcess>()
+  const commands = new Map<string, string>()
+  Object.assign($, { cwd: root, env, verbose, quiet: true, detached: true })
+  $.spawn = ((...args: Parameters<typeof spawn>) => {
+    const child = spawn(...args)
+    running.add(child)
+    child.once('exit', (status, signal) => {
+      running.delete(child)
+      // An ssh that was ended leaves its pipes to the shared connection until its command ends.
+      const close = () => [child.stdout, child.stderr].map((pipe) => pipe?.destroy())
+      if (signal || status === 255) setTimeout(close, 500).unref()
+    })
+    child.stdin?.on('error', () => {})
+    // zx has written its input by then, if there is any.
+    setImmediate(() => child.stdin?.end())
+    return child
+  }) as typeof spawn
+  $.log = (entry) => {
+    if (entry.kind === 'cmd') {
+      commands.set(entry.id, entry.cmd)
+      if (verbose) console.error(`$ ${entry.cmd}`)
+    }
+    if (entry.kind !== 'end') return
+    if (entry.exitCode !== 0) noteFailure(commands.get(entry.id) ?? '', entry.duration)
+    commands.delete(entry.id)
+  }
+  handleSignals(() => {
+    for (const { pid } of running) {
+      try {
+        if (pid !== undefined) process.kill(-pid, 'SIGTERM')
+      } catch {
+        // It has just ended.
+      }
+    }
+  })
+}
+
+/**
+ * Runs another script of bin/ to its end in this terminal, as a person would type it. It prints its
+ * own errors.
+ *
+ * @param options.failure completes "generate-certs failed, …"
+ * @throws StepError if it fails, with its exit status; the interruption after Ctrl-C
+ */
+export async function runScript(
+  name: string,
+  args: readonly string[] = [],
+  { failure = '', hint = '' }: { failure?: string; hint?: string } = {},
+): Promise<void> {
+  const signal = interruption()
+  signal.throwIfAborted()
+  const command = [`./bin/${name}.mts`, ...args.map(quote)].join(' ')
+  console.error(`\n$ ${command}`)
+  const child = spawn(
+    join(root, 'bin', `${name}.mts`),
+    [...args, ...($.verbose ? ['--verbose'] : [])],
+    {
+      cwd: root,
+      env: { ...process.env, ...locksForChildren() },
+      stdio: ['ignore', 'inherit', 'inherit'],
+    },
+  )
+  // Ctrl-C reaches both processes; what is sent to this one alone has to be passed on.
+  const forward = () => child.kill('SIGTERM')
+  process.once('SIGTERM', forward)
+  const [status] = await once(child, 'exit').finally(() => process.off('SIGTERM', forward))
+  signal.throwIfAborted()
+  if (status === 0) return
+  throw new StepError(`${name} failed${failure && `, ${failure}`}`, {
+    command,
+    exitCode: status ?? 1,
+    ...(hint ? { hint } : {}),
+  })
 }
 
 function parse(

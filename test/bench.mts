@@ -1,12 +1,12 @@
-// How long our steps take beside the programs that they stand in for, on this computer: cold
+// How long our steps take compared with the programs that they replace, on this computer: cold
 // starts of both, in turn, several rounds. Ends with status 1 if a ratio is above its target.
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { availableParallelism, loadavg, tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { parse } from 'yaml'
+import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/certificates.mts'
 import { type Cluster, loadCluster } from '../lib/cluster.mts'
 import { formatTable } from '../lib/format.mts'
-import { authorityOf, type CertificateEntry, certificatesOf } from '../lib/pki/certificates.mts'
-import { kubeconfigsOf } from '../lib/pki/kubeconfig.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from './checkout.mts'
 
 interface Contest {
@@ -24,27 +24,28 @@ const scratch = await mkdtemp(join(tmpdir(), 'bench-'))
 try {
   const cluster = loadCluster({ root: checkout.root, env: {} })
   await must(checkout, 'bin/generate-certs.mts')
+  await must(checkout, 'bin/generate-kubeconfigs.mts')
   await prepareCfssl(cluster)
-  await prepareKubectl(cluster)
+  const kubeconfigs = await prepareKubectl()
   const contests: Contest[] = [
     {
       name: `${certificatesOf(cluster).length + 1} certificates: generate-certs / cfssl`,
       target: 0.6,
-      // How long it takes to find a prime is chance; the median needs some rounds.
+      // The time to find a prime is random; the median needs some rounds.
       rounds: 9,
       prepare: () => rm(checkout.path('tls'), { recursive: true }),
       ours: () => must(checkout, 'bin/generate-certs.mts'),
       theirs: () => must({ root: scratch }, 'bash', ['-e', 'cfssl.sh']),
     },
     {
-      name: `${kubeconfigsOf(cluster).length} kubeconfigs: generate-kubeconfigs / kubectl config`,
+      name: `${kubeconfigs} kubeconfigs: generate-kubeconfigs / kubectl config`,
       target: 0.3,
       rounds: 5,
       ours: () => must(checkout, 'bin/generate-kubeconfigs.mts', ['--force']),
       theirs: () => must({ root: scratch }, 'bash', ['-e', 'kubectl.sh']),
     },
     {
-      name: 'start of a script: as it is / by tsx',
+      name: 'start of a script: directly / by tsx',
       target: 1.2,
       rounds: 7,
       ours: () => must(checkout, 'bin/generate-certs.mts', ['--help']),
@@ -71,7 +72,7 @@ try {
   }
   const [load = 0] = loadavg()
   if (load > availableParallelism() + 1) {
-    console.log(`This computer has more to do (load ${load.toFixed(1)}): the ratios say little.`)
+    console.log(`This computer is busy (load ${load.toFixed(1)}): the ratios mean little.`)
   }
   console.log(formatTable(['MEDIANS', 'OURS', 'OTHER', 'RATIO', 'TARGET'], rows))
 } finally {
@@ -106,7 +107,7 @@ async function must(where: Pick<Checkout, 'root'>, program: string, args: string
   if (exitCode !== 0) throw new Error(`${program} ${args.join(' ')} failed:\n${stderr}`)
 }
 
-/** The same table as cfssl takes it: a CSR and a line of shell for each certificate. */
+/** The same table for cfssl: a CSR and a line of shell for each certificate. */
 async function prepareCfssl(cluster: Cluster): Promise<void> {
   const expiry = `${cluster.settings.CERT_DAYS * 24}h`
   const uses = ['signing', 'key encipherment', 'server auth', 'client auth']
@@ -128,21 +129,27 @@ function csrOf({ subject: { C, ST, L, O, OU, CN }, sans }: CertificateEntry): ob
   return { CN, hosts: sans, key: { algo: 'rsa', size: 2048 }, names: [{ C, ST, L, O, OU }] }
 }
 
-/** The four commands with which kubectl makes a kubeconfig, for each of them. */
-async function prepareKubectl(cluster: Cluster): Promise<void> {
-  const tls = checkout.path('tls')
-  const name = cluster.settings.CLUSTER_NAME
-  const lines = kubeconfigsOf(cluster).flatMap((entry) => {
-    const user = entry.certificate.subject.CN
-    const pem = join(tls, entry.certificate.name)
-    return [
-      `set-cluster ${name} --certificate-authority=${tls}/ca.pem --embed-certs=true --server=${entry.server}`,
+/** The four commands with which kubectl writes a kubeconfig, for each of ours. @returns how many */
+async function prepareKubectl(): Promise<number> {
+  const files = (await readdir(checkout.path('configs'))).filter((file) => /kubeconfig$/.test(file))
+  const lines: string[] = []
+  for (const file of files) {
+    const { clusters, users } = parse(await readFile(checkout.path('configs', file), 'utf8'))
+    const [{ name, cluster }] = clusters
+    const tls = checkout.path('tls')
+    const pem = join(tls, file.replace('.kubeconfig', ''))
+    const user = users[0].name
+    for (const command of [
+      `set-cluster ${name} --certificate-authority=${tls}/ca.pem --embed-certs=true --server=${cluster.server}`,
       `set-credentials ${user} --client-certificate=${pem}.pem --client-key=${pem}-key.pem --embed-certs=true`,
       `set-context default --cluster=${name} --user=${user}`,
       'use-context default',
-    ].map((command) => `kubectl config --kubeconfig=${entry.name}.kubeconfig ${command}`)
-  })
+    ]) {
+      lines.push(`kubectl config --kubeconfig=${file} ${command}`)
+    }
+  }
   await writeFile(join(scratch, 'kubectl.sh'), lines.join('\n'))
+  return files.length
 }
 
 async function writeJson(name: string, value: unknown): Promise<void> {

@@ -6,7 +6,7 @@ import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/pr
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
+import { stopLanSwitch } from '../lib/lan.mts'
 
 export const projectRoot = join(import.meta.dirname, '..')
 

@@ -1,6 +1,12 @@
 // Servers on loopback for the tests of downloads: one with files that can misbehave, and a proxy.
 import { createHash } from 'node:crypto'
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
+import {
+  createServer,
+  request as httpRequest,
+  type IncomingMessage,
+  type Server,
+  type ServerResponse,
+} from 'node:http'
 import { createServer as createTlsServer } from 'node:https'
 import { type AddressInfo, connect, type Socket } from 'node:net'
 import type { Duplex } from 'node:stream'
@@ -19,6 +25,10 @@ export interface ServedFile {
   statuses?: number[]
   /** Milliseconds to wait before each 64 KiB. */
   pause?: number
+  /** The length that HEAD is answered with; by default that of the data. */
+  announced?: number
+  /** "user:password" without which it answers 401. */
+  login?: string
 }
 
 export interface FileServer {
@@ -43,6 +53,9 @@ export async function startFileServer(tls?: { key: string; cert: string }): Prom
     if (location) return response.writeHead(302, { location }).end()
     const file = files.get(path)
     if (!file) return response.writeHead(404).end('no such file\n')
+    if (file.login && loginIn(request.headers.authorization) !== file.login) {
+      return response.writeHead(401).end()
+    }
     const status = file.statuses?.shift()
     if (status) return response.writeHead(status).end()
     return serve(file, request, response)
@@ -71,11 +84,12 @@ async function serve(file: ServedFile, request: IncomingMessage, response: Serve
     return response.writeHead(416, { 'content-range': `bytes */${data.length}` }).end()
   }
   const body = data.subarray(start)
+  const head = request.method === 'HEAD'
   response.writeHead(range ? 206 : 200, {
-    'content-length': body.length,
+    'content-length': head ? (file.announced ?? body.length) : body.length,
     ...(range ? { 'content-range': `bytes ${start}-${data.length - 1}/${data.length}` } : {}),
   })
-  if (request.method === 'HEAD') return response.end()
+  if (head) return response.end()
   const cut = file.cuts?.shift()
   const end = cut ?? body.length
   response.flushHeaders()
@@ -96,32 +110,43 @@ export interface ForwardProxy {
   close(): Promise<void>
 }
 
-/** A forward proxy that sends every request to `target`'s port on loopback, whatever host it names. */
-export async function startProxy(target: string): Promise<ForwardProxy> {
+/**
+ * A forward proxy that sends every request to `target`'s port on loopback, whatever host it names.
+ *
+ * @param login "user:password" without which it answers 407
+ */
+export async function startProxy(target: string, login?: string): Promise<ForwardProxy> {
   const { port: targetPort } = new URL(target)
   const requests: string[] = []
-  const note = ({ method, url, headers }: IncomingMessage) => {
-    const encoded = headers['proxy-authorization']?.replace('Basic ', '')
-    const user = encoded ? ` by ${Buffer.from(encoded, 'base64')}` : ''
-    requests.push(`${method} ${url}${user}`)
+  const accepts = ({ method, url, headers }: IncomingMessage) => {
+    const given = loginIn(headers['proxy-authorization'])
+    requests.push(`${method} ${url}${given ? ` by ${given}` : ''}`)
+    return login === undefined || given === login
   }
   const server = createServer((request, response) => {
-    note(request)
-    const { pathname } = new URL(request.url ?? '')
-    const onward = connect(Number(targetPort), '127.0.0.1')
-    onward.write(`GET ${pathname} HTTP/1.1\r\nhost: target\r\nconnection: close\r\n\r\n`)
-    onward.pipe(response.socket ?? onward)
-    response.socket?.on('error', () => onward.destroy())
+    if (!accepts(request)) return response.writeHead(407).end()
+    const { pathname: path } = new URL(request.url ?? '')
+    const { method, headers } = request
+    const to = { host: '127.0.0.1', port: targetPort, method, path, headers, agent: false }
+    const onward = httpRequest(to, (answer) => {
+      response.writeHead(answer.statusCode ?? 502, answer.headers)
+      answer.pipe(response)
+    })
+    onward.on('error', () => response.destroy())
+    response.on('close', () => onward.destroy())
+    return onward.end()
   })
   server.on('connect', (request: IncomingMessage, socket: Duplex) => {
-    note(request)
+    if (!accepts(request)) {
+      return socket.end('HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n')
+    }
     const onward = connect(Number(targetPort), '127.0.0.1', () => {
       socket.write('HTTP/1.1 200 Connection established\r\n\r\n')
       onward.pipe(socket).pipe(onward)
     })
     onward.on('error', () => socket.destroy())
     socket.on('error', () => {})
-    socket.on('close', () => onward.destroy())
+    return socket.on('close', () => onward.destroy())
   })
   // A server that has handed a connection over as a tunnel does not close it.
   const sockets = new Set<Socket>()
@@ -135,6 +160,11 @@ export async function startProxy(target: string): Promise<ForwardProxy> {
       await close(server)
     },
   }
+}
+
+/** User and password of basic authentication (RFC 7617), as "user:password". */
+function loginIn(header = ''): string {
+  return Buffer.from(header.replace('Basic ', ''), 'base64').toString()
 }
 
 async function listen(server: Server): Promise<number> {

@@ -1,18 +1,33 @@
-// Machines in name only, for what asks them over ssh: a real sshd and an idle QEMU each, and
-// programs that answer as on a machine whose services are all well.
+// Simulated machines for scripts that use ssh: a real sshd and an idle QEMU each, and programs that
+// answer as on a machine whose services are all healthy.
 import { existsSync } from 'node:fs'
 import { copyFile, mkdir, rm, writeFile } from 'node:fs/promises'
 import type { Checkout } from './checkout.mts'
 import { type IdleQemu, startIdleQemu } from './idle-qemu.mts'
 import { type Sshd, startSshd } from './sshd.mts'
 
-// A file broken-UNIT makes systemd say otherwise, absent-UNIT that its program is not there, ill-UNIT
-// the health endpoint, and with gone-UNIT nobody listens there. ahead-DAYS is about the clock.
+// A file broken-UNIT makes systemd report it as failing, absent-UNIT its program as missing, ill-UNIT
+// its health endpoint as unhealthy, and with gone-UNIT nothing listens there. ahead-DAYS is about the
+// clock. Units of systemd-run have their process id in unit-NAME.pid, their exit status in .status.
 const systemctl = `#!/bin/bash
 : 2>/dev/null >"$HERE/asked"
-case $1 in
+unit=\${!#} file=$HERE/unit-\${!#}
+is_running() { kill -0 "$(cat "$file.pid" 2>/dev/null)" 2>/dev/null; }
+case $* in
   is-system-running) echo running; exit 0;;
-  list-units) exit 0;;
+  list-units*) exit 0;;
+  is-active*) is_running; exit;;
+  reset-failed*) exit 0;;
+  stop*)
+    if is_running; then kill -9 -- "-$(cat "$file.pid")"; fi
+    rm -f "$file".*
+    exit 0;;
+  'show --property=SubState'*)
+    state=dead
+    if is_running; then state=running; elif [ -e "$file.status" ]; then state=exited; fi
+    if [[ $* == *--value* ]]; then echo $state; exit 0; fi
+    printf 'SubState=%s\\nExecMainStatus=%s\\n' $state "$(cat "$file.status" 2>/dev/null || echo 0)"
+    exit 0;;
 esac
 for unit; do
   case $unit in
@@ -28,6 +43,33 @@ for unit; do
   esac
 done
 `
+// A unit continues when the connection is cut. A timer elapses after 30 s whatever it is set to; with
+// a file short-timers, after one.
+const systemdRun = `#!/bin/bash
+log=/dev/null delay=0
+while [[ $1 == --* ]]; do
+  case $1 in
+    --unit=*) unit=\${1#*=};;
+    --on-active=*) if [ -e "$HERE/short-timers" ]; then delay=1; else delay=30; fi;;
+    --setenv=*=*) export "\${1#--setenv=}";;
+    --property=StandardError=append:*) log=\${1##*:};;
+  esac
+  shift
+done
+mkdir -p "$HERE"
+if [ $delay != 0 ]; then unit=$unit.timer; fi
+rm -f "$HERE/unit-$unit".*
+setsid --fork bash -c '
+  file=$1 delay=$2; shift 2
+  echo $$ >"$file.pid"
+  sleep $delay
+  status=0
+  "$@" || status=$?
+  echo $status >"$file.status"
+' run "$HERE/unit-$unit" $delay "$@" >"$log" 2>&1 </dev/null
+until [ -e "$HERE/unit-$unit.pid" ]; do sleep 0.01; done
+`
+const journalctl = '#!/bin/sh\n'
 const curl = `#!/bin/bash
 for url; do
   case $url in
@@ -64,17 +106,18 @@ export class HollowMachines {
       const sshd = await startSshd(this.checkout, name, { home })
       this.running.set(name, { sshd, qemu })
       const here = this.checkout.path('state', name)
-      await sshd.program('systemctl', systemctl.replaceAll('$HERE', here))
-      await sshd.program('curl', curl.replaceAll('$HERE', here))
-      await sshd.program('date', date.replaceAll('$HERE', here))
+      const programs = { systemctl, 'systemd-run': systemdRun, journalctl, curl, date }
+      for (const [program, text] of Object.entries(programs)) {
+        await sshd.program(program, text.replaceAll('$HERE', here))
+      }
     }
   }
 
-  /** What the machine has in /var/lib/kubernetes. */
+  /** A folder with what the machine has in /var/lib/kubernetes. */
   private async home(name: string): Promise<string> {
     const home = this.checkout.path('homes', name)
     await mkdir(`${home}/pki`, { recursive: true })
-    // The control plane is known as "kubernetes".
+    // The control plane's certificate is "kubernetes".
     const all = ['ca', name, ...(name === 'alpha' ? ['kubernetes', 'kubernetes-key'] : [])]
     for (const file of all) {
       const from = this.checkout.path('tls', `${file}.pem`)
@@ -91,10 +134,10 @@ export class HollowMachines {
     }
   }
 
-  /** Of a machine that is to run on, but not to answer any more. */
+  /** For a machine that continues to run, but stops to answer. */
   sshd(name: string): Sshd {
     const found = this.running.get(name)
-    if (!found) throw new Error(`${name} does not run`)
+    if (!found) throw new Error(`${name} is not running`)
     return found.sshd
   }
 
@@ -108,12 +151,12 @@ export class HollowMachines {
     await rm(this.checkout.path('state', name, what), { force: true })
   }
 
-  /** Takes back all that was set. */
+  /** Undoes everything that was set. */
   async reset(name: string): Promise<void> {
     await rm(this.checkout.path('state', name), { recursive: true, force: true })
   }
 
-  /** Whether the machine was asked since something was set. */
+  /** Whether systemctl was called on the machine since something was set. */
   asked(name: string): boolean {
     return existsSync(this.checkout.path('state', name, 'asked'))
   }

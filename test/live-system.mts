@@ -4,7 +4,7 @@ import { copyFile, mkdir, mkdtemp, readFile, rm, symlink } from 'node:fs/promise
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
-import { detectArchitecture, detectSystem } from '../lib/qemu/processor.mts'
+import { detectArchitecture, detectSystem } from '../lib/host.mts'
 
 const programs = [
   'sudo',

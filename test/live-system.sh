@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # The installer's live system for tests: a real shell with real files, in a mount namespace of its
-# own. Only what needs a disk or NixOS is played. Started under the name of a QEMU it is a whole
-# machine, which ignores QEMU's arguments but for the pid file.
+# own. Only what needs a disk or NixOS is simulated. Started under the name of a QEMU it is a whole
+# machine, which ignores QEMU's arguments except -pidfile and -name.
 #
-# LIVE_SYSTEM: a folder where it keeps what tests look at: calls, environment, installed/.
-# LIVE_FAULTS: words for what goes wrong; each is asked for by its word below.
+# LIVE_SYSTEM: a folder for what tests check: calls, environment, installed/.
+# LIVE_FAULTS: words for what goes wrong, each of them used below; "sigma:WORD" for one machine.
 set -u
 
-faulty() { [[ " ${LIVE_FAULTS:-} " == *" $1 "* ]]; }
+faulty() { [[ " ${LIVE_FAULTS:-} " == *" $1 "* || " ${LIVE_FAULTS:-} " == *" $LIVE_NAME:$1 "* ]]; }
 
 # ── Power-on ─────────────────────────────────────────────────────────────────────────────────
-# Its processes are in a namespace of theirs, and all end with it, as a machine's do with its QEMU.
+# Its processes are in their own namespace and all end with it, as a machine's do with its QEMU.
 machine() {
   local namespace=(--mount --pid --fork --kill-child)
+  export LIVE_NAME=$2
   [ "$(id -u)" = 0 ] || namespace+=(--user --map-root-user)
   echo "machine $$" >> "$LIVE_SYSTEM/calls"
   local pidfile
@@ -22,7 +23,7 @@ machine() {
 }
 
 boot() {
-  # The system's own programs hide those of this computer; /tmp goes, so they move away first.
+  # The system's own programs hide those of this computer. /tmp is replaced, so they move first.
   mount --bind "$LIVE_SYSTEM" /srv
   mount -t tmpfs none /mnt
   mount -t tmpfs none /tmp
@@ -31,6 +32,7 @@ boot() {
   cd /
   printf '\033[2J\033[01;01H\033[=3hBdsDxe: starting Boot0001\r\n'
   printf '[    0.000000] Linux version 6.12.0\r\n[\033[0;32m  OK  \033[0m] Reached target\r\n'
+  faulty emergency && printf 'You are in emergency mode. After logging in, type "journalctl -xb"\r\n' && sleep 1000
   faulty panic && printf '[ 3.1] Kernel panic - not syncing: VFS: no root\r\n[ 3.1] CPU: 0\r\n' && sleep 1000
   faulty silence && sleep 1000
   printf '\r\n<<< Welcome to NixOS 26.05 (x86_64) - ttyS0 >>>\r\n\r\nnixos login: nixos (automatic login)\r\n'
@@ -41,7 +43,7 @@ boot() {
   shell nixos '$'
 }
 
-# The prompt as the NixOS installer has it: a title stands in its middle.
+# The prompt of the NixOS installer, with a title in its middle.
 shell() {
   export PS1="\n\[\e[1;32m\][\[\e]0;$1@nixos: \w\a\]$1@nixos:\w]$2\[\e[0m\] "
   exec bash --noprofile --norc
@@ -55,7 +57,7 @@ program() {
   case $name in
     sudo) shell root '#' ;;
     dmesg) faulty noise && kill "$(cat /tmp/noise)"; true ;;
-    nixos-version) echo "${LIVE_RELEASE:-26.05.20260701.abcdef0 (Yarara)}" ;;
+    nixos-version) if faulty release; then echo '25.11.1.abc (Xantusia)'; else echo '26.05.20260701.abcdef0 (Yarara)'; fi ;;
     parted)
       faulty disk && echo 'Error: Could not stat device /dev/vda - No such file or directory.' && exit 1
       true
@@ -85,7 +87,7 @@ nixos-install() {
     echo "copying path '/nix/store/0123456789-$path' from 'https://cache.nixos.org'..."
     sleep 0.1
   done
-  faulty stuck-once && [ "$(grep -c ^machine "$LIVE_SYSTEM/calls")" = 1 ] && LIVE_FAULTS=stuck
+  faulty stuck-once && mkdir "$LIVE_SYSTEM/stuck" 2>/dev/null && LIVE_FAULTS=stuck
   faulty stuck && echo 'stuck here' && sleep 1000
   mkdir -p /mnt/boot/EFI/{BOOT,nixos} /mnt/boot/loader/entries
   faulty loader || echo loader > /mnt/boot/EFI/BOOT/BOOTX64.EFI
@@ -99,7 +101,7 @@ nixos-install() {
 name=$(basename "$0")
 case $name:${1:-} in
   qemu-system-*:--version) echo 'QEMU emulator version 9.9.9' ;;
-  # A session of its own: a machine's shells get no signal from the terminal that its QEMU is in.
+  # A session of its own: a machine's shells get no signals from the terminal of its QEMU.
   qemu-system-*:power-on) setsid --wait "$0" boot || echo 'reboot: Power down' ;;
   qemu-system-*:boot) boot ;;
   qemu-system-*) machine "$@" ;;

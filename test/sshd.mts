@@ -3,12 +3,11 @@
 import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
-import { chmod, mkdir, writeFile } from 'node:fs/promises'
+import { chmod, mkdir, open, readFile, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import { loadCluster } from '../lib/cluster.mts'
-import { sshArguments } from '../lib/machine/ssh.mts'
 import type { Checkout } from './checkout.mts'
 
 const exec = promisify(execFile)
@@ -37,7 +36,27 @@ export async function makeSshKeys(checkout: Checkout): Promise<void> {
   )
   const lines = nodes.map(({ sshPort }, index) => `[127.0.0.1]:${sshPort} ${publicKeys[index + 1]}`)
   await writeFile(checkout.path('tls', 'known_hosts'), `${lines.join('\n')}\n`)
+  // As generate-certs writes it, which would make all certificates as well.
+  const hosts = nodes.map(({ name, sshPort }) => `Host ${name}\n  Port ${sshPort}\n`)
+  await writeFile(checkout.path('tls', 'ssh_config'), `${hosts.join('')}Host *\n${sshSettings}`)
 }
+
+const sshSettings = `\
+  HostName 127.0.0.1
+  User root
+  IdentityFile tls/ssh_ed25519
+  IdentitiesOnly yes
+  IdentityAgent none
+  UserKnownHostsFile tls/known_hosts
+  GlobalKnownHostsFile /dev/null
+  StrictHostKeyChecking yes
+  BatchMode yes
+  LogLevel ERROR
+  ConnectTimeout 10
+  ServerAliveInterval 10
+  ControlMaster no
+  ControlPath run/%n.ssh
+`
 
 /**
  * Starts sshd at the port of a node, and returns when it listens.
@@ -59,6 +78,9 @@ export async function startSshd(
     `HostKey "${checkout.path('tls', `ssh_host_${options.hostKeyOf ?? name}_ed25519`)}"`,
     `AuthorizedKeysFile "${checkout.path('tls', 'ssh_ed25519.pub')}"`,
     'StrictModes no',
+    // By the bash of our PATH, in which a test can put one of its own. (A session's own shell would
+    // be this computer's.)
+    `ForceCommand exec bash \${SSH_ORIGINAL_COMMAND+-c "$SSH_ORIGINAL_COMMAND"}`,
     'PidFile none',
     'UsePAM no',
     'PermitRootLogin prohibit-password',
@@ -79,13 +101,14 @@ export async function startSshd(
     options.home ? `${mount} && mount --bind "$2" /var/lib/kubernetes; ${script}` : script,
     ...['sh', `${folder}/sshd_config`, options.home ?? ''],
   ]
-  const child = spawn(file, args, { stdio: ['pipe', 'ignore', 'pipe'] })
-  let said = ''
-  child.stderr.on('data', (chunk) => {
-    said += chunk
-  })
+  // To a file: a pipe would stay open as long as the last connection.
+  const log = await open(`${folder}/sshd.log`, 'w')
+  const child = spawn(file, args, { stdio: ['pipe', 'ignore', log.fd] })
+  await log.close()
   for (const deadline = Date.now() + 10_000; !(await listens(node.sshPort)); ) {
-    if (child.exitCode !== null || Date.now() > deadline) throw new Error(`sshd: ${said}`)
+    if (child.exitCode !== null || Date.now() > deadline) {
+      throw new Error(`sshd: ${await readFile(`${folder}/sshd.log`, 'utf8')}`)
+    }
     await sleep(20)
   }
   return {
@@ -97,9 +120,9 @@ export async function startSshd(
       if (child.exitCode !== null) return
       const ended = once(child, 'exit')
       // The connection that calls share outlives the listener.
-      const exit = ['-O', 'exit', ...sshArguments(node)]
-      await exec('ssh', exit, { cwd: checkout.path('run') }).catch(() => {})
-      child.stdin.end()
+      const exit = ['-F', 'tls/ssh_config', '-O', 'exit', name]
+      await exec('ssh', exit, { cwd: checkout.root }).catch(() => {})
+      child.stdin?.end()
       await ended
     },
   }

@@ -1,16 +1,14 @@
-// Real machines without an operating system: their disks are empty, so they end up in the shell of
-// their UEFI firmware within seconds. It answers on the console, can ping, and powers off.
+// Real machines without an operating system: their disks are empty, so their UEFI firmware starts
+// its shell within seconds. That answers on the console, can ping, and powers off.
 import type { Socket } from 'node:net'
-import { which } from 'zx'
+import { $, which } from 'zx/core'
 import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
-import { plainText } from '../lib/installer/terminal-text.mts'
-import { stopLanSwitch } from '../lib/lan/lan-switch.mts'
-import { createDisk, finishDisk } from '../lib/qemu/disk.mts'
-import { detectHost, type Host } from '../lib/qemu/host.mts'
-import { filesOf } from '../lib/qemu/machine-files.mts'
-import { detectArchitecture, detectSystem } from '../lib/qemu/processor.mts'
-import { connectUnixSocket } from '../lib/qemu/unix-socket.mts'
-import { isRunning, machineState, prepareFolders, startMachine } from '../lib/qemu/vm.mts'
+import { detectArchitecture, detectHost, detectSystem, type Host } from '../lib/host.mts'
+import { stopLanSwitch } from '../lib/lan.mts'
+import { isGone } from '../lib/processes.mts'
+import { connectUnixSocket } from '../lib/qmp.mts'
+import { plainText } from '../lib/terminal.mts'
+import { filesOf, hasDisk, machineState, prepareFolders, startMachine } from '../lib/vm.mts'
 import { becomes } from '../lib/wait.mts'
 import { type Checkout, makeCheckout } from './checkout.mts'
 
@@ -27,7 +25,7 @@ export interface Machines {
   host: Host
   /** Gives a node an empty disk, if it has none, and starts it. @returns its pid */
   start(node: Node): Promise<number>
-  /** Ends what runs and removes the checkout. */
+  /** Ends the machines and removes the checkout. */
   remove(): Promise<void>
 }
 
@@ -60,8 +58,9 @@ export async function makeMachines(settings: Record<string, string | number> = {
     async remove() {
       for (const node of cluster.nodes) {
         const found = await machineState(cluster, node)
-        if (found.state === 'running') process.kill(found.pid, 'SIGKILL')
-        await becomes(async () => !(await isRunning(cluster, node)), 10)
+        if (found.state === 'stopped') continue
+        process.kill(found.pid, 'SIGKILL')
+        await becomes(() => isGone(found.pid), 10)
       }
       await stopLanSwitch(cluster)
       await checkout.remove()
@@ -70,14 +69,10 @@ export async function makeMachines(settings: Record<string, string | number> = {
   return machines
 }
 
-/** An empty disk that counts as installed. */
+/** Gives the node an empty disk, which counts as installed. */
 export async function giveDisk(cluster: Cluster, node: Node): Promise<void> {
-  await createDisk(cluster, node).then(
-    () => finishDisk(cluster, node),
-    (error) => {
-      if (!/has a disk already/.test(String(error))) throw error
-    },
-  )
+  if (hasDisk(cluster, node)) return
+  await $`qemu-img create -q -f qcow2 ${filesOf(cluster, node).disk} 1G`
 }
 
 const prompt = /Shell> $/
@@ -99,18 +94,21 @@ export class UefiShell {
   /** Attaches to the console of a machine that has just been started, and waits for the prompt. */
   static async of(cluster: Cluster, node: Node): Promise<UefiShell> {
     const shell = new UefiShell(connectUnixSocket(filesOf(cluster, node).console))
+    // It counts down from 5 before it gives its prompt, unless a key is pressed.
+    await becomes(() => /startup\.nsh|Shell> $/.test(plainText(shell.text)), 240)
+    shell.socket.write(' ')
     await shell.waitForPrompt(240)
     return shell
   }
 
-  /** Types a command. @returns what it printed, when the prompt is back */
+  /** Types a command. @returns what it printed, once the prompt appears again */
   async run(command: string): Promise<string> {
     this.type(command)
     await this.waitForPrompt(180)
     return plainText(this.text)
   }
 
-  /** Types a command that never comes back. */
+  /** Types a command that does not return. */
   type(command: string): void {
     this.text = ''
     this.socket.write(`${command}\r`)

@@ -1,309 +1,205 @@
-// What the add-ons' scripts apply, before a real API server: whether it takes their manifests
-// strictly, what their service accounts may do, and what Pod Security says of their pods.
+// The scripts that work in the cluster, one after the other on one real control plane, with workers
+// without machines: their pods only seem to run. Order matters: the workers become Ready in
+// install-cilium, and the API server is down at the end.
 import assert from 'node:assert/strict'
+import { mkdir, readFile, rename, writeFile } from 'node:fs/promises'
+import { createServer, type Server } from 'node:http'
+import type { AddressInfo } from 'node:net'
 import { after, before, describe, it } from 'node:test'
-import { parse, parseAllDocuments } from 'yaml'
-import type { ApiObject } from '../../lib/kubernetes/kubectl.mts'
 import { becomes } from '../../lib/wait.mts'
-import type { Outcome } from '../checkout.mts'
 import { HollowCluster } from '../kubernetes/hollow-cluster.mts'
 import { findTools } from '../kubernetes/prepared.mts'
-
-const scripts = [
-  'install-cilium',
-  'deploy-coredns',
-  'deploy-metrics-server',
-  'deploy-local-storage',
-] as const
-type Script = (typeof scripts)[number]
-
-/** What service accounts may and may not, "VERB RESOURCE[.GROUP] [--flags]" as auth can-i has it. */
-const access: Record<string, { may: string[]; mayNot: string[] }> = {
-  'kube-system:coredns': {
-    may: [
-      'list services -A',
-      'watch services -A',
-      'list namespaces',
-      'watch endpointslices.discovery.k8s.io -A',
-    ],
-    mayNot: [
-      'list pods -A',
-      'list secrets -A',
-      'list configmaps -A',
-      'list nodes',
-      'update services -A',
-      'create endpointslices.discovery.k8s.io -A',
-      'get nodes --subresource=proxy',
-    ],
-  },
-  'kube-system:metrics-server': {
-    may: [
-      'list nodes',
-      'watch pods -A',
-      'get nodes --subresource=metrics',
-      'create tokenreviews.authentication.k8s.io',
-      'create subjectaccessreviews.authorization.k8s.io',
-      'get configmaps/extension-apiserver-authentication -n kube-system',
-    ],
-    mayNot: [
-      'get nodes --subresource=proxy',
-      'get nodes --subresource=log',
-      'create nodes --subresource=proxy',
-      'update nodes',
-      'delete pods -A',
-      'create pods --subresource=exec -A',
-      'list secrets -A',
-      'get secrets/metrics-server-tls -n kube-system',
-      'list configmaps -n kube-system',
-      'impersonate users',
-    ],
-  },
-  'local-path-storage:local-path-provisioner': {
-    may: [
-      'watch persistentvolumeclaims -A',
-      'create persistentvolumes',
-      'delete persistentvolumes',
-      'watch storageclasses.storage.k8s.io',
-      'get nodes/sigma',
-      'create events -A',
-      'create pods -n local-path-storage',
-      'delete pods -n local-path-storage',
-      'get pods --subresource=log -n local-path-storage',
-      'list configmaps -n local-path-storage',
-    ],
-    mayNot: [
-      'create pods -n default',
-      'create pods -n kube-system',
-      'list pods -A',
-      'update persistentvolumeclaims -A',
-      'list configmaps -A',
-      'list secrets -A',
-      'list secrets -n local-path-storage',
-      'create storageclasses.storage.k8s.io',
-      'update nodes/sigma',
-      'create pods --subresource=exec -n local-path-storage',
-      'create serviceaccounts --subresource=token -n local-path-storage',
-    ],
-  },
-}
-
-interface Deployment extends ApiObject {
-  spec: { template: { metadata: object; spec: PodSpec } }
-}
-
-interface PodSpec {
-  serviceAccountName?: string
-  containers: { image: string; command?: string[]; args?: string[] }[]
-  securityContext?: object
-}
+import { deployCoreDns } from './add-ons/deploy-coredns.mts'
+import { deployLocalStorage } from './add-ons/deploy-local-storage.mts'
+import { deployMetricsServer } from './add-ons/deploy-metrics-server.mts'
+import { helmDeploy } from './add-ons/helm-deploy.mts'
+import { installCilium } from './add-ons/install-cilium.mts'
+import { manifests } from './add-ons/manifests.mts'
+import { observe } from './add-ons/observe.mts'
+import type { Shared } from './add-ons/shared.mts'
+import { smoke } from './add-ons/smoke.mts'
+import { testCluster } from './add-ons/test-cluster.mts'
 
 const tools = await findTools()
 const skip = typeof tools === 'string' && tools
 // A skipped suite is counted nowhere; a skipped test is.
 it('what this needs is there', { skip }, () => {})
 
-describe('the add-ons', { skip }, () => {
+/** Scripts that start pods, with arguments for those that need some. */
+const starters = [
+  ['deploy-coredns'],
+  ['deploy-metrics-server'],
+  ['deploy-local-storage'],
+  ['smoke'],
+  ['helm-deploy', 'some/chart'],
+] as const
+
+describe('in the cluster', { skip }, () => {
+  const shared = {} as Shared
   let hollow: HollowCluster
-  const manifests = {} as Record<Script, string>
+  const script = (line: readonly string[]) => hollow.script(line[0] ?? '', ...line.slice(1))
   before(async () => {
     if (typeof tools === 'string') return
     hollow = await HollowCluster.start(tools)
-    for (const script of scripts) {
-      const { stdout, stderr, exitCode } = await hollow.script(script, '--print')
-      assert.equal(exitCode, 0, stderr)
-      manifests[script] = stdout
-    }
+    hollow.programs.add('helm', 'echo v4.3.1')
+    shared.hollow = hollow
   })
   after(() => hollow?.stop())
 
-  const apply = (manifest: string, ...args: string[]): Promise<Outcome> =>
-    hollow.controlPlane.kubectl('admin', ['apply', '-f=-', ...args], manifest)
-  const strictly = ['--server-side', '--validate=strict', '--field-manager=test']
-  const objects = (script: Script) =>
-    parseAllDocuments(manifests[script]).map((document) => document.toJS() as ApiObject)
-  const deployments = () =>
-    scripts.flatMap(objects).filter((object): object is Deployment => object.kind === 'Deployment')
-  const podOf = ({ metadata, spec }: Deployment, namespace: string) => ({
-    apiVersion: 'v1',
-    kind: 'Pod',
-    metadata: { name: metadata.name, namespace },
-    spec: { ...spec.template.spec, serviceAccountName: 'default' } as PodSpec,
-  })
-
-  for (const script of scripts) {
-    describe(`the manifest of ${script}`, () => {
-      it('is taken by the API server strictly, without a warning', async () => {
-        const { exitCode, stderr } = await apply(manifests[script], ...strictly)
-        assert.equal(exitCode, 0, stderr)
-        assert.equal(stderr, '')
+  describe('pods cannot start yet', () => {
+    for (const line of starters) {
+      it(`${line[0]} says to wait when no worker has registered`, async () => {
+        const { exitCode, stderr } = await script(line)
+        assert.equal(exitCode, 1)
+        assert.match(stderr, /no worker has registered yet/)
+        assert.match(stderr, /hint: +make wait$/m)
       })
+    }
 
-      it('is applied by kubectl apply -f - too', async () => {
-        const { exitCode, stderr } = await apply(manifests[script], '--dry-run=server')
-        assert.equal(exitCode, 0, stderr)
-      })
-
-      it('would not be taken with a field that Kubernetes does not know', async () => {
-        const broken = manifests[script].replace(/^ {2}name: /m, '  nmae: x\n$&')
-        const { exitCode, stderr } = await apply(broken, ...strictly, '--dry-run=server')
-        assert.notEqual(exitCode, 0)
-        assert.match(stderr, /unknown field "metadata.nmae"|nmae/)
-      })
-
-      it('cannot be printed and deleted at a time', async () => {
-        const { exitCode, stderr, stdout } = await hollow.script(script, '--print', '--delete')
-        assert.equal(exitCode, 2)
-        assert.match(stderr, /only one of --print and --delete/)
-        assert.equal(stdout, '')
-      })
-
-      it('goes through a pipe that is closed early', async () => {
-        const line = `'${hollow.checkout.path('bin', `${script}.mts`)}' --print | head -n 1`
-        const { stdout, stderr } = await hollow.shell(line)
-        assert.equal(stdout, `${manifests[script].split('\n')[0]}\n`)
-        assert.equal(stderr, '')
-      })
+    it('install-cilium says which workers have not registered', async () => {
+      const { exitCode, stderr } = await script(['install-cilium'])
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /not registered yet: sigma, gamma\n.*make wait/)
     })
-  }
 
-  it('take versions and addresses from cluster.env', async () => {
-    const settings = {
-      COREDNS_VERSION: '1.2.3',
-      METRICS_SERVER_VERSION: '4.5.6',
-      LOCAL_PATH_VERSION: '7.8.9',
-      K8S_CLUSTER_DNS: '10.32.0.53',
-      K8S_CLUSTER_DOMAIN: 'kube.example',
-      SMOKE_IMAGE: 'registry.example/smoke:1',
-    }
-    const env = Object.entries(settings).map(([name, value]) => `${name}=${value}`)
-    const printed = await Promise.all(
-      scripts.slice(1).map(async (script) => {
-        const path = hollow.checkout.path('bin', `${script}.mts`)
-        return (await hollow.shell(`env ${env.join(' ')} '${path}' --print`)).stdout
-      }),
-    )
-    const text = printed.join('')
-    for (const [name, value] of Object.entries(settings)) {
-      const former = String(hollow.cluster.settings[name as keyof typeof settings])
-      assert.ok(text.includes(value), name)
-      assert.ok(!text.includes(former), `${name} is still ${former} somewhere`)
-    }
-  })
+    it('says that there are no workers, and what to do', async () => {
+      const { exitCode, stderr } = await hollow.shell('WORKER_NODES= bin/smoke.mts')
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /the cluster has no workers/)
+      assert.match(stderr, /hint: .*make add-worker/)
+    })
 
-  describe('service accounts', () => {
-    for (const [account, { may, mayNot }] of Object.entries(access)) {
-      const can = async (question: string) => {
-        const as = `--as=system:serviceaccount:${account}`
-        const args = ['auth', 'can-i', ...question.split(' '), as]
-        return (await hollow.controlPlane.kubectl('admin', args)).stdout.trim()
+    it('says to install the network first when no worker is Ready', async () => {
+      await hollow.addNodes({ ready: false })
+      for (const line of starters) {
+        const { exitCode, stderr } = await script(line)
+        assert.equal(exitCode, 1, line[0])
+        assert.match(stderr, /no worker is Ready/)
+        assert.match(stderr, /hint: .*make network$/m)
       }
-      it(`${account} may do its work`, async () => {
-        // The API server learns of roles and bindings a moment after they were applied.
-        for (const question of may) {
-          assert.ok(await becomes(async () => (await can(question)) === 'yes', 60), question)
-        }
-      })
-      it(`${account} may do nothing else`, async () => {
-        for (const question of mayNot) assert.equal(await can(question), 'no', question)
-      })
-    }
-
-    it('are the only ones in the manifests, each used by its deployment', () => {
-      const made = scripts
-        .flatMap(objects)
-        .filter(({ kind }) => kind === 'ServiceAccount')
-        .map(({ metadata }) => `${metadata.namespace}:${metadata.name}`)
-      assert.deepEqual(made.sort(), Object.keys(access).sort())
-      const used = deployments().map(
-        ({ metadata, spec }) => `${metadata.namespace}:${spec.template.spec.serviceAccountName}`,
-      )
-      assert.deepEqual(used.sort(), made.sort())
+      assert.equal((await hollow.kubectl(['get', 'deployments', '--all-namespaces'])).trim(), '')
     })
   })
 
-  describe('Pod Security', () => {
+  installCilium(shared)
+  it('the workers are Ready', () => hollow.nodes?.start())
+  deployCoreDns(shared)
+  deployLocalStorage(shared)
+  deployMetricsServer(shared)
+  helmDeploy(shared)
+  smoke(shared)
+  observe(shared)
+
+  describe("the caller's own configuration", () => {
+    let other: Server
+    const requests: string[] = []
+    const own = () => hollow.checkout.path('configs', 'admin.kubeconfig')
     before(async () => {
-      const labels = 'pod-security.kubernetes.io/enforce: restricted'
-      await hollow.kubectl(
-        ['apply', '-f=-'],
-        `{apiVersion: v1, kind: Namespace, metadata: {name: strict, labels: {${labels}}}}`,
-      )
-      const account = ['get', 'serviceaccount', 'default', '--namespace=strict']
-      const there = async () => (await hollow.controlPlane.kubectl('admin', account)).exitCode === 0
-      assert.ok(await becomes(there, 60))
-    })
-
-    for (const name of ['coredns', 'metrics-server', 'local-path-provisioner']) {
-      it(`lets ${name} run as restricted`, async () => {
-        const deployment = deployments().find(({ metadata }) => metadata.name === name)
-        assert.ok(deployment)
-        const pod = JSON.stringify(podOf(deployment, 'strict'))
-        const { exitCode, stderr } = await apply(pod, '--dry-run=server', ...strictly)
-        assert.equal(exitCode, 0, stderr)
-        assert.equal(stderr, '')
+      // Another cluster, at the address where kubectl looks without a kubeconfig, too.
+      other = createServer((request, response) => {
+        requests.push(`${request.method} ${request.url}`)
+        response.end('{}')
       })
-    }
+      await new Promise<void>((resolve) => other.listen(0, '127.0.0.1', resolve))
+    })
+    after(() => other.close())
 
-    it('would not let a pod run as restricted that is root', async () => {
-      const [deployment] = deployments()
-      assert.ok(deployment)
-      const pod = podOf(deployment, 'strict')
-      pod.spec.securityContext = { runAsUser: 0 }
-      const { exitCode, stderr } = await apply(JSON.stringify(pod), '--dry-run=server')
-      assert.notEqual(exitCode, 0)
-      assert.match(stderr, /violates PodSecurity "restricted:latest"/)
+    it('does not lead kubectl to another cluster by its current context', async () => {
+      const { port } = other.address() as AddressInfo
+      const before = await readFile(own(), 'utf8')
+      const config = `kubectl config --kubeconfig='${own()}'`
+      const { stderr } = await hollow.shell(`set -e
+        ${config} set-cluster other --server=http://127.0.0.1:${port}
+        ${config} set-context other --cluster=other
+        ${config} use-context other`)
+      const outcome = await hollow.shell(`KUBECONFIG='${own()}' bin/smoke.mts --cleanup`)
+      await writeFile(own(), before)
+      assert.equal(outcome.exitCode, 0, stderr + outcome.stderr)
+      assert.deepEqual(requests, [])
     })
 
-    it('lets the helper pods of local storage run only where it says so', async () => {
-      const config = objects('deploy-local-storage').find(({ kind }) => kind === 'ConfigMap')
-      const { data } = config as unknown as { data: Record<string, string> }
-      const template = parse(data['helperPod.yaml'] ?? '') as { spec: PodSpec }
-      const helper = (namespace: string) => {
-        const volumes = [{ name: 'data', hostPath: { path: '/var/lib/local-path' } }]
-        const spec = { ...template.spec, volumes, serviceAccountName: 'default' }
-        return JSON.stringify({ ...template, metadata: { name: 'helper', namespace }, spec })
-      }
-      const refused = await apply(helper('strict'), '--dry-run=server')
-      assert.match(refused.stderr, /violates PodSecurity .*hostPath/)
-      const { exitCode, stderr } = await apply(helper('local-path-storage'), '--dry-run=server')
+    it('does not lead kubectl to another cluster when ours has no kubeconfig', async () => {
+      const { port } = other.address() as AddressInfo
+      const kubeconfig = hollow.checkout.path('other.kubeconfig')
+      const config = `kubectl config --kubeconfig='${kubeconfig}'`
+      await hollow.shell(`${config} set-cluster other --server=http://127.0.0.1:${port}
+        ${config} set-context other --cluster=other; ${config} use-context other`)
+      await rename(own(), `${own()}.away`)
+      const { exitCode, stderr } = await hollow.shell(
+        `KUBECONFIG='${kubeconfig}' bin/smoke.mts --cleanup`,
+      )
+      await rename(`${own()}.away`, own())
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /configs\/admin\.kubeconfig is missing\n.*make kubeconfigs/)
+      assert.deepEqual(requests, [])
+    })
+
+    it('does not make kubectl ask before it deletes', async () => {
+      const home = hollow.checkout.path('home')
+      await mkdir(`${home}/.kube`, { recursive: true })
+      await writeFile(
+        `${home}/.kube/kuberc`,
+        'apiVersion: kubectl.config.k8s.io/v1beta1\nkind: Preference\ndefaults:\n  - command: delete\n    options: [{name: interactive, default: "true"}]\n',
+      )
+      const { exitCode, stderr } = await hollow.shell(`HOME='${home}' bin/smoke.mts --cleanup`)
       assert.equal(exitCode, 0, stderr)
     })
+
+    it('does not print into what is read as JSON', async () => {
+      const file = hollow.checkout.path('bash-env')
+      await writeFile(file, 'echo "Now using node v22"\n')
+      const { stderr } = await hollow.shell(`BASH_ENV='${file}' bin/deploy-coredns.mts --timeout 0`)
+      assert.match(stderr, /✓ pods can start/)
+      assert.match(stderr, /coredns/)
+      assert.doesNotMatch(stderr, /JSON|Unexpected token/)
+      await script(['deploy-coredns', '--delete'])
+    })
   })
 
-  describe('what others have put there', () => {
-    before(async () => {
-      await hollow.addNodes()
-      // What it would fetch and install is nothing to this test.
-      hollow.programs.add('cilium', 'exit 1')
+  manifests(shared)
+
+  it('deploy-coredns ends soon when the API server goes away in the middle', async () => {
+    hollow.runsInPods('exit 1')
+    hollow.setFate(({ metadata }) => {
+      const stuck = { reason: 'ImagePullBackOff', message: 'dial tcp: i/o timeout' }
+      return metadata.namespace === 'network-probe' ? stuck : 'Running'
     })
+    const outcome = script(['deploy-coredns', '--force-conflicts'])
+    const isProbing = async () => {
+      const found = ['get', 'namespace', 'network-probe', '--ignore-not-found', '-o=name']
+      return (await hollow.kubectl(found)) !== ''
+    }
+    assert.ok(await becomes(isProbing, 60))
+    await hollow.controlPlane.stop()
+    const { exitCode, stderr } = await outcome
+    await hollow.controlPlane.start()
+    hollow.setFate()
+    await hollow.kubectl(['delete', 'deployments', '--all', '--namespace=kube-system'])
+    assert.equal(exitCode, 1)
+    assert.match(stderr, /the API server does not answer/)
+    assert.match(stderr, /hint: +make status/)
+  })
 
-    for (const script of scripts) {
-      it(`is left alone by ${script}, and taken over when told so`, async () => {
-        const [first] = objects(script).filter(({ kind }) => kind === 'ClusterRole')
-        assert.ok(first)
-        const other = {
-          ...first,
-          rules: [{ apiGroups: [''], resources: ['pods'], verbs: ['get'] }],
-        }
-        const args = ['--server-side', '--force-conflicts', '--field-manager=somebody']
-        await apply(JSON.stringify(other), ...args)
-        await hollow.kubectl(['delete', 'deployments', '--all', '--all-namespaces'])
+  testCluster(shared)
 
-        const { exitCode, stderr } = await hollow.script(script, '--timeout=0')
+  describe('the API server is down', () => {
+    before(() => hollow.controlPlane.stop())
+    for (const line of [...starters, ['install-cilium'], ['smoke', '--cleanup']]) {
+      it(`${line.join(' ')} says so at once`, async () => {
+        const { exitCode, stderr } = await script(line)
         assert.equal(exitCode, 1)
-        assert.match(stderr, /is there already, put there by "somebody"/)
-        assert.match(stderr, /\.rules/)
-        assert.match(stderr, /hint: .*--force-conflicts/)
-        const left = JSON.parse(
-          await hollow.kubectl(['get', 'deployments', '--all-namespaces', '-o=json']),
-        )
-        assert.deepEqual(left.items, [], 'the rest of the manifest was applied')
-
-        const forced = await hollow.script(script, '--timeout=0', '--force-conflicts')
-        assert.doesNotMatch(forced.stderr, /is there already/)
-        const role = await hollow.get<typeof other>('clusterrole', first.metadata.name)
-        assert.notDeepEqual(role.rules, other.rules)
+        assert.match(stderr, /the API server does not answer/)
+        assert.match(stderr, /hint: +make status/)
       })
     }
   })
+})
+
+it('the chart in place of Cilium is of its version, and uses the image of the smoke test', async () => {
+  const { loadCluster } = await import('../../lib/cluster.mts')
+  const { settings } = loadCluster({ env: {} })
+  const chart = await readFile('test/charts/cilium/Chart.yaml', 'utf8')
+  assert.match(chart, new RegExp(`^version: ${settings.CILIUM_VERSION}$`, 'm'))
+  const values = await readFile('test/charts/cilium/values.yaml', 'utf8')
+  assert.match(values, new RegExp(`^image: ${settings.SMOKE_IMAGE}$`, 'm'))
 })

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict'
 import { readdirSync } from 'node:fs'
-import { readdir } from 'node:fs/promises'
+import { mkdtemp, readdir, rm, symlink } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { type Checkout, makeCheckout, projectRoot, run } from '../checkout.mts'
@@ -15,26 +16,48 @@ describe('every script of bin/', () => {
   const scripts = readdirSync(join(projectRoot, 'bin')).filter((name) => name.endsWith('.mts'))
   const everything = async () => (await readdir(checkout.root, { recursive: true })).sort()
 
-  for (const script of scripts) {
-    it(`${script} explains itself, refuses what it does not know, and then has done nothing`, async () => {
-      const before = await everything()
+  it('explains itself, refuses what it does not know, and then has done nothing', async () => {
+    const before = await everything()
+    const waiting = [...scripts]
+    const checkNext = async (): Promise<void> => {
+      const script = waiting.pop()
+      if (!script) return
       const help = await run(checkout, `bin/${script}`, ['--help'], { cwd: '/' })
-      assert.deepEqual([help.exitCode, help.stderr], [0, ''])
+      assert.deepEqual([help.exitCode, help.stderr], [0, ''], script)
       for (const part of [`Usage: ./bin/${script} `, 'Reads: ', 'Writes: ', 'Example']) {
-        assert.ok(help.stdout.includes(part), part)
+        assert.ok(help.stdout.includes(part), `${script}: ${part}`)
       }
-      assert.ok(help.stdout.includes(`\n  ./bin/${script}`), 'an example')
+      assert.ok(help.stdout.includes(`\n  ./bin/${script}`), `${script}: an example`)
 
       const name = script.replace('.mts', '')
       const unknown = await run(checkout, `bin/${script}`, ['--no-such-flag'])
-      assert.equal(unknown.exitCode, 2)
+      assert.equal(unknown.exitCode, 2, script)
       assert.match(unknown.stderr, new RegExp(`^${name}: unknown flag --no-such-flag\n`))
-      assert.equal(unknown.stdout, '')
-      assert.deepEqual(await everything(), before)
-    })
-  }
+      assert.equal(unknown.stdout, '', script)
+      await checkNext()
+    }
+    await Promise.all([checkNext(), checkNext(), checkNext()])
+    assert.deepEqual(await everything(), before)
+  })
 
-  it('and each is told of mistakes in cluster.env before anything happens', async () => {
+  it('works through a link, at a path with blanks, quotes, a dollar sign and umlauts', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'odd-'))
+    const odd = await makeCheckout({ folder: join(folder, `it's "$HOME" für #1 50%`) })
+    try {
+      const link = join(folder, 'encrypt')
+      await symlink(odd.path('bin/generate-encryption-config.mts'), link)
+      const { exitCode, stderr } = await run({ root: folder }, link.slice(folder.length))
+      assert.equal(exitCode, 0, stderr)
+      assert.ok((await readdir(odd.path('configs'))).includes('encryption-config.yaml'))
+      const named = await run(odd, 'bin/generate-nocloud-iso.mts', ['sigma'])
+      assert.match(named.stderr, /sigma cannot be staged/)
+    } finally {
+      await odd.remove()
+      await rm(folder, { recursive: true, force: true })
+    }
+  })
+
+  it('reports mistakes in cluster.env before anything happens', async () => {
     await checkout.set({ API_PORT: 'many' })
     const before = await everything()
     for (const script of ['check-prereqs.mts', 'download-iso.mts', 'generate-certs.mts']) {

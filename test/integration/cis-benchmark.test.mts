@@ -1,9 +1,9 @@
 // The configuration of the control plane machine against the CIS Kubernetes Benchmark.
 import assert from 'node:assert/strict'
-import { readFileSync } from 'node:fs'
+import { existsSync, readFileSync } from 'node:fs'
+import { readdir } from 'node:fs/promises'
+import { join, relative } from 'node:path'
 import { after, before, describe, it } from 'node:test'
-import { stagedFiles } from '../../lib/staging/staged-files.mts'
-import { stagingFolder } from '../../lib/staging/staging.mts'
 import type { Checkout } from '../checkout.mts'
 import { type AuditedRequest, type Facts, points } from '../kubernetes/cis-benchmark.mts'
 import { makeStagedCheckout, missingTool } from '../kubernetes/prepared.mts'
@@ -19,20 +19,21 @@ describe('the CIS benchmark, on the control plane', { skip }, () => {
   before(async () => {
     const { checkout: made, cluster } = await makeStagedCheckout()
     checkout = made
-    const folder = stagingFolder(cluster, cluster.controlPlane)
-    const machine = await evaluate(`${folder}/configuration.nix`)
-    const files = new Map(
-      stagedFiles(cluster, cluster.controlPlane).map(({ target, staged }) => [target, staged]),
-    )
+    const folder = checkout.path('cloud-init', cluster.controlPlane.name, 'nixos')
+    const machine = await evaluate(join(folder, 'etc/nixos/configuration.nix'))
+    const entries = await readdir(folder, { recursive: true, withFileTypes: true })
+    const files = entries.filter((entry) => entry.isFile())
     const policy = JSON.parse(textOf(machine, '/etc/kubernetes/audit-policy.json'))
     facts = {
       flag: (service, name) => flagOf(machine, service, name),
       unit: (service, setting) => machine.units[service]?.serviceConfig[setting],
       owned: ownersOf(textOf(machine, '/etc/tmpfiles.d/00-nixos.conf')),
-      staged: [...files.keys()],
+      staged: files.map(({ parentPath, path = parentPath, name }) => {
+        return `/${relative(folder, join(path, name))}`
+      }),
       text(path) {
-        const staged = files.get(path)
-        return staged ? readFileSync(`${folder}/${staged}`, 'utf8') : textOf(machine, path)
+        const staged = join(folder, path)
+        return existsSync(staged) ? readFileSync(staged, 'utf8') : textOf(machine, path)
       },
       auditLevel: (request) => levelOf(policy, request),
     }
@@ -42,7 +43,7 @@ describe('the CIS benchmark, on the control plane', { skip }, () => {
   for (const { ids, title, met, why } of points) {
     const name = `${ids.join(', ')} ${title}`
     if (!why) it(name, () => assert.ok(met(facts)))
-    // A reason that is none any more has to go.
+    // A reason that no longer holds has to be removed.
     else it(`${name}: not met, as ${why}`, () => assert.ok(!met(facts)))
   }
 })

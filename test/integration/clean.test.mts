@@ -1,33 +1,28 @@
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { existsSync } from 'node:fs'
-import { cp, mkdir, readdir, rm, symlink, writeFile } from 'node:fs/promises'
-import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
+import { mkdir, readdir, rm, symlink, writeFile } from 'node:fs/promises'
+import { dirname } from 'node:path'
+import { afterEach, beforeEach, describe, it } from 'node:test'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
 import { noQemu, startIdleQemu } from '../idle-qemu.mts'
 
 const script = 'bin/clean.mts'
 
 describe('clean', () => {
-  let made: Checkout
   let checkout: Checkout
-  before(async () => {
-    made = await makeCheckout()
-    for (const step of ['certs', 'kubeconfigs', 'encryption-config', 'nocloud-iso']) {
-      const { exitCode, stderr } = await run(made, `bin/generate-${step}.mts`)
-      assert.equal(exitCode, 0, stderr)
-    }
-  })
-  after(() => made.remove())
-
   beforeEach(async () => {
     checkout = await makeCheckout()
-    for (const folder of ['tls', 'configs', 'cloud-init']) {
-      await cp(made.path(folder), checkout.path(folder), { recursive: true })
+    const files = [
+      ...['tls/ca.pem', 'tls/ca-key.pem', 'tls/ssh_config', 'tls/known_hosts'],
+      ...['configs/admin.kubeconfig', 'configs/encryption-config.yaml'],
+      ...['cloud-init/alpha/nixos/etc/nixos/cluster.json'],
+      ...['images/nixos-26.05-x86_64.iso', 'images/nixos-26.05-x86_64.iso.json'],
+    ]
+    for (const file of files) {
+      await mkdir(dirname(checkout.path(file)), { recursive: true })
+      await writeFile(checkout.path(file), '')
     }
-    await mkdir(checkout.path('images'))
-    await writeFile(checkout.path('images', 'nixos-26.05-x86_64.iso'), 'iso')
-    await writeFile(checkout.path('images', 'nixos-26.05-x86_64.iso.json'), '{}')
   })
   afterEach(() => checkout.remove())
 
@@ -40,11 +35,22 @@ describe('clean', () => {
   const files = (folder: string) => readdir(checkout.path(folder)).catch(() => [])
 
   it('leaves the checkout as it was cloned', async () => {
+    // The files above are not real ones.
+    const steps = [
+      'certs --force',
+      'kubeconfigs --force',
+      'encryption-config --force',
+      'nocloud-iso',
+    ]
+    for (const step of steps) {
+      const [name, ...args] = step.split(' ')
+      const made = await run(checkout, `bin/generate-${name}.mts`, args)
+      assert.equal(made.exitCode, 0, made.stderr)
+    }
     const { exitCode, stdout } = await run(checkout, script)
     assert.equal(exitCode, 0)
     assert.match(stdout, /certificates and keys +\d+ /)
-    const left = (await files('.')).sort()
-    assert.deepEqual(left, [
+    const left = [
       'Makefile',
       'bin',
       'cluster.env',
@@ -52,7 +58,8 @@ describe('clean', () => {
       'lib',
       'node_modules',
       'package.json',
-    ])
+    ]
+    assert.deepEqual((await files('.')).sort(), left)
     assert.ok((await files('configs')).every((name) => name.endsWith('.nix')))
   })
 
@@ -68,7 +75,7 @@ describe('clean', () => {
     const { stdout } = await run(checkout, script)
     assert.match(
       stdout,
-      /Kept, as alpha cannot be reached without: certificates and keys, kubeconfigs/,
+      /Kept, because alpha cannot be reached without: certificates and keys, kubeconfigs/,
     )
     assert.ok(existsSync(checkout.path('tls', 'ca-key.pem')))
     assert.ok(existsSync(checkout.path('configs', 'admin.kubeconfig')))
@@ -90,29 +97,15 @@ describe('clean', () => {
 
   it('shows with --list what would go, and removes nothing', async () => {
     await install('alpha')
-    const before = await run(checkout, 'find', [
-      '.',
-      '-path',
-      './node_modules',
-      '-prune',
-      '-o',
-      '-print',
-    ])
+    const everything = ['.', '-path', './node_modules', '-prune', '-o', '-print']
+    const before = await run(checkout, 'find', everything)
     const { stdout } = await run(checkout, script, ['--disks', '--list'])
     assert.match(stdout, /^TO REMOVE/)
     assert.match(stdout, /disks +1 /)
-    const now = await run(checkout, 'find', [
-      '.',
-      '-path',
-      './node_modules',
-      '-prune',
-      '-o',
-      '-print',
-    ])
-    assert.equal(now.stdout, before.stdout)
+    assert.equal((await run(checkout, 'find', everything)).stdout, before.stdout)
   })
 
-  it("keeps files of one's own in the folders of ours", async () => {
+  it("keeps the user's own files in the folders of generated ones", async () => {
     await writeFile(checkout.path('images', 'holiday.jpg'), '')
     await writeFile(checkout.path('tls', 'notes.txt'), '')
     await run(checkout, script, ['--disks'])
@@ -120,7 +113,7 @@ describe('clean', () => {
     assert.deepEqual(await files('tls'), ['notes.txt'])
   })
 
-  it("removes the link to one's own ISO, not the ISO", async () => {
+  it("removes the link to the user's own ISO, not the ISO", async () => {
     const mine = checkout.path('mine.iso')
     await writeFile(mine, 'iso')
     await rm(checkout.path('images', 'nixos-26.05-x86_64.iso'))
@@ -137,7 +130,7 @@ describe('clean', () => {
   })
 
   describe('with machines that run', { skip: noQemu }, () => {
-    it('stops them before it removes their disks, and nobody else’s QEMU', async () => {
+    it('stops them before it removes their disks, and no other QEMU', async () => {
       await checkout.set({ STOP_TIMEOUT: 1 })
       await install('alpha')
       const ours = await startIdleQemu(checkout, 'alpha')
@@ -147,7 +140,7 @@ describe('clean', () => {
       try {
         const { stderr, exitCode } = await run(checkout, script, ['--disks'])
         assert.equal(exitCode, 0, stderr)
-        assert.match(stderr, /stop alpha/)
+        assert.match(stderr, /\$ \.\/bin\/shutdown\.mts\n[\s\S]*alpha/)
         assert.throws(() => process.kill(ours.pid, 0), { code: 'ESRCH' })
         assert.equal(another.exitCode, null)
         assert.ok(process.kill(another.pid ?? 0, 0))

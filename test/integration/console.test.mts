@@ -2,9 +2,8 @@ import assert from 'node:assert/strict'
 import { readFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { type IPty, spawn } from 'node-pty'
-import { plainText } from '../../lib/installer/terminal-text.mts'
-import { filesOf } from '../../lib/qemu/machine-files.mts'
-import { isRunning } from '../../lib/qemu/vm.mts'
+import { plainText } from '../../lib/terminal.mts'
+import { filesOf, isRunning } from '../../lib/vm.mts'
 import { becomes } from '../../lib/wait.mts'
 import { run } from '../checkout.mts'
 import { type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
@@ -24,7 +23,7 @@ describe('bin/console.mts', { skip: noMachines }, () => {
     await machines.remove()
   })
 
-  /** A terminal in which a shell starts the console, and shows what became of the terminal. */
+  /** A terminal in which a shell starts the console, then shows its status and the mode it left. */
   function terminal(): {
     pty: IPty
     text: () => string
@@ -42,18 +41,18 @@ describe('bin/console.mts', { skip: noMachines }, () => {
     return { pty, text, shows: (what) => becomes(() => what.test(text()), 30) }
   }
 
-  it('shows what was said last, passes on what is typed, and ends with Ctrl-]', async () => {
+  it('shows the last output, passes on what is typed, and ends with Ctrl-]', async () => {
     const { pty, text, shows } = terminal()
     assert.ok(await shows(/Shell>[\s\S]*Ctrl-\] leaves this console/), text())
     pty.write('\x03')
     pty.write('echo Ctrl-C is for the machine\r')
     assert.ok(await shows(/\nCtrl-C is for the machine/), text())
     pty.write('\x1d')
-    assert.ok(await shows(/left, it runs on[\s\S]*status 0[\s\S]*as before/), text())
+    assert.ok(await shows(/it keeps running[\s\S]*status 0[\s\S]*as before/), text())
     assert.ok(await isRunning(machines.cluster, machines.cluster.controlPlane))
   })
 
-  it('is for one at a time', async () => {
+  it('serves one terminal at a time', async () => {
     const first = terminal()
     assert.ok(await first.shows(/leaves this console/), first.text())
     const second = terminal()
@@ -63,7 +62,7 @@ describe('bin/console.mts', { skip: noMachines }, () => {
     assert.ok(await first.shows(/as before/), first.text())
   })
 
-  it('gives the terminal back when it is ended from outside', async () => {
+  it('restores the terminal when it is ended by a signal', async () => {
     const { text, shows } = terminal()
     assert.ok(await shows(/leaves this console/), text())
     const lock = `${filesOf(machines.cluster, machines.cluster.controlPlane).console}.lock`
@@ -72,7 +71,7 @@ describe('bin/console.mts', { skip: noMachines }, () => {
     assert.ok(await shows(/status 0[\s\S]*as before/), text())
   })
 
-  it('needs a terminal, a node and a machine that runs', async () => {
+  it('needs a terminal, a node and a running machine', async () => {
     const console_ = (...args: string[]) => run(machines.checkout, 'bin/console.mts', args)
     const noTerminal = await console_('alpha')
     assert.equal(noTerminal.exitCode, 1)

@@ -1,5 +1,5 @@
-// The control plane machine's units as processes of this computer: they start, they are well,
-// they trust whom they should, and they keep what they were told.
+// The control plane machine's units as processes of this computer: they start, are healthy, accept
+// the right certificates and no others, and keep their data.
 import assert from 'node:assert/strict'
 import { createPrivateKey, createPublicKey, verify, X509Certificate } from 'node:crypto'
 import { copyFile, readFile, stat, writeFile } from 'node:fs/promises'
@@ -7,15 +7,18 @@ import { get } from 'node:https'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { checkServerIdentity, connect, type PeerCertificate } from 'node:tls'
+import { certificatesOf } from '../../lib/certificates.mts'
 import type { Cluster } from '../../lib/cluster.mts'
-import { probeApiServer } from '../../lib/machine/probes.mts'
-import { certificatesOf } from '../../lib/pki/certificates.mts'
-import { signCertificate } from '../../lib/pki/x509.mts'
+import { probeApiServer } from '../../lib/health.mts'
 import { becomes } from '../../lib/wait.mts'
+import { signCertificate } from '../../lib/x509.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 import type { ControlPlane } from '../kubernetes/control-plane.mts'
 import { type Service, services } from '../kubernetes/mapping.mts'
 import { findTools, prepareControlPlane } from '../kubernetes/prepared.mts'
+import { access } from './control-plane/access.mts'
+import { flags } from './control-plane/flags.mts'
+import type { Shared } from './control-plane/shared.mts'
 
 const tools = await findTools()
 const skip = typeof tools === 'string' && tools
@@ -26,9 +29,11 @@ describe('the control plane', { skip }, () => {
   let checkout: Checkout
   let cluster: Cluster
   let controlPlane: ControlPlane
+  const shared = {} as Shared
   before(async () => {
     if (typeof tools === 'string') return
     ;({ checkout, cluster, controlPlane } = await prepareControlPlane(tools))
+    Object.assign(shared, { tools, checkout, cluster, controlPlane })
     await controlPlane.start()
   })
   after(async () => {
@@ -55,7 +60,7 @@ describe('the control plane', { skip }, () => {
       'kube-scheduler': ['/livez', '/readyz'],
     }
     for (const service of services) {
-      it(`${service} says it is well at ${endpoints[service].join(', ')}`, async () => {
+      it(`${service} is healthy at ${endpoints[service].join(', ')}`, async () => {
         for (const path of endpoints[service]) {
           assert.equal(await controlPlane.trouble(service, path), undefined, path)
         }
@@ -69,18 +74,18 @@ describe('the control plane', { skip }, () => {
     })
 
     for (const service of ['kube-controller-manager', 'kube-scheduler']) {
-      it(`${service} leads`, async () => {
+      it(`${service} has a leader`, async () => {
         const holder = async () => {
           const { stdout } = await admin(
             ...['-n', 'kube-system', 'get', 'lease', service, '-o=jsonpath={.spec.holderIdentity}'],
           )
           return stdout
         }
-        assert.ok(await becomes(async () => (await holder()) !== '', 60), 'nobody leads')
+        assert.ok(await becomes(async () => (await holder()) !== '', 60), 'no leader')
       })
     }
 
-    it('the service "kubernetes" leads to the lan address of the machine', async () => {
+    it('the service "kubernetes" leads to the LAN address of the machine', async () => {
       const { stdout } = await admin(
         ...['get', 'endpointslice', 'kubernetes'],
         '-o=jsonpath={.endpoints[*].addresses[*]}:{.ports[*].port}',
@@ -91,7 +96,7 @@ describe('the control plane', { skip }, () => {
 
   describe('flags', () => {
     for (const service of services) {
-      it(`${service} calls none of its flags deprecated or unknown`, async () => {
+      it(`${service} reports none of its flags as deprecated or unknown`, async () => {
         const log = await controlPlane.log(service)
         const complaints = log.split('\n').filter((line) => {
           return /deprecated|unrecognized|unknown (flag|feature)/i.test(line) && !/^I\d/.test(line)
@@ -106,7 +111,7 @@ describe('the control plane', { skip }, () => {
       }
     })
 
-    it('what happens to a Secret is in the audit log, its content is not', async () => {
+    it('the audit log has what is done with a Secret, but not its content', async () => {
       await admin('create', 'secret', 'generic', 'audited', '--from-literal=key=not-for-the-log')
       const path = join(controlPlane.place.root, 'var/log/kubernetes/audit.log')
       const log = await readFile(path, 'utf8')
@@ -130,7 +135,7 @@ describe('the control plane', { skip }, () => {
         socket.once('error', reject)
       })
 
-    it('the API server proves every name and address that it is called by', async () => {
+    it('that of the API server has all its names and addresses', async () => {
       const certificate = await handshake(cluster.settings.API_PORT)
       const { controlPlane: alpha } = cluster
       for (const name of [
@@ -144,7 +149,7 @@ describe('the control plane', { skip }, () => {
     })
 
     for (const service of services.filter((name) => name !== 'etcd')) {
-      it(`${service} speaks no TLS older than 1.3`, async () => {
+      it(`${service} accepts no TLS older than 1.3`, async () => {
         const { controllerManager, scheduler } = controlPlane.ports
         const port = {
           'kube-apiserver': cluster.settings.API_PORT,
@@ -156,7 +161,7 @@ describe('the control plane', { skip }, () => {
       })
     }
 
-    it('who has none is nobody, not even to ask how it is', async () => {
+    it('are required, also for health', async () => {
       const ca = await readFile(checkout.path('tls', 'ca.pem'))
       const address = { host: '127.0.0.1', port: cluster.settings.API_PORT, ca, agent: false }
       for (const path of ['/api/v1/namespaces', '/version', '/readyz']) {
@@ -179,34 +184,34 @@ describe('the control plane', { skip }, () => {
       })
       after(() => foreign?.remove())
 
-      it('get nobody in, whatever they say', async () => {
+      it('are refused, whatever their subject', async () => {
         const { stderr, exitCode } = await withCertificate('admin', { tls: foreign.path('tls') })
         assert.notEqual(exitCode, 0)
         assert.match(stderr, /Unauthorized|must be logged in/)
       })
 
-      it('make the API server one that nobody believes', async () => {
+      it('of the API server are refused by kubectl', async () => {
         const { stderr } = await withCertificate('admin', { ca: foreign.path('tls', 'ca.pem') })
         assert.match(stderr, /certificate signed by unknown authority/)
       })
 
-      it('are refused by etcd, as is having none', async () => {
-        const etcdctl = (patience: string, ...certificate: string[]) =>
+      it('are refused by etcd, as is a client without one', async () => {
+        const etcdctl = (timeout: string, ...certificate: string[]) =>
           controlPlane.run('etcdctl', [
             `--endpoints=https://127.0.0.1:${controlPlane.ports.etcdClients}`,
             `--cacert=${checkout.path('tls', 'ca.pem')}`,
             ...certificate,
-            ...[`--command-timeout=${patience}`, 'get', '--prefix', '/', '--limit=1'],
+            ...[`--command-timeout=${timeout}`, 'get', '--prefix', '/', '--limit=1'],
           ])
         const own = (tls: string) => [
           `--cert=${join(tls, 'kubernetes.pem')}`,
           `--key=${join(tls, 'kubernetes-key.pem')}`,
         ]
         assert.equal((await etcdctl('30s', ...own(checkout.path('tls')))).exitCode, 0)
-        // It asks again and again until its patience ends; etcd is to have refused by then.
-        const seen = async (patience: string) => {
-          assert.notEqual((await etcdctl(patience, ...own(foreign.path('tls')))).exitCode, 0)
-          assert.notEqual((await etcdctl(patience)).exitCode, 0)
+        // It retries until its timeout; etcd must have refused by then.
+        const seen = async (timeout: string) => {
+          assert.notEqual((await etcdctl(timeout, ...own(foreign.path('tls')))).exitCode, 0)
+          assert.notEqual((await etcdctl(timeout)).exitCode, 0)
           const log = await controlPlane.log('etcd')
           return (
             /certificate signed by unknown authority|failed to verify certificate/.test(log) &&
@@ -217,7 +222,7 @@ describe('the control plane', { skip }, () => {
       })
     })
 
-    it('that have expired get nobody in', async () => {
+    it('that have expired are refused', async () => {
       const entry = certificatesOf(cluster).find(({ name }) => name === 'admin')
       assert.ok(entry)
       const [certificate, key, adminKey] = await Promise.all(
@@ -263,7 +268,7 @@ describe('the control plane', { skip }, () => {
       token = created.stdout.trim()
     })
 
-    it('let their pods in as themselves', async () => {
+    it('authenticate pods as their service account', async () => {
       assert.equal((await whoami(token)).stdout, 'system:serviceaccount:default:default')
     })
 
@@ -289,7 +294,7 @@ describe('the control plane', { skip }, () => {
       )
     })
 
-    it('are published for others to verify', async () => {
+    it('have a published key to verify them', async () => {
       const { stdout } = await admin('get', '--raw', '/openid/v1/jwks')
       const pem = await readFile(checkout.path('tls', 'service-account.pem'))
       const { n } = new X509Certificate(pem).publicKey.export({ format: 'jwk' })
@@ -299,6 +304,9 @@ describe('the control plane', { skip }, () => {
       )
     })
   })
+
+  access(shared)
+  flags(shared)
 
   describe('Secrets', () => {
     const plain = 'correct-horse-battery-staple'

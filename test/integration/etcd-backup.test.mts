@@ -1,7 +1,10 @@
 // etcd-backup with the real programs: etcd and the control plane as processes of this computer, an
-// sshd in alpha's place. Only systemctl is the test's own.
+// sshd in alpha's place. Only systemctl is simulated.
 import assert from 'node:assert/strict'
+import { spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
+import { once } from 'node:events'
+import { existsSync } from 'node:fs'
 import { chmod, copyFile, readdir, readFile, stat, truncate, writeFile } from 'node:fs/promises'
 import { request } from 'node:https'
 import { join } from 'node:path'
@@ -19,7 +22,7 @@ import { fakeSystemctl, type Systemctl } from '../systemctl.mts'
 
 const tools = await findTools()
 const skip = (typeof tools === 'string' && tools) || noSshd || noQemu
-// A skipped suite is counted nowhere; a skipped test is.
+// A skipped suite is counted nowhere, a skipped test is.
 it('what this needs is there', { skip }, () => {})
 
 describe('etcd-backup', { skip, timeout: 900_000 }, () => {
@@ -70,7 +73,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
       trouble = undefined
       const mine = ++starts
       controlPlane.start().catch((error) => {
-        // One that was stopped in the middle is no trouble of the next.
+        // One that was stopped in the middle does not concern the next.
         if (mine === starts) trouble = String(error)
       })
     }
@@ -87,10 +90,10 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     const states = await Promise.all(
       services.map(async (service) => {
         const path = service === 'kube-controller-manager' ? '/healthz' : '/readyz'
-        const well = (await controlPlane.trouble(service, path)) === undefined
-        const state = well ? 'active' : 'activating'
+        const healthy = (await controlPlane.trouble(service, path)) === undefined
+        const state = healthy ? 'active' : 'activating'
         // systemd would have started it again meanwhile.
-        const restarts = well || !trouble ? 0 : 5 * rounds++
+        const restarts = healthy || !trouble ? 0 : 5 * rounds++
         return `LoadState=loaded\nActiveState=${state}\nSubState=x\nResult=success\nNRestarts=${restarts}\n`
       }),
     )
@@ -99,8 +102,11 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
   let rounds = 0
   let starts = 0
 
+  // kubectl is one of the real programs, too.
+  const path = `${typeof tools === 'string' ? '' : tools.kubernetes}:${process.env.PATH}`
+
   const backup = (...args: string[]): Promise<Outcome> =>
-    run(checkout, 'bin/etcd-backup.mts', args, { timeout: 300_000 })
+    run(checkout, 'bin/etcd-backup.mts', args, { timeout: 300_000, env: { PATH: path } })
   const admin = (...args: string[]) => controlPlane.kubectl('admin', args)
   const namespaces = async () => (await admin('get', 'namespaces', '-o=name')).stdout
   const files = async () => (await readdir(checkout.path('backups'))).toSorted()
@@ -109,10 +115,10 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     assert.equal(exitCode, 0, stderr)
     return stdout.match(/^backups\/etcd-\S+\.db/m)?.[0] ?? ''
   }
-  /** Calls that changed something. */
+  /** Calls that change something. */
   const changes = () => systemctl.calls.filter((call) => !call.startsWith('show'))
 
-  it('saves a snapshot that is named by the time, for its owner alone', async () => {
+  it('saves a snapshot that is named by the time, readable by its owner only', async () => {
     await admin('create', 'namespace', 'before')
     await admin('create', 'secret', 'generic', 'kept', '--from-literal=word=swordfish')
     const { stdout, stderr, exitCode } = await backup('snapshot')
@@ -130,24 +136,28 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
       checkout.path('backups', name),
     ])
     assert.match(status, /^[0-9a-f]+, \d+, \d+,/)
-    assert.deepEqual(await readdir(join(data, '..')), ['etcd', 'kubernetes'], 'nothing stays there')
+    assert.deepEqual(
+      await readdir(join(data, '..')),
+      ['etcd', 'kubernetes'],
+      'nothing is left there',
+    )
     assert.deepEqual(changes(), [])
   })
 
-  it('keeps as many as it is told, and what is not its own', async () => {
+  it('keeps as many as wanted, and files that are not its own', async () => {
     await writeFile(checkout.path('backups', 'etcd-mine.db'), '')
     for (const day of ['01', '02', '03']) {
       await writeFile(checkout.path('backups', `etcd-2020-01-${day}-000000.db`), '')
     }
     const { stdout } = await backup('snapshot', '--keep', '2')
-    assert.match(stdout, /removed backups\/etcd-2020-01-01-000000\.db, as 2 are kept/)
+    assert.match(stdout, /removed backups\/etcd-2020-01-01-000000\.db: 2 are kept/)
     const left = await files()
     assert.equal(left.length, 3, left.join(' '))
     assert.ok(left.includes('etcd-mine.db'))
     assert.ok(!left.some((name) => name.includes('2020')))
   })
 
-  it('restores what was deleted since, and nothing newer stays', async () => {
+  it('restores what was deleted since, and nothing newer is left', async () => {
     const { stdout: before } = await admin(
       'get',
       'namespace',
@@ -168,7 +178,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
 
     assert.match(stdout, /restored in \d/)
     // No kubelet has registered here.
-    assert.match(stderr, /^! the backup is from before sigma joined/m)
+    assert.match(stderr, /^! sigma joined after the backup and has to register again/m)
     const former = stdout.match(/kept on alpha: (\S+)/)?.[1] ?? ''
     assert.ok((await stat(`${former}/member`)).isDirectory())
     for (const path of [data, `${data}/member/snap/db`]) {
@@ -177,7 +187,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     }
     assert.equal((await stat(data)).mode & 0o777, 0o700)
 
-    // Informers of before are told that what they know is of the past.
+    // Clients that watch from before learn that they have to list again.
     const old = await watchFrom(before)
     assert.match(old, /"code":410/)
     assert.ok((await revision()) > 1_000_000_000)
@@ -211,26 +221,17 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     })
   }
 
-  it('restores a second time, to a revision above all that there were', async () => {
-    await admin('create', 'namespace', 'between')
-    const known = await revision()
-    const { exitCode, stderr } = await backup('restore')
-    assert.equal(exitCode, 0, stderr)
-    assert.doesNotMatch(await namespaces(), /namespace\/between/)
-    assert.ok((await revision()) > known)
-    assert.match(await watchFrom(`${known}`), /"code":410/)
-  })
-
-  it('restores an older file after a newer one, to a revision above all that there were', async () => {
-    const older = checkout.path(await save())
-    assert.equal((await backup('restore', older)).exitCode, 0)
+  it('restores the older file after a newer one, to a revision above all earlier ones', async () => {
+    const [older = ''] = (await files()).filter((name) => /^etcd-2\d{3}-/.test(name))
     const newer = checkout.path(await save())
     assert.equal((await backup('restore', newer)).exitCode, 0)
     await admin('create', 'namespace', 'since')
     const known = await revision()
-    assert.equal((await backup('restore', older)).exitCode, 0)
+    const { exitCode, stderr } = await backup('restore', checkout.path('backups', older))
+    assert.equal(exitCode, 0, stderr)
     assert.doesNotMatch(await namespaces(), /namespace\/since/)
     assert.ok((await revision()) > known)
+    assert.match(await watchFrom(`${known}`), /"code":410/)
   })
 
   it('keeps only the last former data on the machine', async () => {
@@ -238,7 +239,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     assert.equal(folders.filter((name) => /^etcd($|\.former)/.test(name)).length, 2, `${folders}`)
   })
 
-  describe('refuses, before it touches anything,', () => {
+  describe('refuses, before it changes anything,', () => {
     const scratch = (name: string) => checkout.path(name)
     let good: string
     before(async () => {
@@ -258,10 +259,10 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
 
     it('a snapshot whose end is missing', async () => {
       const { size } = await stat(good)
-      for (const length of [size - 1, size - 32, size - 512, size - 4096, 20, 0]) {
+      for (const length of [size - 1, size - 32, 20, 0]) {
         await copyFile(good, scratch('short.db'))
         await truncate(scratch('short.db'), length)
-        await assertRefused(['restore', 'short.db'], /short\.db is no whole etcd snapshot/)
+        await assertRefused(['restore', 'short.db'], /short\.db is not a complete etcd snapshot/)
       }
     })
 
@@ -269,9 +270,9 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
       const bytes = await readFile(good)
       bytes[100_000] = (bytes[100_000] ?? 0) ^ 1
       await writeFile(scratch('changed.db'), bytes)
-      await assertRefused(['restore', 'changed.db'], /its checksum does not fit/)
+      await assertRefused(['restore', 'changed.db'], /its checksum does not match/)
       await writeFile(scratch('none.db'), randomBytes(8192))
-      await assertRefused(['restore', 'none.db'], /does not begin as a database of etcd/)
+      await assertRefused(['restore', 'none.db'], /does not begin like a database of etcd/)
       await assertRefused(['restore', 'nowhere.db'], /there is no file .*nowhere\.db/)
       await assertRefused(['restore', 'tls'], /there is no file .*tls/)
     })
@@ -288,7 +289,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
       await sshd.program('etcdutl', '#!/bin/sh\necho "no space left on device" >&2\nexit 1\n')
       await assertRefused(
         ['restore', good],
-        /a command on alpha ended with status 1\n.*no space left/,
+        /a command on alpha failed \(exit status 1\)\n.*no space left/,
       )
       await useEtcdutl()
     })
@@ -298,21 +299,38 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
       const cut =
         '#!/bin/bash\npid=$PPID\nwhile [ "$(cat /proc/$pid/comm)" != sshd ]; do pid=$(cut -d" " -f4 /proc/$pid/stat); done\nkill -9 $pid\nsleep 1\nexit 1\n'
       await sshd.program('etcdutl', cut)
-      await assertRefused(['restore', good], /the connection to alpha was cut/)
+      await assertRefused(['restore', good], /alpha does not answer ssh/)
       const before = await files()
-      await assertRefused(['snapshot'], /the connection to alpha was cut/)
-      assert.deepEqual(await files(), before, 'nothing half is left')
+      await assertRefused(['snapshot'], /alpha does not answer ssh/)
+      assert.deepEqual(await files(), before, 'nothing incomplete is left')
       await useEtcdutl()
     })
 
-    it('wrong words', async () => {
+    it('when it is interrupted while the machine makes data of it', async () => {
+      const calls = join(data, '..', '..', 'calls')
+      await sshd.program('etcdutl', `#!/bin/sh\necho >${calls}\nsleep 2\nexit 1\n`)
+      const child = spawn(checkout.path('bin/etcd-backup.mts'), ['restore', good], {
+        env: { ...process.env, PATH: path },
+        stdio: 'ignore',
+      })
+      const ended = once(child, 'exit')
+      assert.ok(await becomes(() => existsSync(calls), 20))
+      const before = changes().length
+      child.kill('SIGINT')
+      assert.deepEqual(await ended, [130, null])
+      assert.equal(changes().length, before)
+      assert.ok(!(await readdir(join(data, '..'))).includes('etcd.new'))
+      await useEtcdutl()
+    })
+
+    it('wrong arguments', async () => {
       await assertRefused([], /snapshot or restore, not nothing/, 2)
       await assertRefused(['save'], /snapshot or restore, not "save"/, 2)
       await assertRefused(['snapshot', 'x.db'], /a snapshot is named by the time/, 2)
       await assertRefused(['snapshot', '--keep', '0'], /--keep is at least 1/, 2)
     })
 
-    it('while another script is at work', async () => {
+    it('while another script works', async () => {
       await withLock(checkout.path('run', 'bootstrap.lock'), 'taking a snapshot', () =>
         assertRefused(['restore', good], /another process is taking a snapshot/),
       )

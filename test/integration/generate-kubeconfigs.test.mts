@@ -1,9 +1,8 @@
 import assert from 'node:assert/strict'
 import { chmod, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
-import { parse } from 'yaml'
+import { parse, stringify } from 'yaml'
 import { loadCluster } from '../../lib/cluster.mts'
-import { kubeconfigsOf } from '../../lib/pki/kubeconfig.mts'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
 import { missing } from '../tools.mts'
 
@@ -42,7 +41,7 @@ describe('generate-kubeconfigs', () => {
     return stdout
   }
 
-  it('makes one for everyone who logs in, for its eyes alone', async () => {
+  it('generates one for each client of the API server, readable by its owner only', async () => {
     const { stdout, stderr } = await make()
     assert.deepEqual(
       await present(),
@@ -52,11 +51,13 @@ describe('generate-kubeconfigs', () => {
     assert.doesNotMatch(stdout + stderr, /LS0t/)
   })
 
-  it('makes what kubectl config makes', { skip: missing('kubectl') }, async () => {
+  it('generates what kubectl config writes', { skip: missing('kubectl') }, async () => {
     await make()
     const cluster = loadCluster({ root: checkout.root, env: {} })
     const tls = (name: string) => checkout.path('tls', name)
-    for (const { name, server } of kubeconfigsOf(cluster)) {
+    for (const name of names) {
+      const isLocal = /^(admin|kube-controller-manager|kube-scheduler)$/.test(name)
+      const server = isLocal ? `https://127.0.0.1:${cluster.settings.API_PORT}` : cluster.apiServer
       const theirs = ['--kubeconfig', checkout.path(`${name}.by-kubectl`)]
       const certificate = await readFile(tls(`${name}.pem`), 'utf8')
       const user = await commonName(checkout, certificate)
@@ -94,7 +95,7 @@ describe('generate-kubeconfigs', () => {
     assert.equal((await stat(fileOf('admin'))).mtimeMs, made)
   })
 
-  it('makes the one anew whose certificate was renewed', async () => {
+  it('updates the one whose certificate was renewed', async () => {
     await make()
     const before = await contents()
     await makeCertificates('--renew', 'sigma')
@@ -102,7 +103,7 @@ describe('generate-kubeconfigs', () => {
     assert.deepEqual(await changedSince(before), ['sigma'])
   })
 
-  it('makes all anew when the authority is another', async () => {
+  it('updates all of them when the authority was replaced', async () => {
     await make()
     const before = await contents()
     await makeCertificates('--force')
@@ -110,7 +111,7 @@ describe('generate-kubeconfigs', () => {
     assert.deepEqual(await changedSince(before), names)
   })
 
-  it('makes those anew whose way to the API server changed', async () => {
+  it('updates those whose address of the API server changed', async () => {
     await make()
     const before = await contents()
     await checkout.set({ API_PORT: 16443 })
@@ -123,28 +124,102 @@ describe('generate-kubeconfigs', () => {
     )
   })
 
-  it('makes one anew that is spoilt', async () => {
+  it('generates one again that is damaged', async () => {
     await make()
     const before = await contents()
-    await writeFile(fileOf('admin'), (await readFile(fileOf('admin'), 'utf8')).slice(0, 1000))
-    await make()
+    const text = await readFile(fileOf('admin'), 'utf8')
+    for (const damaged of ['', '[]', '42', 'a: b: c', 'clusters: none', text.slice(0, 1000)]) {
+      await writeFile(fileOf('admin'), damaged)
+      await make()
+      const config = parse(await readFile(fileOf('admin'), 'utf8'))
+      assert.deepEqual({ preferences: {}, ...config }, parse(text), damaged)
+    }
+    await make('--force')
     assert.deepEqual(await changedSince(before), [])
   })
 
-  it('leaves what was added to one, and closes it to others', {
-    skip: missing('kubectl'),
-  }, async () => {
+  it('keeps one that means the same, and closes it to others', async () => {
     await make()
-    const admin = ['--kubeconfig', fileOf('admin')]
-    await kubectl('set-context', 'default', '--namespace', 'kube-system', ...admin)
-    await chmod(fileOf('admin'), 0o644)
+    const config = parse(await readFile(fileOf('admin'), 'utf8'))
+    for (const text of [JSON.stringify(config), stringify(config, { indent: 4 })]) {
+      await writeFile(fileOf('admin'), text)
+      await chmod(fileOf('admin'), 0o644)
+      await make()
+      assert.equal(await readFile(fileOf('admin'), 'utf8'), text)
+      assert.equal((await stat(fileOf('admin'))).mode & 0o777, 0o600)
+    }
+    await make('--force')
+  })
+
+  it("renews its own entries, and keeps the user's", { skip: missing('kubectl') }, async () => {
+    await make('--force')
+    const change = (...args: string[]) => kubectl(...args, '--kubeconfig', fileOf('admin'))
+    const fresh = parse(await readFile(fileOf('admin'), 'utf8'))
+    await change('rename-context', 'default', 'mine')
+    await change('set-context', 'default', '--namespace', 'lab')
+    await change('set-context', 'work', '--cluster', 'work', '--user', 'me', '--namespace', 'team')
+    await change('set-cluster', 'work', '--server', 'https://example.test')
+    await change('set-credentials', 'me', '--token', 'abc')
+    await change('use-context', 'mine')
+    await makeCertificates('--renew', 'admin')
+    await make()
+
+    const { clusters, users, contexts, ...rest } = parse(await readFile(fileOf('admin'), 'utf8'))
+    const named = (list: { name: string }[], name: string) =>
+      list.find((each) => each.name === name)
+    assert.equal(rest['current-context'], 'mine')
+    const ours = fresh.contexts[0].context
+    assert.deepEqual(named(contexts, 'mine'), { name: 'mine', context: ours })
+    const context = { ...ours, namespace: 'lab' }
+    assert.deepEqual(named(contexts, 'default'), { name: 'default', context })
+    const work = { cluster: 'work', user: 'me', namespace: 'team' }
+    assert.deepEqual(named(contexts, 'work'), { name: 'work', context: work })
+    const cluster = { server: 'https://example.test' }
+    assert.deepEqual(named(clusters, 'work'), { name: 'work', cluster })
+    assert.deepEqual(named(clusters, ours.cluster), fresh.clusters[0])
+    assert.deepEqual(named(users, 'me'), { name: 'me', user: { token: 'abc' } })
+    const pem = await readFile(checkout.path('tls/admin.pem'), 'base64')
+    const embedded = users.find((each: { name: string }) => each.name === 'admin').user
+    assert.equal(embedded['client-certificate-data'], pem)
+    assert.equal(users.length, 2)
+
+    // A second run finds nothing to do. A current context that is gone is replaced.
     const before = await contents()
     await make()
     assert.deepEqual(await changedSince(before), [])
+    await change('delete-context', 'mine')
+    await make()
+    assert.equal((await change('current-context')).trim(), 'default')
+    await make('--force')
+  })
+
+  it('does not use one that other users can change', async () => {
+    await make()
+    await chmod(fileOf('admin'), 0o666)
+    const { exitCode, stderr } = await run(checkout, script)
+    assert.equal(exitCode, 1)
+    assert.match(stderr, /other users can change configs\/admin.kubeconfig/)
+    await make('--force')
     assert.equal((await stat(fileOf('admin'))).mode & 0o777, 0o600)
   })
 
-  it('with --force makes all anew', async () => {
+  it("quotes names that Go's YAML would take for something else", async () => {
+    const [{ name, cluster }] = parse(await readFile(fileOf('admin'), 'utf8')).clusters
+    for (const odd of ['on', '0123']) {
+      await checkout.set({ CLUSTER_NAME: odd })
+      await make('--force')
+      const text = await readFile(fileOf('admin'), 'utf8')
+      assert.ok(text.includes(`name: "${odd}"\n`) && text.includes(`cluster: "${odd}"\n`), text)
+      // A value is on one line, however long it is.
+      assert.ok(
+        text.includes(`certificate-authority-data: ${cluster['certificate-authority-data']}\n`),
+      )
+    }
+    await checkout.set({ CLUSTER_NAME: name })
+    await make('--force')
+  })
+
+  it('with --force writes all of them again', async () => {
     await make('--force')
     const before = await contents()
     await writeFile(fileOf('admin'), `# mine\n${await readFile(fileOf('admin'), 'utf8')}`)
@@ -152,7 +227,7 @@ describe('generate-kubeconfigs', () => {
     assert.deepEqual(await changedSince(before), [])
   })
 
-  it('refuses certificates that are not right, names all of them, and changes nothing', async () => {
+  it('refuses certificates that are wrong, names all of them, and changes nothing', async () => {
     await make()
     const before = await contents()
     await rm(checkout.path('tls/admin-key.pem'))
@@ -160,7 +235,7 @@ describe('generate-kubeconfigs', () => {
     try {
       const { exitCode, stderr } = await run(checkout, script, ['--force'])
       assert.equal(exitCode, 1)
-      assert.match(stderr, /certificates are missing or not right/)
+      assert.match(stderr, /certificates are missing or wrong/)
       assert.match(stderr, /admin: tls\/admin-key.pem is missing/)
       assert.match(stderr, /gamma: SANs changed/)
       assert.match(stderr, /hint: +\.\/bin\/generate-certs.mts/)
@@ -170,7 +245,7 @@ describe('generate-kubeconfigs', () => {
     }
   })
 
-  it("does without the authority's key, which may be kept elsewhere", async () => {
+  it("does not need the authority's key, which may be kept elsewhere", async () => {
     await rm(checkout.path('tls/ca-key.pem'))
     try {
       await make('--force')
@@ -179,14 +254,14 @@ describe('generate-kubeconfigs', () => {
     }
   })
 
-  it('refuses arguments that it does not know', async () => {
+  it('refuses unknown arguments', async () => {
     for (const args of [['sigma'], ['--all']]) {
       assert.equal((await run(checkout, script, args)).exitCode, 2)
     }
   })
 })
 
-/** The user that kube-apiserver takes it for. */
+/** The user that kube-apiserver derives from it. */
 async function commonName(checkout: Checkout, certificate: string): Promise<string> {
   const args = ['x509', '-noout', '-subject', '-nameopt', 'multiline']
   const { stdout } = await run(checkout, 'openssl', args, { input: certificate })

@@ -4,20 +4,15 @@ import { once } from 'node:events'
 import { readFile } from 'node:fs/promises'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
 import { type Cluster, loadCluster, type Node } from '../../lib/cluster.mts'
-import {
-  ensureLanSwitch,
-  lanSwitchStatus,
-  pidFileOf,
-  stopLanSwitch,
-} from '../../lib/lan/lan-switch.mts'
-import { commandLine, isGone } from '../../lib/qemu/processes.mts'
+import { ensureLanSwitch, lanSwitchStatus, pidFileOf, stopLanSwitch } from '../../lib/lan.mts'
+import { commandLine, isGone } from '../../lib/processes.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type Checkout, makeCheckout } from '../checkout.mts'
 import { type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
 
 const address = '127.0.0.1'
 
-/** In the place of a machine's QEMU: the same datagrams from the same port. */
+/** A machine's QEMU as the LAN switch sees it: the same datagrams from the same port. */
 class Card {
   readonly received: Buffer[] = []
   private readonly socket: Socket
@@ -56,7 +51,7 @@ class Card {
 
 const broadcast = 'ff:ff:ff:ff:ff:ff'
 
-describe('the lan switch', () => {
+describe('the LAN switch', () => {
   let checkout: Checkout
   let cluster: Cluster
   let cards: Card[]
@@ -73,7 +68,7 @@ describe('the lan switch', () => {
     await checkout.remove()
   })
 
-  it('carries frames between machines, once it has learned to the right one alone', async () => {
+  it('carries frames to all machines, then only to the one whose address it has learned', async () => {
     await ensureLanSwitch(cluster)
     sigma?.send(broadcast, 'who is alpha?')
     assert.ok(await alpha?.hears('who is alpha?'))
@@ -83,7 +78,7 @@ describe('the lan switch', () => {
     assert.ok(await sigma?.hears('I am'))
     alpha?.send(broadcast, 'the end')
     assert.ok(await gamma?.hears('the end'))
-    assert.equal(gamma?.received.length, 2, 'gamma has not seen what was for sigma')
+    assert.equal(gamma?.received.length, 2, 'gamma did not get what was for sigma')
   })
 
   it('carries full frames, also many at once', async () => {
@@ -94,7 +89,7 @@ describe('the lan switch', () => {
     assert.ok(sigma?.received.every((frame) => frame.length === 1514))
   })
 
-  it('takes nothing from a port that is no machine’s', async () => {
+  it('refuses frames from a port that is not a machine’s', async () => {
     await ensureLanSwitch(cluster)
     const stranger = await Card.of(cluster, { lanPort: 0, lanMac: '52:54:01:00:00:99' })
     cards.push(stranger)
@@ -107,7 +102,7 @@ describe('the lan switch', () => {
     assert.equal(stranger.received.length, 0)
   })
 
-  it('runs once, and reads the machines anew when it is asked for again', async () => {
+  it('runs once, and reads the machines again when it is started again', async () => {
     const first = await ensureLanSwitch(cluster)
     assert.equal(first.alreadyRunning, false)
     assert.deepEqual(await ensureLanSwitch(cluster), { ...first, alreadyRunning: true })
@@ -127,28 +122,28 @@ describe('the lan switch', () => {
     assert.ok(await alpha?.hears('I am new'))
   })
 
-  it('goes on with the machines it had when cluster.env is broken', async () => {
+  it('keeps the machines it had when cluster.env is broken', async () => {
     const { pid } = await ensureLanSwitch(cluster)
     const log = checkout.path('logs', 'lan-switch.log')
     await checkout.set({ LAN_CIDR: 'nonsense' })
     process.kill(pid, 'SIGHUP')
-    const isTold = async () => /went on with the machines it had/.test(await readFile(log, 'utf8'))
-    assert.ok(await becomes(isTold, 10))
+    const isLogged = async () => /keeps the machines it had/.test(await readFile(log, 'utf8'))
+    assert.ok(await becomes(isLogged, 10))
     alpha?.send(broadcast, 'still here?')
     assert.ok(await sigma?.hears('still here?'))
   })
 
-  it('is started anew on another port when cluster.env says so', async () => {
+  it('is restarted on another port when cluster.env changes', async () => {
     const first = await ensureLanSwitch(cluster)
     await checkout.set({ LAN_SWITCH_PORT: cluster.settings.LAN_SWITCH_PORT + 100 })
     const moved = loadCluster({ root: checkout.root })
     const second = await ensureLanSwitch(moved)
     assert.equal(second.alreadyRunning, false)
     assert.equal((await lanSwitchStatus(moved))?.pid, second.pid)
-    assert.equal(await commandLine(first.pid), undefined, 'the former one has ended')
+    assert.equal(await commandLine(first.pid), undefined, 'the previous one has ended')
   })
 
-  it('carries frames again after it was killed and started anew', async () => {
+  it('carries frames again after it was killed and started again', async () => {
     const { pid } = await ensureLanSwitch(cluster)
     process.kill(pid, 'SIGKILL')
     assert.ok(await becomes(() => isGone(pid), 10))
@@ -167,7 +162,7 @@ describe('the lan switch', () => {
     other.close()
   })
 
-  it('stops when it is told, and only then is stopped', async () => {
+  it('stops once, and removes its pid file', async () => {
     const { pid } = await ensureLanSwitch(cluster)
     assert.equal(await stopLanSwitch(cluster), true)
     assert.equal(await commandLine(pid), undefined)
@@ -177,7 +172,7 @@ describe('the lan switch', () => {
   })
 })
 
-describe('two machines on the lan', { skip: noMachines }, () => {
+describe('two machines on the LAN', { skip: noMachines }, () => {
   let machines: Machines
   before(async () => {
     machines = await makeMachines()
@@ -199,11 +194,11 @@ describe('two machines on the lan', { skip: noMachines }, () => {
       }),
     )
     // 1472 bytes, with the headers of ICMP and IPv4, fill the 1500 of a frame.
-    const ping = async () => shells[0]?.run(`ping -n 3 -l 1472 ${sigma.ip}`)
-    assert.match((await ping()) ?? '', /3 packets transmitted, 3 received/)
+    const ping = async () => shells[0]?.run(`ping -n 2 -l 1472 ${sigma.ip}`)
+    assert.match((await ping()) ?? '', /2 packets transmitted, 2 received/)
     await stopLanSwitch(cluster)
     await ensureLanSwitch(cluster)
-    assert.match((await ping()) ?? '', /3 packets transmitted, 3 received/)
+    assert.match((await ping()) ?? '', /2 packets transmitted, 2 received/)
     const addresses = (await lanSwitchStatus(cluster))?.addresses.map(({ mac }) => mac).sort()
     assert.deepEqual(addresses, [alpha.lanMac, sigma.lanMac])
     for (const shell of shells) shell.close()

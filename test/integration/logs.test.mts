@@ -16,7 +16,7 @@ describe('logs', { skip: noSshd }, () => {
     checkout = await makeCheckout()
     await makeSshKeys(checkout)
     sshd = await startSshd(checkout, 'alpha')
-    // Tells what it was asked for.
+    // Prints its arguments.
     await sshd.program('journalctl', '#!/bin/sh\necho "$@"\n')
     await run(checkout, 'mkdir', ['images'])
     await writeFile(checkout.path('images', 'alpha-console.log'), 'one\ntwo\nthree\n')
@@ -36,7 +36,7 @@ describe('logs', { skip: noSshd }, () => {
     )
   })
 
-  it('shows one unit, or all there is, and goes on when told to', async () => {
+  it('shows one unit or the whole journal, and follows it', async () => {
     const one = await run(checkout, script, ['alpha', '--unit', 'sshd', '--lines', '3'])
     assert.equal(one.stdout, '--no-pager --lines=3 --unit=sshd\n')
     const all = await run(checkout, script, ['alpha', '--all', '--follow'])
@@ -53,7 +53,7 @@ describe('logs', { skip: noSshd }, () => {
     assert.deepEqual(stdout.trim().split('\n').sort(), ['alpha | three', 'sigma | four'])
   })
 
-  it('goes on with a console as it grows, until Ctrl-C', async () => {
+  it('follows a console as it grows, until Ctrl-C', async () => {
     const child = spawn(checkout.path(script), ['--console', '--follow', 'alpha'], {
       stdio: ['ignore', 'pipe', 'ignore'],
     })
@@ -87,7 +87,7 @@ describe('logs', { skip: noSshd }, () => {
     assert.match(stderr, /^gamma \| does not answer ssh; --console/m)
   })
 
-  it('refuses what contradicts itself', async () => {
+  it('refuses flags that contradict each other', async () => {
     for (const flags of [
       ['--console', '--unit', 'etcd'],
       ['--console', '--all'],

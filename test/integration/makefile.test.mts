@@ -62,7 +62,7 @@ describe('the Makefile', () => {
   })
 
   it('takes the variables of a target from its command line, not from the environment', async () => {
-    const variables = ['NAME', 'FILE', 'FLAGS']
+    const variables = ['NAME', 'FILE', 'FLAGS', 'CHART', 'REPO', 'RELEASE', 'NS', 'VALUES']
     const targets = [
       'snapshot',
       'restore',
@@ -71,14 +71,15 @@ describe('the Makefile', () => {
       'upgrade',
       'etcd-restore',
     ]
-    const args = ['-n', ...targets]
+    const args = ['-n', ...targets, 'helm-deploy']
     const env = Object.fromEntries(variables.map((name) => [name, 'DESKTOP-4K2J']))
     const { stdout, exitCode } = await run(checkout, 'make', args, { env })
     assert.equal(exitCode, 0)
     assert.doesNotMatch(stdout, /DESKTOP/)
-    const given = await run(checkout, 'make', [...args, 'NAME=lab 3', 'FILE=my.db'])
+    const given = await run(checkout, 'make', [...args, 'NAME=lab 3', 'FILE=my.db', 'NS=web'])
     assert.match(given.stdout, /snapshot\.mts +"lab 3"/)
     assert.match(given.stdout, /restore +"my\.db"/)
+    assert.match(given.stdout, /web/)
   })
 
   it('works from elsewhere, with make -C', async () => {
@@ -119,8 +120,8 @@ describe('cluster.env', () => {
     const file = checkout.path('cluster.env')
     // What the three readers might take differently.
     const tricky = [
-      `QEMU_FIRMWARE_CODE='oci://user:a#b@charts:3128'   # a comment`,
-      'SMOKE_IMAGE="$QEMU_FIRMWARE_CODE/x"',
+      `CILIUM_CHART='oci://user:a#b@charts:3128'   # a comment`,
+      'SMOKE_IMAGE="$CILIUM_CHART/x"',
       'PROXY_NO="with spaces, \\"quotes\\" and a \\$"',
       "NIXOS_ISO_URL=/a\\ path/it\\'s.iso",
     ]

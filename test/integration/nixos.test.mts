@@ -2,12 +2,11 @@
 // nix-instantiate against the tables of options and packages in test/nixos/.
 import assert from 'node:assert/strict'
 import { execFileSync } from 'node:child_process'
-import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
-import { stagedFiles, targetOf } from '../../lib/staging/staged-files.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from '../checkout.mts'
 import { evaluate, instantiate, type Machine } from '../nixos/evaluate.mts'
 
@@ -110,14 +109,15 @@ describe('the staged configuration', { skip }, () => {
     }
   })
 
-  it('hands every secret that is staged to a user by a tmpfiles rule', () => {
+  it('hands every secret that is staged to a user by a tmpfiles rule', async () => {
     for (const node of cluster.nodes) {
       const rules = textOf(node.name, '/etc/tmpfiles.d/00-nixos.conf')
         .split('\n')
         .map((rule) => rule.split(' '))
-      const secrets = stagedFiles(cluster, node).filter(({ mode }) => mode === 0o600)
+      const { stdout } = await run(checkout, 'bin/generate-nocloud-iso.mts', ['--list', node.name])
+      const secrets = [...stdout.matchAll(/^ +600 +(\S+)/gm)].map(([, target]) => target)
       assert.ok(secrets.length >= 3)
-      for (const { target } of secrets) {
+      for (const target of secrets) {
         const mode = rules.find((rule) => rule[1] === target)?.[2] ?? 'no rule'
         assert.match(mode, /^06[04]0$/, `${node.name}: ${target}`)
       }
@@ -217,7 +217,7 @@ describe('the staged configuration', { skip }, () => {
   })
 
   it('restarts, for a renewed certificate, what reads it and nothing else', async () => {
-    const file = checkout.path('cloud-init/sigma/nixos/cluster.json')
+    const file = checkout.path('cloud-init/sigma/nixos/etc/nixos/cluster.json')
     const text = await readFile(file, 'utf8')
     const values = JSON.parse(text)
     values.digests['pki/sigma.pem'] = 'another'
@@ -244,7 +244,7 @@ describe('the staged configuration', { skip }, () => {
     }
 
     it('is refused: half a file', async () => {
-      const path = checkout.path('cloud-init/alpha/nixos/control-plane.nix')
+      const path = checkout.path('cloud-init/alpha/nixos/etc/nixos/control-plane.nix')
       const whole = await readFile(path, 'utf8')
       await writeFile(path, whole.slice(0, whole.length / 2))
       await assert.rejects(evaluate(configurationOf(checkout, 'alpha')), /syntax error/)
@@ -280,56 +280,8 @@ describe('the staged configuration', { skip }, () => {
   })
 })
 
-describe('generate-nocloud-iso', () => {
-  let checkout: Checkout
-  before(async () => {
-    checkout = await makeCheckout()
-  })
-  after(() => checkout.remove())
-
-  it('says which scripts to run first, and writes nothing', async () => {
-    const { exitCode, stderr } = await run(checkout, 'bin/generate-nocloud-iso.mts')
-    assert.equal(exitCode, 1)
-    assert.match(stderr, /alpha cannot be staged: \d+ files are missing/)
-    for (const script of scripts) assert.match(stderr, new RegExp(`\\./bin/${script}\\.mts`))
-    await assert.rejects(readFile(checkout.path('cloud-init/alpha/nixos/cluster.json')), /ENOENT/)
-  })
-
-  it('refuses a node that is not there, and names those that are', async () => {
-    const { exitCode, stderr } = await run(checkout, 'bin/generate-nocloud-iso.mts', ['delta'])
-    assert.equal(exitCode, 2)
-    assert.match(stderr, /there is no node "delta".*alpha, sigma, gamma/s)
-  })
-
-  it('lists which file goes where, before there are any', async () => {
-    const { exitCode, stdout } = await run(checkout, 'bin/generate-nocloud-iso.mts', [
-      '--list',
-      'sigma',
-    ])
-    assert.equal(exitCode, 0)
-    assert.match(stdout, /600 {2}\/var\/lib\/kubernetes\/sigma\.kubeconfig {2}from configs\/sigma/)
-    assert.doesNotMatch(stdout, /gamma|ca-key/)
-    assert.ok(stdout.includes(targetOf('cluster.json')))
-  })
-
-  it('stages only the nodes it is told', async () => {
-    for (const script of scripts) await succeed(checkout, script)
-    await succeed(checkout, 'generate-nocloud-iso', ['gamma'])
-    await readFile(checkout.path('cloud-init/gamma/nixos/cluster.json'))
-    await assert.rejects(readFile(checkout.path('cloud-init/sigma/nixos/cluster.json')), /ENOENT/)
-  })
-
-  it('works from another folder', async () => {
-    const cwd = checkout.path('elsewhere')
-    await mkdir(cwd)
-    const { exitCode } = await run(checkout, 'bin/generate-nocloud-iso.mts', [], { cwd })
-    assert.equal(exitCode, 0)
-    await readFile(checkout.path('cloud-init/sigma/nixos/cluster.json'))
-  })
-})
-
 function configurationOf(checkout: Checkout, name: string): string {
-  return checkout.path('cloud-init', name, 'nixos', 'configuration.nix')
+  return checkout.path('cloud-init', name, 'nixos/etc/nixos/configuration.nix')
 }
 
 async function succeed(

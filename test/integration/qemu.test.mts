@@ -4,20 +4,17 @@ import { once } from 'node:events'
 import { copyFile, rename, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { which } from 'zx'
-import { type Architecture, findFirmware } from '../../lib/qemu/firmware.mts'
-import { detectQemu, type Host } from '../../lib/qemu/host.mts'
-import { filesOf } from '../../lib/qemu/machine-files.mts'
-import { cpuModel } from '../../lib/qemu/processor.mts'
-import { type Mode, qemuArguments } from '../../lib/qemu/qemu.mts'
-import { Qmp } from '../../lib/qemu/qmp.mts'
+import { type Architecture, findFirmware } from '../../lib/firmware.mts'
+import { detectQemu, type Host } from '../../lib/host.mts'
+import { filesOf, type Mode, qemuArguments } from '../../lib/qemu.mts'
+import { Qmp } from '../../lib/qmp.mts'
 import { giveDisk, type Machines, makeMachines, noMachines } from '../uefi-machine.mts'
 
-/** This computer, were its processor of that architecture: QEMU emulates either. */
+/** This computer as if its processor had that architecture: QEMU emulates either. */
 async function emulating(arch: Architecture): Promise<Host> {
   const qemu = await detectQemu(arch)
   const firmware = await findFirmware({ arch, qemu: qemu.path, code: '', vars: '' })
-  const cpu = cpuModel({ os: 'linux', arch, accel: 'tcg', sme: false })
-  return { os: 'linux', arch, accel: 'tcg', cpu, qemu, firmware }
+  return { os: 'linux', arch, accel: 'tcg', qemu, firmware }
 }
 
 describe('QEMU', { skip: noMachines }, () => {
@@ -36,7 +33,7 @@ describe('QEMU', { skip: noMachines }, () => {
     const program = `qemu-system-${arch}`
     const missing = which.sync(program, { nothrow: true }) ? false : `${program} is missing`
     for (const kind of ['boot', 'install'] as const) {
-      it(`takes the arguments of ${arch}, to ${kind}, without a warning`, {
+      it(`accepts the arguments of ${arch}, to ${kind}, without a warning`, {
         skip: missing,
       }, async () => {
         const { cluster } = machines
@@ -48,7 +45,7 @@ describe('QEMU', { skip: noMachines }, () => {
         const mode: Mode =
           kind === 'boot' ? { kind } : { kind, iso: cluster.path('images', 'empty.iso') }
         const args = qemuArguments({ cluster, node, host, mode })
-        // -S: everything is set up, and nothing is begun.
+        // -S: everything is set up, and nothing runs.
         const qemu = spawn(host.qemu.path, [...args, '-S'], { cwd: cluster.path('run') })
         let said = ''
         qemu.stderr.on('data', (text) => {

@@ -1,13 +1,10 @@
-// reconfig against machines in name only: a real sshd each, in a file system of its own, with a
-// nixos-rebuild of the test. What NixOS makes of a changed configuration, nixos.test.mts asks.
+// reconfig with simulated machines: a real sshd each, with a file system of its own and a
+// nixos-rebuild of the test. What NixOS does with a changed configuration is nixos.test.mts's.
 import assert from 'node:assert/strict'
 import { execFile } from 'node:child_process'
 import { readFile, writeFile } from 'node:fs/promises'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
-import type { Cluster } from '../../lib/cluster.mts'
 import { withLock } from '../../lib/lock.mts'
-import { Machine } from '../../lib/machine/machine.mts'
-import { stagedArchive } from '../../lib/staging/staging.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type FakeApiServer, nodeList } from '../api-server.mts'
 import { type ChangeableCluster, startChangeableCluster } from '../changeable-cluster.mts'
@@ -15,8 +12,9 @@ import { type Checkout, type Outcome, run } from '../checkout.mts'
 import type { HollowMachines } from '../hollow-machines.mts'
 import { noQemu } from '../idle-qemu.mts'
 import { noSshd } from '../sshd.mts'
+import { missing } from '../tools.mts'
 
-// A kubelet with the flag --broken does not come up; a file "rebuild" says what else happens.
+// A kubelet with the flag --broken does not start; a file "rebuild" says what else happens.
 const nixosRebuild = `#!/bin/bash
 echo "$NAME $*" >>"$CALLS"
 if grep -qs -- --broken /etc/nixos/worker.nix; then touch "$STATE/broken-kubelet"; else rm -f "$STATE/broken-kubelet"; fi
@@ -26,19 +24,18 @@ echo 'stopping the following units: kubelet.service'
 echo 'restarting the following units: systemd-tmpfiles-resetup.service'
 echo 'starting the following units: kubelet.service'
 `
-// Ends the session's sshd, an ancestor of the shell that runs there, as a cut connection would.
+// Kills the session's sshd, an ancestor of the shell, as if the connection were cut.
 const cut = `pid=$PPID
 while [ "$(cat /proc/$pid/comm)" != sshd ]; do pid=$(cut -d' ' -f4 /proc/$pid/stat); done
 kill -9 $pid
 `
 
-const skip = noSshd || noQemu
+const skip = noSshd || noQemu || missing('kubectl')
 // A skipped suite is counted nowhere; a skipped test is.
 it('what this needs is there', { skip }, () => {})
 
 describe('reconfig', { skip, timeout: 1_800_000 }, () => {
   let checkout: Checkout
-  let cluster: Cluster
   let machines: HollowMachines
   let api: FakeApiServer
   let whole: ChangeableCluster
@@ -46,7 +43,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
 
   before(async () => {
     whole = await startChangeableCluster({ BOOT_TIMEOUT: 20, WAIT_TIMEOUT: 60 })
-    ;({ checkout, cluster, machines, api } = whole)
+    ;({ checkout, machines, api } = whole)
     for (const name of names) {
       await machines.set(name, 'made')
       await whole.program(name, 'nixos-rebuild', nixosRebuild)
@@ -59,7 +56,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     worker = await readFile(checkout.path('configs', 'worker.nix'), 'utf8')
     await writeFile(checkout.path('calls'), '')
   })
-  // Each test begins with machines that have what is staged for them.
+  // Each test starts with machines that have what is staged for them.
   afterEach(async () => {
     await writeFile(checkout.path('configs', 'worker.nix'), worker)
     await checkout.set({ KUBE_LOG_LEVEL: 2, PROXY_HTTP: '' })
@@ -67,43 +64,32 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       await machines.reset(name)
       await machines.set(name, 'made')
     }
-    await install()
+    await whole.reset(...names)
   })
-  before(() => install())
+  before(() => whole.install(...names))
 
-  /** All files of the staged configuration, as an installation and a boot leave them. */
-  async function install(): Promise<void> {
-    await run(checkout, 'bin/generate-nocloud-iso.mts')
-    const wiped = 'rm -rf /var/lib/reconfig /var/lib/kubernetes /etc/nixos'
-    await Promise.all(
-      cluster.nodes.map(async (node) => {
-        const input = await stagedArchive(cluster, node)
-        await on(node.name).succeed(`${wiped}; tar -xzpf - -C /`, { input })
-      }),
-    )
-  }
-
-  const on = (name: string) => new Machine(cluster, cluster.node(name))
+  const on = (name: string, command: string) => whole.on(name, command)
   const reconfig = (...args: string[]): Promise<Outcome> =>
     run(checkout, 'bin/reconfig.mts', args, { timeout: 300_000 })
   const calls = async () => (await readFile(checkout.path('calls'), 'utf8')).trim().split('\n')
-  const inSpace = (name: string, path: string) => on(name).succeed(`cat ${path}`)
+  const inSpace = (name: string, path: string) => on(name, `cat ${path}`)
   /** Every file with owner, mode and content, as text to compare. */
   const stateOf = (name: string) =>
-    on(name).succeed(
+    on(
+      name,
       'find /etc/nixos /var/lib/kubernetes /etc/ssh/ssh_host_ed25519_key* -type f -printf "%p %U:%G %m " -exec sha256sum {} \\; | sort',
     )
   const breakKubelet = () =>
     writeFile(checkout.path('configs', 'worker.nix'), `# --broken\n${worker}`)
 
-  it('touches nothing where nothing has changed', async () => {
+  it('changes nothing where nothing differs', async () => {
     const { stdout, stderr, exitCode } = await reconfig()
     assert.equal(exitCode, 0, stderr)
     for (const name of names) assert.match(stdout, new RegExp(`^${name}: no file changes$`, 'm'))
     assert.deepEqual(await calls(), [''])
   })
 
-  it('shows what changes as a unified diff, and with --dry-run leaves it at that', async () => {
+  it('shows what changes as a unified diff, and with --dry-run changes nothing', async () => {
     await checkout.set({ KUBE_LOG_LEVEL: 4 })
     const before = await stateOf('sigma')
     const { stdout, stderr, exitCode } = await reconfig('--dry-run', '--node', 'sigma')
@@ -118,7 +104,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     assert.deepEqual(await calls(), [''])
   })
 
-  it('brings a change to the control plane first, then to one worker after another', async () => {
+  it('applies a change to the control plane first, then to one worker after another', async () => {
     await checkout.set({ KUBE_LOG_LEVEL: 4 })
     const { stdout, stderr, exitCode } = await reconfig('--node', 'gamma,sigma,alpha')
     assert.equal(exitCode, 0, stderr)
@@ -132,8 +118,8 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     assert.equal((await calls()).length, 3)
   })
 
-  it('brings a renewed certificate to its machine alone, each file still its reader’s', async () => {
-    await on('sigma').succeed('chown 12345:12346 /var/lib/kubernetes/pki/sigma-key.pem')
+  it('copies a renewed certificate to its machine alone, and keeps the owners of files', async () => {
+    await on('sigma', 'chown 12345:12346 /var/lib/kubernetes/pki/sigma-key.pem')
     const others = await Promise.all(['alpha', 'gamma'].map(stateOf))
     const renewed = await run(checkout, 'bin/generate-certs.mts', ['--renew', 'sigma'])
     assert.equal(renewed.exitCode, 0, renewed.stderr)
@@ -157,11 +143,12 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       const own = await readFile(checkout.path('tls', file), 'utf8')
       assert.equal(await inSpace('sigma', `/var/lib/kubernetes/pki/${file}`), own)
     }
+    await whole.install('sigma')
   })
 
-  it('takes away what a machine needs no more, and shows no password of a proxy', async () => {
+  it('removes what a machine no longer needs, and shows no password of a proxy', async () => {
     await checkout.set({ PROXY_HTTP: 'http://me:swordfish@proxy.test:3128' })
-    await on('sigma').succeed('echo >/var/lib/kubernetes/kube-proxy.kubeconfig')
+    await on('sigma', 'echo >/var/lib/kubernetes/kube-proxy.kubeconfig')
     const { stdout, stderr, exitCode } = await reconfig('--node', 'sigma')
     assert.equal(exitCode, 0, stderr)
     assert.match(stdout, /^\/var\/lib\/kubernetes\/kube-proxy\.kubeconfig is not needed any more$/m)
@@ -187,14 +174,18 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
         [],
         /not all machines can be changed, so none was\n.*gamma is not running/,
       )
-      await whole.startAnew('gamma')
+      await checkout.set({ KUBE_LOG_LEVEL: 2 })
+      await whole.start('gamma')
+      await whole.install('gamma')
     })
 
     it('when one of them does not answer', async () => {
       await machines.sshd('sigma').stop()
       await assertUntouched([], /so none was\n.*sigma does not answer ssh/)
       await machines.stop('sigma')
-      await whole.startAnew('sigma')
+      await checkout.set({ KUBE_LOG_LEVEL: 2 })
+      await whole.start('sigma')
+      await whole.install('sigma')
     })
 
     it('while another script is at work', async () => {
@@ -203,47 +194,45 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       )
     })
 
-    it('while a machine is still at work on the last change', async () => {
+    it('while the last change of a machine is still running', async () => {
       const held = 'mkdir -p /var/lib/reconfig; exec 9>/var/lib/reconfig/lock; flock 9'
-      await on('gamma').succeed(`${held}; setsid --fork sleep 600 >/dev/null 2>&1; echo`)
-      await assertUntouched([], /gamma is still at work on the last change/)
-      await on('gamma').succeed('fuser --kill /var/lib/reconfig/lock || true')
+      await on('gamma', `${held}; setsid --fork sleep 600 >/dev/null 2>&1; echo`)
+      await assertUntouched([], /the last change on gamma is still running/)
+      await on('gamma', 'fuser --kill /var/lib/reconfig/lock || true')
     })
 
-    it('while an upgrade of one has not come to its end', async () => {
-      await on('gamma').succeed(
-        'mkdir -p /var/lib/reconfig; touch /var/lib/reconfig/former-channel',
-      )
+    it('while an upgrade of one has not finished', async () => {
+      await on('gamma', 'mkdir -p /var/lib/reconfig; touch /var/lib/reconfig/former-channel')
       await assertUntouched(
         [],
-        /an upgrade of gamma has not come to its end\n.*make upgrade NAME=gamma/,
+        /an upgrade of gamma has not finished\n.*hint: +make upgrade NAME=gamma/,
       )
     })
 
-    it('that nobody knows', () => assertUntouched(['--node', 'omega'], /no node "omega"/, 2))
+    it('that does not exist', () => assertUntouched(['--node', 'omega'], /no node "omega"/, 2))
   })
 
   describe('gives a machine its former configuration back', () => {
-    /** All that is on sigma, and what is done to it last. */
+    /** The files on sigma are those of before, and nothing is left to finish. */
     async function assertBack(change: () => Promise<Outcome>, reason: RegExp): Promise<string> {
       const before = await stateOf('sigma')
       const { stderr, exitCode } = await change()
       assert.match(stderr, reason)
       assert.equal(exitCode, 1, stderr)
       assert.equal(await stateOf('sigma'), before)
-      const again = await reconfig('--dry-run', '--node', 'sigma')
-      assert.doesNotMatch(again.stdout, /did not come to its end/)
+      assert.doesNotMatch(await on('sigma', 'ls /var/lib/reconfig'), /unfinished|back/)
       return stderr
     }
 
-    it('when a service does not come up, and leaves the machines after it alone', async () => {
+    it('when a service does not start, and does not touch the machines after it', async () => {
       await breakKubelet()
       const gamma = await stateOf('gamma')
       const stderr = await assertBack(
         () => reconfig('--timeout', '3'),
-        /sigma was not well, and has its former configuration again; gamma was not touched/,
+        /sigma was not healthy and has its former configuration again/,
       )
-      assert.match(stderr, /sigma is not well after 3 s/)
+      assert.match(stderr, /sigma is not healthy after 3 s/)
+      assert.match(stderr, /not touched: gamma/)
       assert.match(stderr, /kubelet is activating/)
       assert.deepEqual(await calls(), ['sigma switch', 'sigma switch'])
       assert.equal(await stateOf('gamma'), gamma)
@@ -254,18 +243,57 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       const again = checkout.path('state', 'sigma', 'rebuild')
       await writeFile(again, `rm "${again}"; echo 'error: no such option'; exit 1\n`)
       const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
-      assert.match(stderr, /nixos-rebuild switch failed on sigma \(status 1\)/)
+      assert.match(stderr, /nixos-rebuild switch failed on sigma \(exit status 1\)/)
       assert.match(stderr, /error: no such option/)
     })
 
-    it('when the machine starts anew in the middle of the switch', async () => {
+    it('when the machine is restarted during the switch', async () => {
       await checkout.set({ KUBE_LOG_LEVEL: 4 })
-      // The boot id is a file that the namespace has in the real one's place.
-      const reset = `rm "${checkout.path('state', 'sigma', 'rebuild')}"; echo second >${whole.space('sigma')}/boot_id; kill -9 $PPID $$`
+      // In the namespace the boot id is a file of ours.
+      const reset = `rm "${checkout.path('state', 'sigma', 'rebuild')}"; echo second >${whole.space('sigma')}/boot_id; kill -9 0`
       await writeFile(checkout.path('state', 'sigma', 'rebuild'), `${reset}\n`)
       const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
-      assert.match(stderr, /sigma started anew in the middle of a change/)
+      assert.match(stderr, /sigma was restarted during a change/)
     })
+
+    it('when it can no longer be reached: the machine does it itself', async () => {
+      await checkout.set({ KUBE_LOG_LEVEL: 4 })
+      // No session can be opened from the switch on, until the former system is switched to.
+      const cutOff = `${whole.space('sigma')}/unreachable`
+      const again = checkout.path('state', 'sigma', 'rebuild')
+      await writeFile(again, `rm "${again}"; touch ${cutOff}\n`)
+      await machines.set('sigma', 'short-timers')
+      await whole.program('sigma', 'nix-env', '#!/bin/sh\necho "$NAME nix-env $*" >>"$CALLS"\n')
+      const former = '/run/former-system'
+      await on(
+        'sigma',
+        `mkdir -p ${former}/bin; ln -sfn ${former} /run/current-system
+        printf '#!/bin/sh\\nrm -f ${cutOff}\\n' >${former}/bin/switch-to-configuration
+        chmod +x ${former}/bin/switch-to-configuration`,
+      )
+      const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+      assert.match(stderr, /sigma could not be reached after the switch and undid it/)
+      assert.deepEqual(await calls(), [
+        'sigma switch',
+        `sigma nix-env --profile /nix/var/nix/profiles/system --set ${former}`,
+        'sigma switch',
+      ])
+    })
+
+    for (const [what, end] of [
+      ['a pre-switch check', 'echo "Pre-switch check \'switchInhibitors\' failed"; exit 1'],
+      ['another init', 'exit 100'],
+    ] as const) {
+      it(`when NixOS demands a restart because of ${what}, and says how to do it`, async () => {
+        await checkout.set({ KUBE_LOG_LEVEL: 4 })
+        const again = checkout.path('state', 'sigma', 'rebuild')
+        await writeFile(again, `rm "${again}"; ${end}\n`)
+        const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+        assert.match(stderr, /this change of sigma needs a restart/)
+        assert.match(stderr, /reconfig\.mts --node sigma --push-only$/m)
+        assert.match(stderr, /nixos-rebuild boot && reboot/)
+      })
+    }
 
     it('when the node is not Ready with the new one', async () => {
       await checkout.set({ KUBE_LOG_LEVEL: 4 })
@@ -279,12 +307,52 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
         api.answers['/api/v1/nodes'] = { body: body(true) }
         return done
       }
-      const stderr = await assertBack(lost, /sigma was not well, and has its former configuration/)
+      const stderr = await assertBack(
+        lost,
+        /sigma was not healthy and has its former configuration/,
+      )
       assert.match(stderr, /sigma is not Ready after 3 s/)
     })
   })
 
-  it('takes a unit that is between two attempts for one that may come', async () => {
+  it('for a switch by hand copies the files, keeps the former ones, and puts them back', async () => {
+    await checkout.set({ KUBE_LOG_LEVEL: 4 })
+    const before = await stateOf('sigma')
+    const pushed = await reconfig('--node', 'sigma', '--push-only')
+    assert.equal(pushed.exitCode, 0, pushed.stderr)
+    assert.match(pushed.stdout, /^\+ {2}"logLevel": 4,$/m)
+    assert.match(await inSpace('sigma', '/etc/nixos/cluster.json'), /"logLevel": 4/)
+
+    const back = await reconfig('--node', 'sigma', '--take-back')
+    assert.equal(back.exitCode, 0, back.stderr)
+    assert.equal(await stateOf('sigma'), before)
+    assert.deepEqual(await calls(), [''])
+    const again = await reconfig('--dry-run', '--node', 'sigma')
+    assert.match(again.stdout, /^sigma: 1 file changes$/m)
+  })
+
+  it('checks and finishes a switch that was made by hand', async () => {
+    await checkout.set({ KUBE_LOG_LEVEL: 4 })
+    await reconfig('--node', 'sigma', '--push-only')
+    await on('sigma', 'nixos-rebuild switch')
+    const { stdout, stderr, exitCode } = await reconfig('--node', 'sigma')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(stdout, /sigma: no file changes; the last change did not finish/)
+    assert.match((await reconfig('--node', 'sigma')).stdout, /^sigma: no file changes$/m)
+  })
+
+  it('finds the restarted units in lines with the prefix of a journal', async () => {
+    await checkout.set({ KUBE_LOG_LEVEL: 4 })
+    await writeFile(
+      checkout.path('state', 'sigma', 'rebuild'),
+      `echo 'NOT restarting the following units: sshd.service'
+      echo 'Nov 25 sigma nixos[1]: restarting the following units: containerd.service'; exit 0\n`,
+    )
+    const { stdout, stderr } = await reconfig('--node', 'sigma')
+    assert.match(stdout, /^sigma: restarted containerd$/m, stderr)
+  })
+
+  it('waits for a unit that is between two attempts to start', async () => {
     await checkout.set({ KUBE_LOG_LEVEL: 4 })
     await writeFile(
       checkout.path('state', 'sigma', 'rebuild'),
@@ -295,7 +363,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     assert.match(await inSpace('sigma', '/etc/nixos/cluster.json'), /"logLevel": 4/)
   })
 
-  describe('a push is there as a whole or not at all', () => {
+  describe('a push arrives as a whole or not at all', () => {
     beforeEach(() => checkout.set({ KUBE_LOG_LEVEL: 4 }))
     async function assertNothingPushed(reason: RegExp): Promise<void> {
       const before = await stateOf('sigma')
@@ -305,7 +373,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       assert.equal(exitCode, 1)
       assert.equal(await stateOf('sigma'), before)
       assert.deepEqual(await calls(), [''])
-      const left = await on('sigma').succeed('ls /var/lib/reconfig')
+      const left = await on('sigma', 'ls /var/lib/reconfig')
       assert.doesNotMatch(left, /^(new|archive|back)$/m)
     }
     const program = (name: string, text: string) => machines.sshd('sigma').program(name, text)
@@ -319,7 +387,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       await assertNothingPushed(/sigma does not answer ssh/)
     })
 
-    it('when the connection is cut while the files take their places', async () => {
+    it('when the connection is cut while the files are moved to their places', async () => {
       const once = checkout.path('state', 'sigma', 'cut')
       const text = `#!/bin/bash\nif [ ! -e ${once} ]; then touch ${once}; ${cut}sleep 1; fi\nexec /usr/bin/comm "$@"\n`
       await program('comm', text)
@@ -327,15 +395,16 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     })
 
     it('when the disk of the machine is full', async () => {
-      await on('sigma').succeed(
+      await on(
+        'sigma',
         'mkdir -p /var/lib/reconfig; mount -t tmpfs -o size=40k none /var/lib/reconfig',
       )
       await assertNothingPushed(/No space left on device/)
-      await on('sigma').succeed('umount /var/lib/reconfig')
+      await on('sigma', 'umount /var/lib/reconfig')
     })
   })
 
-  it('lets an interrupted switch go on by itself, and finishes it the next time', async () => {
+  it('leaves an interrupted switch running, and finishes it the next time', async () => {
     await checkout.set({ KUBE_LOG_LEVEL: 4 })
     const go = checkout.path('state', 'sigma', 'go')
     await writeFile(
@@ -351,18 +420,14 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     assert.ok(await becomes(async () => (await calls())[0] === 'sigma switch', 120), said)
     child.kill('SIGINT')
     assert.equal(await ended, 130)
-    assert.match(said, /interrupted: sigma goes on with its change by itself/)
+    assert.match(said, /interrupted: the change on sigma continues in the background/)
     await machines.set('sigma', 'go')
-    const over = async () =>
-      (await on('sigma').execute('flock --nonblock /var/lib/reconfig/lock true')).status === 0
-    assert.ok(await becomes(over, 30))
+    const busy = 'flock --nonblock /var/lib/reconfig/lock true || echo busy'
+    assert.ok(await becomes(async () => (await on('sigma', busy)) === '', 30))
 
     const { stdout, stderr, exitCode } = await reconfig('--node', 'sigma')
     assert.equal(exitCode, 0, stderr)
-    assert.match(
-      stdout,
-      /sigma: no file changes, and the last change, which did not come to its end, is made again/,
-    )
+    assert.match(stdout, /sigma: no file changes; the last change did not finish and is made again/)
     assert.deepEqual(await calls(), ['sigma switch', 'sigma switch'])
     assert.match((await reconfig('--node', 'sigma')).stdout, /^sigma: no file changes$/m)
   })

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict'
+import { mkdir, symlink } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
 import { type IdleQemu, noQemu, startIdleQemu } from '../idle-qemu.mts'
@@ -41,13 +42,28 @@ describe('ssh', { skip: noSshd || noQemu }, () => {
     assert.match(stdout, /^42$/m)
   })
 
+  it('works through a link in another folder, and from there', async () => {
+    const bin = checkout.path('..', 'bin')
+    await mkdir(bin)
+    await symlink(checkout.path(script), `${bin}/kssh`)
+    const { stdout } = await run({ root: bin }, './kssh', ['alpha', '--', 'echo', 'there'])
+    assert.equal(stdout, 'there\n')
+  })
+
+  it('shows its command with --verbose, fit to paste', async () => {
+    const { stderr } = await run(checkout, script, ['--verbose', 'alpha', 'echo "$HOME"'])
+    const [, command = ''] = stderr.match(/^\$ (ssh -F tls\/ssh_config alpha .*)$/m) ?? []
+    const pasted = await run(checkout, 'bash', ['-c', command])
+    assert.match(pasted.stdout, /sshd-alpha$/m)
+  })
+
   it('says that a machine does not run, and how to start it', async () => {
     const { stderr, exitCode } = await run(checkout, script, ['sigma'])
     assert.equal(exitCode, 1)
     assert.match(stderr, /sigma is not running\n +hint: +make boot-sigma/)
   })
 
-  it('refuses a node that there is not, and to be called without one', async () => {
+  it('refuses an unknown node, and to run without one', async () => {
     const { stderr, exitCode } = await run(checkout, script, ['omega'])
     assert.equal(exitCode, 2)
     assert.match(stderr, /there is no node "omega"\n.*alpha, sigma, gamma/)

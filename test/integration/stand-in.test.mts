@@ -1,5 +1,5 @@
-// The stand-in's nixos-install and what a switch would do, in a folder instead of on a disk: it has
-// to refuse what NixOS refuses, or a rehearsal proves nothing.
+// The rehearsal's nixos-install and switch, in a folder instead of on a disk: they must refuse what
+// NixOS refuses, or a rehearsal proves nothing.
 import assert from 'node:assert/strict'
 import {
   chmod,
@@ -18,37 +18,45 @@ import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { after, before, beforeEach, describe, it } from 'node:test'
 import { $ } from 'zx'
-import { loadCluster } from '../../lib/cluster.mts'
-import { clusterJson } from '../../lib/staging/staging.mts'
-import { projectRoot } from '../checkout.mts'
+import type { Checkout } from '../checkout.mts'
+import { makeStagedCheckout } from '../kubernetes/prepared.mts'
 import { ownTree } from '../rehearsal/own-tree.mts'
 import { missing } from '../tools.mts'
 
 const skip = missing('python3', 'nix-instantiate')
 
-describe('the stand-in', { skip }, () => {
+describe('the simulated nixos-install', { skip }, () => {
+  let checkout: Checkout
   let folder: string
   let root: string
   const inRoot = (...parts: string[]) => join(root, ...parts)
 
   before(async () => {
     folder = await mkdtemp(join(tmpdir(), 'stand-in-'))
-    // As nixos-install wants every folder above the system.
+    checkout = (await makeStagedCheckout()).checkout
+    // nixos-install requires this of every folder above the system.
     await chmod(folder, 0o755)
     await ownTree(join(folder, 'own'), '26.05')
     await fakeDebian(join(folder, 'layers'))
     await fakeCd(join(folder, 'cd'))
   })
-  after(() => rm(folder, { recursive: true }))
+  after(async () => {
+    await checkout.remove()
+    await rm(folder, { recursive: true })
+  })
 
   beforeEach(async () => {
     root = await mkdtemp(join(folder, 'root-'))
     await chmod(root, 0o755)
     await mkdir(inRoot('boot'))
-    await writeConfiguration(inRoot('etc/nixos'))
+    await configure('alpha')
   })
+  const configure = (name: string) =>
+    cp(checkout.path('cloud-init', name, 'nixos/etc/nixos'), inRoot('etc/nixos'), {
+      recursive: true,
+    })
 
-  /** Runs lines of Python with the stand-in's modules. */
+  /** Runs lines of Python with the modules of the simulated NixOS. */
   async function python(lines: string, ...args: string[]) {
     const start = `import json, sys; sys.path.insert(0, ${JSON.stringify(join(folder, 'own/nixos'))})\n`
     const env = { ...process.env, STAND_IN_LAYERS: join(folder, 'layers') }
@@ -96,7 +104,8 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     assert.match(await readFile(inRoot('etc/passwd'), 'utf8'), /^etcd:x:\d{3}:\d{3}:/m)
     assert.match(await readFile(inRoot('etc/shadow'), 'utf8'), /^root:!:/m)
     const keys = join(etc, 'ssh/authorized_keys.d/root')
-    assert.equal(await readFile(keys, 'utf8'), 'ssh-ed25519 AAAAtest test\n')
+    const login = await readFile(checkout.path('tls/ssh_ed25519.pub'), 'utf8')
+    assert.equal((await readFile(keys, 'utf8')).trim(), login.trim())
 
     const entry = await readFile(inRoot('boot/loader/entries/nixos-generation-1.conf'), 'utf8')
     assert.match(entry, /^options init=\/nix\/store\/\S+\/init .*console=ttyS0,115200n8$/m)
@@ -107,7 +116,7 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     assert.ok((await lstat(inRoot('boot/EFI/BOOT', efi))).size > 0)
   })
 
-  it('leads store paths to the programs of the layers, another layer before Debian', async () => {
+  it('has programs of an additional layer before those of Debian', async () => {
     await install()
     const [etcd] = (await readdir(inRoot('nix/store'))).filter((name) => name.endsWith('-etcd_3_6'))
     const program = (name: string) => readlink(inRoot('nix/store', etcd ?? '', 'bin', name))
@@ -115,12 +124,12 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     assert.equal(await program('etcdctl'), join(folder, 'layers/debian/usr/bin/etcdctl'))
   })
 
-  it('has images for containers where containers run, and imports them before the kubelet', async () => {
+  it('has container images on workers only, imported before the kubelet starts', async () => {
     await install()
     assert.deepEqual(await readdir(inRoot('nix/.images')), ['debian.squashfs'])
 
     await rm(inRoot('etc'), { recursive: true })
-    await writeConfiguration(inRoot('etc/nixos'), 'sigma')
+    await configure('sigma')
     const { exitCode, stderr } = await install()
     assert.equal(exitCode, 0, stderr)
     const layers = await readdir(inRoot('nix/.images'))
@@ -130,7 +139,7 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     assert.match(await readFile(unit, 'utf8'), /^Before=kubelet\.service$/m)
   })
 
-  it('gives the same system for the same configuration, and keeps numbers of users', async () => {
+  it('builds the same system from the same configuration, and keeps user ids', async () => {
     await install()
     const [passwd, first] = [await readFile(inRoot('etc/passwd'), 'utf8'), await system()]
     await install()
@@ -147,7 +156,7 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     assert.equal(await readFile(inRoot('etc/passwd'), 'utf8'), passwd)
   })
 
-  it('takes files of former configurations out of /etc, and leaves those of the machine', async () => {
+  it('removes files of former configurations from /etc, and keeps those of the machine', async () => {
     const line = 'environment.etc."former/file".text = "x";'
     await edit(
       'nixos-base.nix',
@@ -189,7 +198,7 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     ['a missing file', 'configuration.nix', './nixos-base.nix', './no-base.nix', /no-base\.nix/],
   ]
   for (const [what, file, from, to, error] of broken) {
-    it(`refuses ${what}, and has installed nothing`, async () => {
+    it(`refuses ${what}, and installs nothing`, async () => {
       await edit(file, from, to)
       const { exitCode, stderr } = await install()
       assert.equal(exitCode, 1)
@@ -228,7 +237,7 @@ run(lambda words: install.nixos_install(words, Path(${JSON.stringify(join(folder
     assert.match(closed.stderr, /should have permissions 755, but had permissions 700/)
   })
 
-  it('rolls back to the generation before, and not behind the first', async () => {
+  it('rolls back to the previous generation, and not beyond the first', async () => {
     await install()
     await edit('control-plane.nix', 'startLimitIntervalSec = 0;', 'startLimitIntervalSec = 9;')
     await install()
@@ -257,7 +266,7 @@ run(lambda words: (nix_channel(words, root), print(release_of(root))))`,
     const address = (release: string) => `https://channels.nixos.org/nixos-${release}`
     const profile = () => readlink(inRoot('nix/var/nix/profiles/per-user/root/channels'))
 
-    it('comes from another channel, and the former one can be had again', async () => {
+    it('comes from another channel, and can be rolled back', async () => {
       await install()
       assert.equal((await channel('--list')).stdout, `nixos ${address('26.05')}\n26.05\n`)
       assert.equal(await profile(), 'channels-1-link')
@@ -270,7 +279,7 @@ run(lambda words: (nix_channel(words, root), print(release_of(root))))`,
       assert.equal(await profile(), 'channels-1-link')
     })
 
-    it('is not had from a channel that is not there', async () => {
+    it('is not available from a channel that does not exist', async () => {
       await install()
       await channel('--add', address('31.05'), 'nixos')
       const { exitCode, stderr } = await channel('--update', 'nixos')
@@ -282,7 +291,7 @@ run(lambda words: (nix_channel(words, root), print(release_of(root))))`,
       assert.equal(await profile(), 'channels-1-link')
     })
 
-    it('is another system with a kernel at another path, and the former kernel stays', async () => {
+    it('is another system with another kernel, and the former kernel is kept', async () => {
       await install()
       const { stdout, stderr } = await python(
         `from pathlib import Path
@@ -318,7 +327,7 @@ print(json.dumps({
   describe('a switch', () => {
     const service = (text: string) => `[Unit]\nDescription=x\n${text}\n[Service]\nExecStart=/x\n`
     const cases: [what: string, before: string | null, after: string | null, plan: object][] = [
-      ['leaves a unit alone that has not changed', service(''), service(''), {}],
+      ['does not touch a unit that has not changed', service(''), service(''), {}],
       [
         'stops and starts a unit that has changed',
         service(''),
@@ -344,18 +353,13 @@ print(json.dumps({
         { stop: ['u.service'], start: ['u.service'] },
       ],
       [
-        'leaves one alone that forbids restarts',
+        'does not restart a unit that forbids it',
         service(''),
         service('X-RestartIfChanged=false'),
         { skip: ['u.service'] },
       ],
       ['stops a unit that is gone', service(''), null, { stop: ['u.service'] }],
-      [
-        "does not care for a unit's new description",
-        service(''),
-        service('').replace('=x', '=y'),
-        {},
-      ],
+      ["ignores a unit's new description", service(''), service('').replace('=x', '=y'), {}],
     ]
     for (const [what, old, now, expected] of cases) {
       it(what, async () => {
@@ -380,26 +384,6 @@ print(json.dumps({key: names for key, names in todo.items() if names}))`,
     }
   })
 })
-
-/** A machine's configuration, with digests that stand for its keys. */
-async function writeConfiguration(folder: string, name = 'alpha'): Promise<void> {
-  await mkdir(folder, { recursive: true })
-  for (const name of await readdir(join(projectRoot, 'configs'))) {
-    if (name.endsWith('.nix')) await cp(join(projectRoot, 'configs', name), join(folder, name))
-  }
-  const cluster = loadCluster({ env: {} })
-  const secrets = ['ca', 'kubernetes', 'front-proxy-client', 'service-account', name]
-  const digests = Object.fromEntries([
-    ...secrets.map((name) => [`pki/${name}.pem`, name]),
-    ...['kube-controller-manager', 'kube-scheduler', name].map((name) => [
-      `kubeconfigs/${name}.kubeconfig`,
-      name,
-    ]),
-    ['encryption-config.yaml', 'e'],
-  ])
-  const json = clusterJson(cluster, cluster.node(name), ['ssh-ed25519 AAAAtest test'], digests)
-  await writeFile(join(folder, 'cluster.json'), JSON.stringify(json))
-}
 
 /** Layers as on a machine, of which only the names matter here. */
 async function fakeDebian(layers: string): Promise<void> {

@@ -1,9 +1,11 @@
 import assert from 'node:assert/strict'
+import { spawn as spawnProcess } from 'node:child_process'
+import { once } from 'node:events'
 import { writeFile } from 'node:fs/promises'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
-import { loadCluster } from '../../lib/cluster.mts'
+import { spawn as spawnInTerminal } from 'node-pty'
 import { becomes } from '../../lib/wait.mts'
-import { type FakeApiServer, nodeList, startFakeApiServer } from '../api-server.mts'
+import { type FakeApiServer, failure, nodeList, startFakeApiServer } from '../api-server.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 import { HollowMachines } from '../hollow-machines.mts'
 import { noQemu } from '../idle-qemu.mts'
@@ -16,13 +18,15 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
   let checkout: Checkout
   let api: FakeApiServer
   let machines: HollowMachines
-  const consoleSays = (name: string, text: string) =>
+  const setConsole = (name: string, text: string) =>
     writeFile(checkout.path('images', `${name}-console.log`), text)
 
   before(async () => {
     checkout = await makeCheckout()
-    const made = await run(checkout, 'bin/generate-certs.mts')
-    assert.equal(made.exitCode, 0, made.stderr)
+    for (const step of ['certs', 'kubeconfigs']) {
+      const made = await run(checkout, `bin/generate-${step}.mts`)
+      assert.equal(made.exitCode, 0, made.stderr)
+    }
     machines = new HollowMachines(checkout)
     await machines.start(...names)
   })
@@ -41,39 +45,37 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     await api.stop()
     for (const name of names) {
       await machines.reset(name)
-      await consoleSays(name, '')
-      await machines.start(name)
+      await setConsole(name, '')
     }
+    await machines.start(...names)
   })
 
-  const components = (outcome: Outcome) =>
-    JSON.parse(outcome.stdout).components as {
+  const components = ({ stdout }: Outcome) =>
+    JSON.parse(stdout).components as {
       name: string
-      state: string
-      reason: string
       machine: string
+      state: string
+      seconds: number
+      reason: string
     }[]
-  const reasonOf = (outcome: Outcome, name: string) =>
-    components(outcome).find((row) => row.name === name)?.reason
 
-  /**
-   * Lets it give up, and checks what it then says. How much it has seen by that time depends on the
-   * host's speed, so it gets more time if need be.
-   */
-  async function gaveUp(args: string[], check: (outcome: Outcome, seconds: number) => void) {
-    for (const seconds of [4, 20, 80]) {
-      const limit = ['--timeout', String(seconds), '--json']
-      const outcome = await run(checkout, script, [...args, ...limit])
-      try {
-        assert.equal(outcome.exitCode, 1)
-        return check(outcome, seconds)
-      } catch (error) {
-        if (seconds === 80) throw error
-      }
+  /** Starts it and returns once it has printed all of that; it is then ended. */
+  async function prints(args: string[], ...patterns: RegExp[]): Promise<void> {
+    const child = spawnProcess(checkout.path(script), args, { stdio: ['ignore', 'ignore', 'pipe'] })
+    let printed = ''
+    child.stderr.setEncoding('utf8').on('data', (text: string) => {
+      printed += text
+    })
+    const all = () => patterns.every((pattern) => pattern.test(printed))
+    const seen = await becomes(() => all() || child.exitCode !== null, 100)
+    if (child.exitCode === null) {
+      child.kill('SIGTERM')
+      await once(child, 'exit')
     }
+    assert.ok(seen && all(), printed)
   }
 
-  it('ends well when all are active, with a line for each', async () => {
+  it('succeeds when all are active, with a line for each', async () => {
     const { stderr, exitCode } = await run(checkout, script)
     assert.equal(exitCode, 0, stderr)
     for (const name of [
@@ -87,14 +89,10 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
       assert.match(stderr, new RegExp(`^✓ ${name} +active`, 'm'))
     }
     assert.match(stderr, /✓ all are active/)
+    assert.deepEqual([...new Set(api.askedBy)], ['admin'], 'asked the API server as the admin')
   })
 
-  it('asks the API server as the admin', async () => {
-    await run(checkout, script)
-    assert.deepEqual([...new Set(api.askedBy)], ['admin'])
-  })
-
-  it('tells the states as JSON', async () => {
+  it('prints the states as JSON', async () => {
     const outcome = await run(checkout, script, ['--json'])
     assert.equal(JSON.parse(outcome.stdout).ready, true)
     assert.deepEqual(
@@ -110,7 +108,7 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     )
   })
 
-  it('waits for a service that comes later', async () => {
+  it('waits for a service that starts later', async () => {
     await machines.set('alpha', 'broken-etcd')
     const waiting = run(checkout, script)
     await becomes(() => machines.asked('alpha'), 100)
@@ -121,47 +119,72 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     assert.match(stderr, /✓ etcd +active/)
   })
 
-  it('gives up in the end, and says who was missing and why', async () => {
+  it('gives up in the end, and says what is missing and why', async () => {
     await machines.set('alpha', 'ill-kube-scheduler')
     await machines.set('alpha', 'gone-etcd')
+    await machines.set('sigma', 'absent-kubelet')
+    await machines.sshd('gamma').stop()
+    await setConsole('gamma', 'A start job is running for /dev/vda2 (1min / no limit)\r\n')
     api.answers['/readyz'] = { status: 500, body: '[+]ping ok\n[-]etcd failed: reason withheld\n' }
-    await gaveUp([], (outcome, seconds) => {
-      const missing = `not active after ${seconds} s: API server, etcd, scheduler, sigma, gamma`
-      assert.match(outcome.stderr, new RegExp(missing))
-      assert.equal(reasonOf(outcome, 'API server'), 'not ready: etcd')
-      assert.equal(
-        reasonOf(outcome, 'scheduler'),
-        'kube-scheduler is not healthy: HTTP 503 [-]leaderElection failed',
-      )
-      assert.equal(reasonOf(outcome, 'etcd'), 'etcd is not healthy: Connection refused')
-      assert.equal(reasonOf(outcome, 'controller-manager'), '')
-    })
+    // How much it has seen by then depends on the computer's speed.
+    let outcome: Outcome | undefined
+    for (const seconds of [4, 20, 80]) {
+      outcome = await run(checkout, script, ['--timeout', String(seconds), '--json'])
+      assert.equal(outcome.exitCode, 1)
+      assert.match(outcome.stderr, new RegExp(`: not active after ${seconds} s\\n`))
+      if (components(outcome).every(({ reason }) => reason !== 'not asked yet')) break
+    }
+    assert.ok(outcome)
+    const found = new Map(components(outcome).map((row) => [row.name, row]))
+    const reasons = [...found].map(
+      ([name, { reason }]) => [name, reason.replace(/\d{4,}/, 'N')] as const,
+    )
+    const silent =
+      'gamma does not answer ssh: ssh: connect to host 127.0.0.1 port N: Connection refused'
+    assert.deepEqual(reasons, [
+      ['API server', 'not ready: etcd'],
+      ['etcd', 'etcd is not healthy: Connection refused'],
+      ['controller-manager', ''],
+      ['scheduler', 'kube-scheduler is not healthy: HTTP 503 [-]leaderElection failed'],
+      ['sigma', 'the program of kubelet is missing on the machine'],
+      ['gamma', silent],
+    ])
+    const { seconds } = JSON.parse(outcome.stdout)
+    assert.ok((found.get('etcd')?.seconds ?? 0) >= seconds - 1, 'for how long it has been missing')
+    for (const [name, reason] of reasons) {
+      const line = `| ${name}: ${reason.replace(/ N:.*/, '')}`
+      assert.equal(outcome.stderr.includes(line), reason !== '', line)
+    }
+    assert.match(outcome.stderr, /the console of gamma:\n.*A start job is running for \/dev\/vda2/)
+    await machines.stop('gamma')
   })
 
-  it('says when programs are missing on a machine', async () => {
-    await machines.set('sigma', 'absent-kubelet')
-    await gaveUp([], (outcome) => {
-      assert.equal(reasonOf(outcome, 'sigma'), 'the program of kubelet is missing on the machine')
-      assert.equal(reasonOf(outcome, 'gamma'), '')
-    })
+  it('prefers the state of a unit to the port on which nothing listens', async () => {
+    await api.stop()
+    const nothing = /• API server .*nothing listens there/
+    await prints(['alpha'], nothing, /✓ etcd +active/)
+    await machines.set('alpha', 'broken-kube-apiserver')
+    await prints(
+      ['alpha'],
+      /• API server .*kube-apiserver is activating \(auto-restart, exit-code\)/,
+    )
+    await prints(['gamma'], /• gamma .*kubelet runs; the API server does not answer yet/)
+    api = await startFakeApiServer(checkout)
+  })
+
+  it('waits until the workers have registered', async () => {
+    api.answers['/api/v1/nodes'] = { body: nodeList({ sigma: { ready: false } }) }
+    await prints([], /✓ sigma +active/, /• gamma .*kubelet runs, but has not registered/)
   })
 
   it('says when the clock of a machine is why certificates are refused', async () => {
     await machines.set('alpha', 'ahead-730')
-    api.answers['/readyz'] = { status: 401, body: '{"reason":"Unauthorized"}' }
-    const reason = /does not accept the admin certificate .*; the clock of alpha is 730 days ahead/
-    await gaveUp([], (outcome) => assert.match(reasonOf(outcome, 'API server') ?? '', reason))
+    api.answers['/readyz'] = failure(401, 'Unauthorized', 'Unauthorized')
+    const reason = /does not accept the admin certificate; the clock of alpha is 730 days ahead/
+    await prints([], reason, /✓ etcd +active/)
   })
 
-  it('says when Secrets are encrypted with another key than the API server has', async () => {
-    api.answers['/readyz'] = { status: 500, body: '[+]ping ok\n[-]informer-sync failed: 1\n' }
-    const message = 'Internal error occurred: unable to transform key "/registry/secrets/x"'
-    api.answers['/api/v1/secrets'] = { status: 500, body: JSON.stringify({ message }) }
-    const reason = /not ready: Secrets in etcd are encrypted with another key/
-    await gaveUp([], (outcome) => assert.match(reasonOf(outcome, 'API server') ?? '', reason))
-  })
-
-  it('waits for no other machines than those that are named, if any are', async () => {
+  it('waits for the named machines alone, if any are named', async () => {
     await machines.set('alpha', 'broken-etcd')
     await machines.set('gamma', 'broken-kubelet')
     const outcome = await run(checkout, script, ['sigma', '--json'])
@@ -172,71 +195,69 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     )
   })
 
-  it('names an API server that is down while the rest is up', async () => {
-    await api.stop()
-    await gaveUp([], (outcome) => {
-      assert.match(reasonOf(outcome, 'API server') ?? '', /nothing listens there/)
-      assert.equal(reasonOf(outcome, 'etcd'), '')
-    })
-    api = await startFakeApiServer(checkout)
-  })
-
   it('waits with --ready until the workers are Ready', async () => {
-    await gaveUp(['--ready'], (outcome) => {
-      assert.equal(reasonOf(outcome, 'sigma'), 'not Ready: cni plugin not initialized')
-    })
+    await prints(['--ready'], /• sigma .*not Ready: cni plugin not initialized/)
     api.answers['/api/v1/nodes'] = {
       body: nodeList({ sigma: { ready: true }, gamma: { ready: true } }),
     }
     assert.equal((await run(checkout, script, ['--ready'])).exitCode, 0)
   })
 
-  it('names a worker that never comes, with its last console lines', async () => {
-    await machines.sshd('gamma').stop()
-    await consoleSays('gamma', 'A start job is running for /dev/vda2 (1min / no limit)\r\n')
-    await gaveUp([], ({ stderr }, seconds) => {
-      assert.match(stderr, new RegExp(`not active after ${seconds} s: gamma`))
-      assert.match(stderr, /gamma does not answer ssh: .*refused/)
-      assert.match(stderr, /the console of gamma:\n.*A start job is running for \/dev\/vda2/)
-    })
-    await machines.stop('gamma')
-  })
-
   it('gives up at once when a machine does not run', async () => {
     await machines.stop('sigma')
     const { stderr, exitCode } = await run(checkout, script)
     assert.equal(exitCode, 1)
-    assert.match(stderr, /sigma will not come: its QEMU is not running/)
+    assert.match(stderr, /sigma will not start: its QEMU is not running/)
     assert.match(stderr, /hint: +make boot-sigma/)
   })
 
   it('gives up at once when the kernel of a machine has panicked', async () => {
     await machines.sshd('sigma').stop()
-    await consoleSays(
+    await setConsole(
       'sigma',
       '[  3.1] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n',
     )
     const { stderr, exitCode } = await run(checkout, script)
     assert.equal(exitCode, 1)
-    assert.match(stderr, /sigma will not come: Kernel panic - not syncing: VFS/)
+    assert.match(stderr, /sigma will not start: Kernel panic - not syncing: VFS/)
     await machines.stop('sigma')
   })
 
-  it('does not take another cluster for ours', async () => {
-    const other = await makeCheckout()
-    await run(other, 'bin/generate-certs.mts')
-    await api.stop()
-    await other.set({ API_PORT: loadCluster({ root: checkout.root, env: {} }).settings.API_PORT })
-    const stranger = await startFakeApiServer(other)
-    const reason = /not of this cluster's CA/
-    await gaveUp([], (outcome) => assert.match(reasonOf(outcome, 'API server') ?? '', reason))
-    await stranger.stop()
-    await other.remove()
-    api = await startFakeApiServer(checkout)
+  it('ends with the status of the signal after Ctrl-C, and leaves no command behind', async () => {
+    api.answers['/readyz'] = { body: '', held: true }
+    const child = spawnProcess(checkout.path(script), [], { stdio: ['ignore', 'ignore', 'pipe'] })
+    const ended = once(child, 'exit')
+    await becomes(() => api.held.length > 0, 100)
+    child.kill('SIGINT')
+    assert.deepEqual(await ended, [130, null])
+    // With their environments, which name the checkout.
+    const { stdout } = await run(checkout, 'ps', ['axeww'])
+    const left = stdout.split('\n').filter((line) => line.includes(`KUBECONFIG=${checkout.root}`))
+    assert.deepEqual(left, [])
   })
 
-  it('refuses what it does not know', async () => {
-    assert.equal((await run(checkout, script, ['--timeout', 'soon'])).exitCode, 2)
-    assert.equal((await run(checkout, script, ['nobody'])).exitCode, 2)
+  it('redraws its rows in a terminal, and prints plain lines in one that cannot', async () => {
+    const inTerminal = async (TERM: string) => {
+      const env = { ...process.env, TERM } as Record<string, string>
+      const pty = spawnInTerminal(checkout.path(script), [], { cols: 200, rows: 40, env })
+      let printed = ''
+      pty.onData((data) => {
+        printed += data
+      })
+      await new Promise((resolve) => pty.onExit(resolve))
+      return printed
+    }
+    const [live, dumb] = await Promise.all([inTerminal('xterm'), inTerminal('dumb')])
+    assert.ok(live.includes('\x1b[6A'), live)
+    assert.ok(!dumb.includes('\x1b'), dumb)
+    assert.match(dumb, /^✓ gamma +active.*\r\n/m)
+  })
+
+  it('refuses unknown nodes and numbers that are none', async () => {
+    const outcomes = [
+      run(checkout, script, ['--timeout', 'soon']),
+      run(checkout, script, ['nobody']),
+    ]
+    for (const { exitCode } of await Promise.all(outcomes)) assert.equal(exitCode, 2)
   })
 })

@@ -4,12 +4,11 @@ import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { appendFile, chmod, mkdir, open, readFile, writeFile } from 'node:fs/promises'
 import { get as httpGet } from 'node:http'
-import { get as httpsGet } from 'node:https'
+import { get as httpsGet, type RequestOptions } from 'node:https'
 import { dirname, join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import type { Cluster } from '../../lib/cluster.mts'
 import { StepError } from '../../lib/errors.mts'
-import { askApiServer } from '../../lib/kubernetes/api-server.mts'
 import { becomes } from '../../lib/wait.mts'
 import { freePorts, type Outcome, run } from '../checkout.mts'
 import type { Machine } from '../nixos/evaluate.mts'
@@ -23,7 +22,7 @@ import {
   services,
 } from './mapping.mts'
 
-/** Seconds. Alone on two cores each of them takes a few; a busy host has other things to do. */
+/** Seconds. On two idle cores each of them takes a few. */
 const startTimeout = 300
 
 /** A running (or stopped) control plane. Its data and logs stay in `place.root`. */
@@ -33,7 +32,7 @@ export class ControlPlane {
   readonly place: Place
   readonly ports: Ports
   private readonly running = new Map<Service, ChildProcess>()
-  /** Counts starts and stops: a start that another of them has overtaken launches nothing more. */
+  /** Counts starts and stops: a start that a later one has overtaken launches nothing more. */
   private round = 0
 
   private constructor(cluster: Cluster, machine: Machine, place: Place, ports: Ports) {
@@ -74,7 +73,7 @@ export class ControlPlane {
     const { round } = this
     for (const service of services) {
       await this.launch(service, round)
-      // systemd would hold back those after it just so.
+      // As systemd does with those after it.
       if (this.machine.units[service]?.serviceConfig.Type === 'notify') {
         await this.waitUntilReady(service)
       }
@@ -92,9 +91,9 @@ export class ControlPlane {
       if (child.exitCode !== null || child.signalCode !== null) continue
       const ended = once(child, 'exit')
       child.kill('SIGTERM')
-      const patience = setTimeout(() => child.kill('SIGKILL'), 15_000)
+      const limit = setTimeout(() => child.kill('SIGKILL'), 15_000)
       await ended
-      clearTimeout(patience)
+      clearTimeout(limit)
     }
   }
 
@@ -104,27 +103,33 @@ export class ControlPlane {
   }
 
   /**
-   * Whether a service says that it is well.
+   * Asks a service for its health.
    *
-   * @returns undefined if so, else its answer or why there is none
+   * @returns undefined if it is healthy, else its answer or why there is none
    */
   async trouble(service: Service, path = '/readyz'): Promise<string | undefined> {
     try {
-      const { status, body } =
-        service === 'kube-apiserver'
-          ? await askApiServer(this.cluster, path)
-          : await ask(`${this.address(service)}${path}`)
+      const url = `${this.address(service)}${path}`
+      const admin = service === 'kube-apiserver' ? await this.adminCertificate() : {}
+      const { status, body } = await ask(url, admin)
       return status === 200 ? undefined : `HTTP ${status}: ${body.trim()}`
     } catch (error) {
       return error instanceof Error ? error.message : String(error)
     }
   }
 
+  private async adminCertificate(): Promise<RequestOptions> {
+    const [ca, cert, key] = await Promise.all(
+      ['ca', 'admin', 'admin-key'].map((name) => readFile(this.cluster.path('tls', `${name}.pem`))),
+    )
+    return { ca, cert, key, rejectUnauthorized: true }
+  }
+
   /** kubectl with a kubeconfig of the cluster, as on the machine that it is for. */
   kubectl(identity: string, args: readonly string[], input = ''): Promise<Outcome> {
     const { cluster } = this
     const worker = cluster.workers.some(({ name }) => name === identity)
-    // A worker's kubeconfig names the lan address, which is not here; its certificate is asked for.
+    // A worker's kubeconfig has the LAN address, which this computer does not have.
     const here =
       worker || identity === 'kube-proxy'
         ? [
@@ -224,11 +229,12 @@ export class ControlPlane {
   }
 }
 
-/** A GET on loopback. Health ports have certificates that nobody signed. */
-function ask(url: string): Promise<{ status: number; body: string }> {
+/** A GET on loopback. Health ports have self-signed certificates. */
+function ask(url: string, options: RequestOptions): Promise<{ status: number; body: string }> {
   return new Promise((resolve, reject) => {
     const get = url.startsWith('https:') ? httpsGet : httpGet
-    get(url, { rejectUnauthorized: false, agent: false, timeout: 5000 }, (response) => {
+    const limits = { rejectUnauthorized: false, agent: false, timeout: 5000 } as const
+    get(url, { ...limits, ...options }, (response) => {
       text(response).then((body) => resolve({ status: response.statusCode ?? 0, body }), reject)
     }).on('error', reject)
   })

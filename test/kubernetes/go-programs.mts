@@ -69,6 +69,12 @@ export const goModules = {
     programs: { 'local-path-provisioner': 'github.com/rancher/local-path-provisioner' },
     stamp: (version) => ({ 'main.VERSION': `v${version}` }),
   },
+  helm: {
+    folder: 'helm',
+    module: 'helm.sh/helm/v4',
+    programs: { helm: 'helm.sh/helm/v4/cmd/helm' },
+    stamp: (version) => ({ 'helm.sh/helm/v4/internal/version.version': `v${version}` }),
+  },
 } satisfies Record<string, GoModule>
 
 export type GoModuleName = keyof typeof goModules

@@ -13,7 +13,7 @@ export class HollowCluster {
   readonly checkout: Checkout
   readonly cluster: Cluster
   readonly controlPlane: ControlPlane
-  /** Come first on the PATH. */
+  /** They are first on the PATH. */
   readonly programs = new FakePrograms()
   nodes: HollowNodes | undefined
 
@@ -43,7 +43,7 @@ export class HollowCluster {
     await this.checkout.remove()
   }
 
-  /** Adds all workers; they are Ready at once unless it is said otherwise. */
+  /** Adds all workers; they are Ready at once by default. */
   async addNodes(options: { ready?: boolean } = {}): Promise<HollowNodes> {
     this.nodes = await HollowNodes.register(this.cluster)
     if (options.ready !== false) await this.nodes.start()
@@ -85,14 +85,14 @@ export class HollowCluster {
     return JSON.parse(await this.kubectl(['get', ...args, '--output=json'])) as T
   }
 
-  /** @param fate what becomes of pods from now on; all run unless said otherwise */
+  /** @param fate what becomes of pods from now on; all run by default */
   setFate(fate: HollowNodes['fate'] = defaultFate): void {
     if (this.nodes) this.nodes.fate = fate
   }
 
   /**
-   * Lets pods anew wait for a reason, and returns when each of them does so: what a script then
-   * sees does not depend on its patience.
+   * Replaces the pods by ones that wait for a reason, and returns when each of them does: what a
+   * script then sees does not depend on its timeout.
    */
   async letPodsWait(namespace: string, reason: string, message: string): Promise<void> {
     this.setFate(() => ({ reason, message }))

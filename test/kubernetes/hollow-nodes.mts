@@ -5,7 +5,7 @@ import { Agent, request } from 'node:https'
 import { text } from 'node:stream/consumers'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Cluster, Node } from '../../lib/cluster.mts'
-import type { ApiObject } from '../../lib/kubernetes/kubectl.mts'
+import type { ApiObject } from '../../lib/kubectl.mts'
 
 interface HollowPod extends ApiObject {
   metadata: ApiObject['metadata'] & { uid: string }
@@ -16,7 +16,7 @@ interface HollowPod extends ApiObject {
 /** What becomes of a pod: it runs, it ends, or its container waits for a reason. */
 export type Fate = 'Running' | 'Succeeded' | 'Failed' | { reason: string; message: string }
 
-/** Those that are to end do so at once, the others run. */
+/** Pods that are to end do so at once, the others run. */
 export function defaultFate({ spec }: HollowPod): Fate {
   return spec.restartPolicy === 'Never' ? 'Succeeded' : 'Running'
 }
@@ -51,8 +51,9 @@ export class HollowNodes {
     return nodes
   }
 
-  /** Makes all registered nodes Ready, and keeps them so. */
+  /** Makes all registered nodes Ready, and keeps them so. A second call changes nothing. */
   async start(): Promise<void> {
+    if (this.loops.length > 0) return
     await this.beat()
     this.loops.push(
       this.repeat(5000, () => this.beat()),
@@ -60,13 +61,13 @@ export class HollowNodes {
     )
   }
 
-  /** Says something else of a node from now on. @param status fields of its status */
+  /** Reports another status of a node from now on. @param status some of its fields */
   async setStatus(name: string, status: object): Promise<void> {
     this.statuses.set(name, status)
     await this.beat()
   }
 
-  /** Has all say that they are where cluster.env says: nobody asks their kubelets for anything. */
+  /** All nodes report the addresses of cluster.env, where no kubelet listens. */
   async useLanAddresses(): Promise<void> {
     for (const { name, ip } of this.cluster.workers) {
       await this.setStatus(name, { addresses: [{ type: 'InternalIP', address: ip }] })
@@ -79,7 +80,7 @@ export class HollowNodes {
     this.agent.destroy()
   }
 
-  /** One request to the API server. @throws Error for an answer that is none of success */
+  /** One request to the API server. @throws Error unless it succeeds */
   async api<T>(method: string, path: string, body?: object): Promise<T> {
     const type = method === 'PATCH' ? 'strategic-merge-patch+json' : 'json'
     const port = this.cluster.settings.API_PORT
@@ -106,7 +107,7 @@ export class HollowNodes {
     return this.api('POST', '/api/v1/nodes', node)
   }
 
-  /** What a kubelet says again and again, lest its node count as lost. */
+  /** What a kubelet reports regularly, so that its node does not count as lost. */
   private async beat(): Promise<void> {
     const { items } = await this.api<{ items: ApiObject[] }>('GET', '/api/v1/nodes')
     for (const { metadata } of items) {
@@ -116,7 +117,7 @@ export class HollowNodes {
       const status = {
         capacity,
         allocatable: capacity,
-        // Whoever asks for logs finds nobody, and nobody of another network is asked.
+        // A request for logs finds no listener, and none of another network.
         addresses: [{ type: 'InternalIP', address: '127.0.0.1' }],
         daemonEndpoints: { kubeletEndpoint: { Port: 1 } },
         conditions: [{ ...ready, lastHeartbeatTime: now }],
@@ -146,7 +147,10 @@ export class HollowNodes {
   private statusOf(pod: HollowPod, fate: Fate): object {
     const ready = fate === 'Running'
     this.lastAddress += 1
-    const podIP = `${this.cluster.node(pod.spec.nodeName ?? '').podCidr?.replace(/0\/.*/, '')}${this.lastAddress % 250}`
+    // A node that a test has added is not in the cluster of the start.
+    const node = this.cluster.nodes.find(({ name }) => name === pod.spec.nodeName)
+    const range = node?.podCidr ?? '10.200.3.0/24'
+    const podIP = `${range.replace(/0\/.*/, '')}${this.lastAddress % 250}`
     const state =
       typeof fate === 'object'
         ? { waiting: fate }

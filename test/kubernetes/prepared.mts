@@ -1,11 +1,10 @@
 // A control plane of a throwaway checkout: certificates made and configuration staged by the
 // project's own scripts, files placed as on the machine, units evaluated. Ready to start.
 import { execFile } from 'node:child_process'
-import { access, constants, mkdir } from 'node:fs/promises'
+import { access, constants, cp, mkdir } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { promisify } from 'node:util'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
-import { stagedArchive } from '../../lib/staging/staging.mts'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
 import { evaluate } from '../nixos/evaluate.mts'
 import { ControlPlane } from './control-plane.mts'
@@ -67,9 +66,8 @@ export async function prepareControlPlane(
   try {
     const root = checkout.path('machine')
     await mkdir(root)
-    const unpacking = promisify(execFile)('tar', ['-xzf', '-', '-C', root])
-    unpacking.child.stdin?.end(await stagedArchive(cluster, cluster.controlPlane))
-    await unpacking
+    const staged = checkout.path('cloud-init', cluster.controlPlane.name, 'nixos')
+    await cp(staged, root, { recursive: true })
     const machine = await evaluate(join(root, 'etc/nixos/configuration.nix'))
     const controlPlane = await ControlPlane.prepare(cluster, machine, { root, ...tools })
     return { checkout, cluster, controlPlane }

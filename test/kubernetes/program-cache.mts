@@ -14,12 +14,12 @@ export function say(line: string): void {
 }
 
 /**
- * The cache folder that holds `names`, after making those that are missing. Whoever comes while
- * another process makes some waits for it and then finds them.
+ * The cache folder that holds `names`, after creating those that are missing. If another process is
+ * creating some, this waits for it.
  *
  * @param set such as "kubernetes-v1.36.3"
- * @param make puts the missing programs, by their names, into the folder it is given
- * @throws what `make` throws; no part of its work is kept then
+ * @param make puts the missing programs, by their names, into a folder
+ * @throws what `make` throws; nothing of its work is kept then
  */
 export async function cachedPrograms(
   set: string,
@@ -36,7 +36,7 @@ export async function cachedPrograms(
   const makeMissing = async () => {
     const wanted = missing()
     if (wanted.length === 0) return
-    // What an interrupted process left behind is nobody's.
+    // An interrupted process may have left it behind.
     const into = `${folder}.partial`
     await rm(into, { recursive: true, force: true })
     await mkdir(into)
@@ -51,7 +51,7 @@ export async function cachedPrograms(
     }
   }
   const lock = `${folder}.lock`
-  if (existsSync(lock)) say(`waiting for whoever makes ${set} already`)
+  if (existsSync(lock)) say(`waiting for another process that is making ${set}`)
   // An hour is more than a build takes on a slow computer.
   await withLock(lock, `making ${set}`, makeMissing, { wait: 3600 })
   return folder

@@ -1,15 +1,14 @@
-// The Kubernetes programs of cluster.env's version for tests and rehearsal, wherever they can be
-// had: KUBE_BIN_DIR, the cache, the download site, Go. As a script it fetches them beforehand and
-// prints the folder of each set (kubernetes unless said):
-//   node --import tsx test/kubernetes/programs.mts [kubernetes|etcd|coredns|metrics-server|…]...
-import { access, constants } from 'node:fs/promises'
+// The Kubernetes programs of cluster.env's version for tests and rehearsal, from where they are
+// available: KUBE_BIN_DIR, the cache, the download site, Go. As a script it fetches them and prints
+// the folder of each set (kubernetes by default):
+//   node --import tsx test/kubernetes/programs.mts [kubernetes|etcd|coredns|helm|…]...
+import { createHash } from 'node:crypto'
+import { access, constants, readFile } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { $ } from 'zx'
-import { loadCluster } from '../../lib/cluster.mts'
-import { download } from '../../lib/download/download.mts'
-import { type HostProxy, hostProxy } from '../../lib/download/host-proxy.mts'
-import { requestText } from '../../lib/download/http.mts'
-import { describeError, StepError } from '../../lib/errors.mts'
+import { type Cluster, loadCluster } from '../../lib/cluster.mts'
+import { describeError, lastLines, StepError } from '../../lib/errors.mts'
+import { hostEnvironment } from '../../lib/proxy.mts'
 import { type GoModuleName, goBuild, goModules, pinnedVersion } from './go-programs.mts'
 import { architecture, cachedPrograms, say } from './program-cache.mts'
 
@@ -43,8 +42,7 @@ export async function kubernetesPrograms(options: Options = {}): Promise<Program
 
   return orReason(() =>
     cachedPrograms(`kubernetes-v${version}`, names, env, async (missing, into) => {
-      const proxy = hostProxy(cluster, env)
-      const unreachable = await fetchAll(`${site}/release/v${version}`, missing, into, proxy)
+      const unreachable = await fetchAll(cluster, `${site}/release/v${version}`, missing, into, env)
       if (!unreachable) return
       say(`no download: ${unreachable}`)
       await build('kubernetes', { version, names: missing, into, env }, [
@@ -56,9 +54,9 @@ export async function kubernetesPrograms(options: Options = {}): Promise<Program
 }
 
 /**
- * The programs of another Go module: etcd (etcd, etcdctl, etcdutl), coredns, metrics-server or
- * local-path-provisioner, in the version of cluster.env or, for etcd, of its go.mod. Built with Go
- * and cached.
+ * The programs of another Go module: etcd (etcd, etcdctl, etcdutl), coredns, metrics-server,
+ * local-path-provisioner or helm, in the version of cluster.env or, for etcd, of its go.mod. Built
+ * with Go and cached.
  */
 export async function goPrograms(
   name: Exclude<GoModuleName, 'kubernetes'>,
@@ -70,6 +68,7 @@ export async function goPrograms(
     coredns: settings.COREDNS_VERSION,
     'metrics-server': settings.METRICS_SERVER_VERSION,
     'local-path-provisioner': settings.LOCAL_PATH_VERSION,
+    helm: settings.HELM_VERSION,
   }[name]
   if (process.platform !== 'linux') return notLinux
   return orReason(() =>
@@ -81,7 +80,7 @@ export async function goPrograms(
 
 const notLinux = { reason: 'the programs are for Linux, and this computer runs another system' }
 
-/** No way to the programs is open. */
+/** The programs cannot be had here. */
 class Unavailable extends StepError {}
 
 async function orReason(find: () => Promise<string>): Promise<Programs> {
@@ -93,7 +92,7 @@ async function orReason(find: () => Promise<string>): Promise<Programs> {
   }
 }
 
-/** Builds, or says why no way is open: the ways that were tried before, and this one. */
+/** Builds, or throws with all that was tried: before, and now. */
 async function build(
   name: GoModuleName,
   options: Parameters<typeof goBuild>[1],
@@ -142,31 +141,40 @@ async function checkFolder(
 /**
  * Downloads programs and checks them.
  *
- * @returns why that cannot be done here; undefined when all are there
+ * @returns why that is not possible here; undefined when all are there
  * @throws StepError when a download breaks off, or is not what its checksum says
  */
 async function fetchAll(
+  cluster: Cluster,
   release: string,
   names: readonly string[],
   into: string,
-  proxy: HostProxy,
+  env: NodeJS.ProcessEnv,
 ): Promise<string | undefined> {
+  const curl = $({
+    quiet: true,
+    nothrow: true,
+    env: { ...(await hostEnvironment(cluster)), ...env },
+  })
   const url = (name: string) => `${release}/bin/linux/${architecture}/${name}`
   const sums = new Map<string, string>()
   for (const name of names) {
-    try {
-      // Short, as no answer is a usual one where there is no internet.
-      const sum = await requestText(`${url(name)}.sha256`, { proxy, patience: 5_000 })
-      if (sum === undefined) return `there is no ${url(name)}.sha256`
-      sums.set(name, sum.trim().split(/\s+/)[0] ?? '')
-    } catch (error) {
-      if (error instanceof StepError) return error.message
-      throw error
-    }
+    // A short time, as there often is no internet.
+    const sum = await curl`curl -fsSL --connect-timeout 5 --max-time 20 ${url(name)}.sha256`
+    if (sum.exitCode !== 0) return lastLines(sum.stderr, 1)
+    sums.set(name, sum.stdout.trim().split(/\s+/)[0] ?? '')
   }
   say(`downloading ${names.join(', ')} from ${release}`)
   await Promise.all(
-    names.map((name) => download(url(name), join(into, name), { proxy, sha256: sums.get(name) })),
+    names.map(async (name) => {
+      const file = join(into, name)
+      const { exitCode, stderr } = await curl`curl -fsSL --retry 2 -o ${file} ${url(name)}`
+      if (exitCode !== 0) throw new StepError(`${name}: ${lastLines(stderr, 1)}`)
+      const sum = createHash('sha256')
+        .update(await readFile(file))
+        .digest('hex')
+      if (sum !== sums.get(name)) throw new StepError(`the checksum of ${url(name)} does not match`)
+    }),
   )
   return undefined
 }
@@ -176,7 +184,7 @@ if (process.argv[1] === import.meta.filename) {
   try {
     for (const set of sets) {
       if (!isSet(set))
-        throw new StepError(`"${set}" is none of ${Object.keys(goModules).join(', ')}`)
+        throw new StepError(`"${set}" is not one of ${Object.keys(goModules).join(', ')}`)
       const { folder, reason } = await (set === 'kubernetes'
         ? kubernetesPrograms()
         : goPrograms(set))

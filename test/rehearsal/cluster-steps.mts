@@ -1,9 +1,7 @@
-// From machines that answer ssh to a cluster that has passed its checks: what is rehearsed, in this
-// order. One more step is one more line.
-
+// From machines that answer ssh to a cluster that has passed its checks: the steps of a rehearsal.
+import { $ } from 'zx'
 import { describeError } from '../../lib/errors.mts'
 import { formatDuration, formatTable } from '../../lib/format.mts'
-import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
 import { addOnChecks } from './add-on-checks.mts'
 import { dayTwoChecks } from './day-two-checks.mts'
 import { networkChecks } from './network-checks.mts'
@@ -15,23 +13,23 @@ export const clusterSteps: readonly Step[] = [
   ['make network', (rehearsal) => rehearsal.script('install-cilium')],
   ['make wait, until pods can run', (rehearsal) => rehearsal.script('wait-for-cluster', '--ready')],
   ['network checks', networkChecks],
-  ['make all, which goes on from there', (rehearsal) => rehearsal.script('bootstrap-cluster')],
+  ['make all, which continues from there', (rehearsal) => rehearsal.script('bootstrap-cluster')],
   ['add-on checks', addOnChecks],
   ['make smoke', (rehearsal) => rehearsal.script('smoke')],
   ['make test', (rehearsal) => rehearsal.script('test-cluster')],
-  ['make smoke, taken away', (rehearsal) => rehearsal.script('smoke', '--cleanup')],
+  ['make smoke, deleted again', (rehearsal) => rehearsal.script('smoke', '--cleanup')],
   ['make status', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
 
-/** What one does to a cluster that runs, each step on what the one before has left. */
+/** Operations on a running cluster; each step continues with the result of the previous one. */
 export const dayTwoSteps: readonly Step[] = [
   ...dayTwoChecks,
-  ['a worker more, and less', workerCheck],
+  ['a worker is added and removed', workerCheck],
   ['make upgrade of one worker', upgradeCheck],
   ['make status, at the end', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
 
-/** All steps, up to one that fails; then the cluster is shown as it was. */
+/** Runs all steps. If one fails, the state of the cluster is shown. */
 export async function rehearseSteps(rehearsal: Rehearsal, steps: readonly Step[]): Promise<void> {
   try {
     for (const [what, work] of steps) {
@@ -40,12 +38,12 @@ export async function rehearseSteps(rehearsal: Rehearsal, steps: readonly Step[]
     }
   } catch (error) {
     rehearsal.signal.throwIfAborted()
-    await lookAround(rehearsal)
+    await showState(rehearsal)
     throw error
   }
 }
 
-/** Runs the dashboard until the machines' components are active, and tells when each one was. */
+/** Runs the dashboard until the machines' components are active, and shows when each was. */
 export async function waitForComponents(rehearsal: Rehearsal): Promise<void> {
   const { names, nodes } = rehearsal
   const all = nodes.length === rehearsal.cluster.nodes.length
@@ -65,17 +63,16 @@ export async function waitForComponents(rehearsal: Rehearsal): Promise<void> {
   console.log(`\n${formatTable(['component', 'state', 'seen after power-on'], rows)}`)
 }
 
-/** What one would type after a failure. */
-async function lookAround(rehearsal: Rehearsal): Promise<void> {
-  const kubectl = new Kubectl(rehearsal.cluster)
+/** What a person would type after a failure. */
+async function showState(rehearsal: Rehearsal): Promise<void> {
   const commands = [
     ['get', 'pods', '--all-namespaces', '--output=wide'],
     ['get', 'events', '--all-namespaces', '--sort-by=.lastTimestamp'],
   ]
   for (const command of commands) {
     console.error(`\n$ kubectl ${command.join(' ')}`)
-    const { stdout, stderr } = await kubectl.execute(command)
-    console.error(`${stdout}${stderr}`.trimEnd().split('\n').slice(-40).join('\n'))
+    const { stdall } = await $({ nothrow: true, timeout: '60s' })`kubectl ${command}`
+    console.error(stdall.trimEnd().split('\n').slice(-40).join('\n'))
   }
   await rehearsal
     .script('cluster-status', '--timeout=60')

@@ -1,13 +1,12 @@
-// What one does to a cluster that runs, and that nothing is lost by it: snapshots, backups of etcd,
-// a changed setting, a renewed certificate.
+// Operations on a running cluster, and that they lose nothing: snapshots, backups of etcd, a changed
+// setting, a renewed certificate.
 import assert from 'node:assert/strict'
 import { X509Certificate } from 'node:crypto'
 import { readFile, writeFile } from 'node:fs/promises'
+import { $ } from 'zx'
 import type { Node } from '../../lib/cluster.mts'
-import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import { waitForReady } from '../../lib/kubernetes/wait-for-node.mts'
-import { Machine } from '../../lib/machine/machine.mts'
-import { servicesOf } from '../../lib/machine/probes.mts'
+import { servicesOf, waitForReady } from '../../lib/health.mts'
+import { kubectlJson } from '../../lib/kubectl.mts'
 import { waitFor } from '../../lib/wait.mts'
 import { podsTalk } from './pods-talk.mts'
 import type { Rehearsal, Step } from './rehearsal.mts'
@@ -17,42 +16,37 @@ const word = 'swordfish'
 const snapshot = 'day-two'
 
 export const dayTwoChecks: readonly Step[] = [
-  ['make snapshot, things are broken, make restore', snapshotAndRestore],
-  ['make etcd-snapshot, things are deleted, make etcd-restore', backupAndRestore],
+  ['make snapshot, breaking a worker, make restore', snapshotAndRestore],
+  ['make etcd-snapshot, deleting objects, make etcd-restore', backupAndRestore],
   ['make reconfig with a changed setting of a kubelet', changedSetting],
   ['make reconfig with a renewed certificate', renewedCertificate],
 ]
 
 async function snapshotAndRestore(rehearsal: Rehearsal): Promise<void> {
-  const { cluster } = rehearsal
-  const kubectl = new Kubectl(cluster, rehearsal.signal)
   const worker = firstWorker(rehearsal)
-  await makeSecret(kubectl)
+  await makeSecret()
   await rehearsal.script('snapshot', snapshot)
-  await removeNamespace(kubectl)
-  const machine = new Machine(cluster, worker, rehearsal.signal)
-  const healthy = async () => {
-    const { status } = await machine.execute('curl -fs -m 10 http://127.0.0.1:10248/healthz')
-    return status === 0
-  }
-  assert.equal(await healthy(), true, 'the kubelet is not well before anything was broken')
-  // A flag that the kubelet does not know: it ends again and again.
+  await removeNamespace()
+  const healthz = 'curl -fs -m 10 http://127.0.0.1:10248/healthz >/dev/null && echo yes || echo no'
+  const healthy = async () => (await rehearsal.on(worker, healthz)) === 'yes\n'
+  assert.equal(await healthy(), true, 'the kubelet is unhealthy before anything was broken')
+  // A flag that the kubelet does not know: it keeps crashing.
   const breakIt = "sed -i 's/--node-ip=/--no-such-flag=/' /etc/nixos/worker.nix"
   const switchTo = 'nixos-rebuild switch >/dev/null 2>&1 || true'
-  await machine.succeed(`${breakIt}; ${switchTo}`, { timeout: 900 })
-  assert.equal(await healthy(), false, 'the kubelet is well with a flag that it does not know')
+  await rehearsal.on(worker, `${breakIt}; ${switchTo}`, 900)
+  assert.equal(await healthy(), false, 'the kubelet is healthy with a flag that it does not know')
 
   await rehearsal.script('restore', snapshot)
   await settled(rehearsal)
-  await assertSecret(kubectl)
-  await machine.succeed('grep -q -e --node-ip= /etc/nixos/worker.nix')
+  await assertSecret()
+  await rehearsal.on(worker, 'grep -q -e --node-ip= /etc/nixos/worker.nix')
   assert.equal(await healthy(), true)
-  await assertWorks(rehearsal, kubectl)
-  await removeNamespace(kubectl)
+  await assertWorks(rehearsal)
+  await removeNamespace()
   await removeSnapshots(rehearsal)
 }
 
-/** That of the test, and the one that the restore has made of what it overwrote. */
+/** That of the test, and the one that restore took before it overwrote anything. */
 async function removeSnapshots(rehearsal: Rehearsal): Promise<void> {
   const list = JSON.parse(await rehearsal.output('snapshot', '--list', '--json'))
   const names = (list as { name: string }[]).map(({ name }) => name)
@@ -62,22 +56,21 @@ async function removeSnapshots(rehearsal: Rehearsal): Promise<void> {
 }
 
 async function backupAndRestore(rehearsal: Rehearsal): Promise<void> {
-  const kubectl = new Kubectl(rehearsal.cluster, rehearsal.signal)
-  await makeSecret(kubectl)
+  await makeSecret()
   await rehearsal.script('etcd-backup', 'snapshot')
-  await removeNamespace(kubectl)
-  await kubectl.run(['create', 'namespace', `${namespace}-later`])
+  await removeNamespace()
+  await $`kubectl create namespace ${namespace}-later`
   await rehearsal.script('etcd-backup', 'restore')
-  // All who watch the API server have to read anew what they know, all at once.
+  // All clients of the API server have to list and watch again, all at once.
   await settled(rehearsal)
-  await assertSecret(kubectl)
-  assert.equal(await kubectl.exists('namespace', `${namespace}-later`), false)
-  await assertWorks(rehearsal, kubectl)
-  await removeNamespace(kubectl)
+  await assertSecret()
+  const later = await $`kubectl get namespace ${namespace}-later --ignore-not-found --output=name`
+  assert.equal(later.stdout, '')
+  await assertWorks(rehearsal)
+  await removeNamespace()
 }
 
 async function changedSetting(rehearsal: Rehearsal): Promise<void> {
-  const kubectl = new Kubectl(rehearsal.cluster, rehearsal.signal)
   const worker = firstWorker(rehearsal)
   const module = rehearsal.cluster.path('configs', 'worker.nix')
   const text = await readFile(module, 'utf8')
@@ -85,7 +78,7 @@ async function changedSetting(rehearsal: Rehearsal): Promise<void> {
   assert.notEqual(changed, text)
   const path = `/api/v1/nodes/${worker.name}/proxy/configz`
   const limit = async () =>
-    (await kubectl.run(['get', '--raw', path])).match(/"podPidsLimit":(\d+)/)?.[1]
+    (await $`kubectl get --raw ${path}`).stdout.match(/"podPidsLimit":(\d+)/)?.[1]
   assert.equal(await limit(), '4096')
   try {
     await writeFile(module, changed)
@@ -122,10 +115,10 @@ async function renewedCertificate(rehearsal: Rehearsal): Promise<void> {
   await waitForReady(cluster, worker, { timeout: WAIT_TIMEOUT, signal: rehearsal.signal })
 }
 
-/** The serial number of the certificate that a kubelet proves itself with, seen from alpha. */
-async function servedBy({ cluster, signal }: Rehearsal, worker: Node): Promise<string> {
+/** The serial number of the certificate that a kubelet serves, seen from alpha. */
+async function servedBy(rehearsal: Rehearsal, worker: Node): Promise<string> {
   const ask = `curl -sk -m 30 -o /dev/null -w '%{certs}' https://${worker.ip}:10250/healthz`
-  const said = await new Machine(cluster, cluster.controlPlane, signal).succeed(ask)
+  const said = await rehearsal.on(rehearsal.cluster.controlPlane, ask)
   const found = said.match(/-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----/)?.[0]
   assert.ok(found, `no certificate in: ${said}`)
   return new X509Certificate(found).serialNumber
@@ -133,18 +126,19 @@ async function servedBy({ cluster, signal }: Rehearsal, worker: Node): Promise<s
 
 interface Start {
   time: string
-  /** How often systemd has started it again after it had ended by itself. */
+  /** How often systemd has restarted it after a crash. */
   repeats: number
 }
 
-/** "MACHINE UNIT" to its last start, of all that a change might restart. */
-async function startTimes({ cluster, signal }: Rehearsal): Promise<Map<string, Start>> {
+/** "MACHINE UNIT" to its last start, of all units that a change might restart. */
+async function startTimes(rehearsal: Rehearsal): Promise<Map<string, Start>> {
   const found = new Map<string, Start>()
+  const { cluster } = rehearsal
   for (const node of cluster.nodes) {
     const own = servicesOf(cluster, node).map(({ unit }) => unit)
     const units = [...own, 'sshd', 'systemd-networkd', 'systemd-resolved', 'dbus'].join(' ')
     const show = `systemctl show --property=Id,ActiveEnterTimestampMonotonic,NRestarts ${units}`
-    const text = await new Machine(cluster, node, signal).succeed(show)
+    const text = await rehearsal.on(node, show)
     for (const block of text.trim().split(/\n\n+/)) {
       const value = (name: string) => block.match(new RegExp(`^${name}=(.*)$`, 'm'))?.[1] ?? ''
       const repeats = Number(value('NRestarts'))
@@ -155,7 +149,7 @@ async function startTimes({ cluster, signal }: Rehearsal): Promise<Map<string, S
   return found
 }
 
-/** What somebody has restarted. What ended by itself, on a busy host, is not counted. */
+/** The units that were restarted on purpose; a crash on a busy host does not count. */
 function restartedSince(before: Map<string, Start>, after: Map<string, Start>): string[] {
   return [...before].flatMap(([unit, { time, repeats }]) => {
     const now = after.get(unit)
@@ -175,30 +169,28 @@ function settled(rehearsal: Rehearsal): Promise<void> {
   return rehearsal.script('wait-for-cluster', '--ready')
 }
 
-/** The API server is not only there, but what depends on it works. */
-async function assertWorks({ cluster, signal }: Rehearsal, kubectl: Kubectl): Promise<void> {
+/** Not only the API server works, but also what depends on it. */
+async function assertWorks({ cluster, signal }: Rehearsal): Promise<void> {
   const timeout = cluster.settings.WAIT_TIMEOUT
-  await waitFor({ failure: 'the API server is slow to answer', timeout }, async () => {
-    signal.throwIfAborted()
-    const { exitCode, stderr } = await kubectl.execute(['get', 'namespaces', '--output=name'])
+  await waitFor({ failure: 'no answer of the API server', timeout, signal }, async () => {
+    const { exitCode, stderr } = await $({ nothrow: true })`kubectl get namespaces --output=name`
     return exitCode === 0 ? undefined : stderr
   })
-  await podsTalk(cluster, kubectl)
+  await podsTalk(cluster, signal)
 }
 
-async function makeSecret(kubectl: Kubectl): Promise<void> {
-  await kubectl.run(['create', 'namespace', namespace])
-  const literal = `--from-literal=word=${word}`
-  await kubectl.run(['create', 'secret', 'generic', 'kept', `--namespace=${namespace}`, literal])
+async function makeSecret(): Promise<void> {
+  await $`kubectl create namespace ${namespace}`
+  await $`kubectl create secret generic kept --namespace=${namespace} --from-literal=word=${word}`
 }
 
-async function assertSecret(kubectl: Kubectl): Promise<void> {
-  const { data } = await kubectl.get<{ data: { word: string } }>(
-    ...['secret', 'kept', `--namespace=${namespace}`],
+async function assertSecret(): Promise<void> {
+  const { data } = await kubectlJson<{ data: { word: string } }>(
+    ...['get', 'secret', 'kept', `--namespace=${namespace}`],
   )
   assert.equal(Buffer.from(data.word, 'base64').toString(), word)
 }
 
-async function removeNamespace(kubectl: Kubectl): Promise<void> {
-  await kubectl.run(['delete', 'namespace', namespace, '--timeout=300s'], { timeout: 330 })
+async function removeNamespace(): Promise<void> {
+  await $`kubectl delete namespace ${namespace} --timeout=300s`
 }

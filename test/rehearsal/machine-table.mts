@@ -1,9 +1,9 @@
-// What the machines of a rehearsal tell about themselves at its end.
+// The machines of a rehearsal, in a table at its end.
 import { stat } from 'node:fs/promises'
 import type { Node } from '../../lib/cluster.mts'
 import { formatDuration, formatTable } from '../../lib/format.mts'
-import { Machine } from '../../lib/machine/machine.mts'
-import { filesOf } from '../../lib/qemu/machine-files.mts'
+import { filesOf } from '../../lib/qemu.mts'
+import { waitForSystem } from '../../lib/ssh.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
 const header = ['machine', 'state', 'failed units', 'installed in', 'ssh after', 'memory used']
@@ -18,12 +18,12 @@ export async function machineTable(rehearsal: Rehearsal): Promise<string> {
 
 async function rowOf(rehearsal: Rehearsal, node: Node): Promise<string[]> {
   const { cluster, signal } = rehearsal
-  const machine = new Machine(cluster, node, signal)
-  const { state, failedUnits } = await machine.waitForSystem()
+  const { state, failedUnits } = await waitForSystem(cluster, node, { signal })
   const { birthtimeMs, mtimeMs } = await stat(filesOf(cluster, node).installLog)
-  const memory = await machine.succeed("free -m | awk '/^Mem/ { print $3 }'")
+  const memory = await rehearsal.on(node, "free -m | awk '/^Mem/ { print $3 }'")
   // The machine has its time from this computer.
-  const shown = await machine.succeed(
+  const shown = await rehearsal.on(
+    node,
     'systemctl show --timestamp=unix --property=ActiveEnterTimestamp --value sshd',
   )
   const ssh = Number(shown.trim().slice(1)) * 1000 - (await rehearsal.poweredOn(node))

@@ -1,16 +1,15 @@
-// The cluster's network where no script of the project looks: from this computer through the API
-// server to pods, packets as large as they come, and the way out.
+// What no script of the project checks of the network: from this computer through the API server to
+// pods, packets of full size, and the way out.
 import { spawn } from 'node:child_process'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { createInterface } from 'node:readline'
-import { CheckList } from '../../lib/check-list.mts'
-import { contains, parseAddress, parseCidr } from '../../lib/cidr.mts'
+import { $ } from 'zx'
 import { StepError } from '../../lib/errors.mts'
-import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import { withScratchNamespace } from '../../lib/kubernetes/scratch-namespace.mts'
-import { startWebPods, type WebPod, webService } from '../../lib/kubernetes/web-pods.mts'
-import { Machine } from '../../lib/machine/machine.mts'
+import { startWebPods, type WebPod, withScratchNamespace } from '../../lib/pods.mts'
+import { contains, parseAddress, parseCidr } from '../../lib/settings.mts'
+import { CheckList } from './check-list.mts'
+import { webServiceIp } from './pods-talk.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
 const namespace = 'network-checks'
@@ -19,34 +18,31 @@ const timeout = 300
 /** All checks, each a line. @throws StepError at the end if one has failed */
 export async function networkChecks(rehearsal: Rehearsal): Promise<void> {
   const { cluster, signal } = rehearsal
-  const kubectl = new Kubectl(cluster, signal)
-  const list = new CheckList()
-  await withScratchNamespace(cluster, kubectl, { name: namespace, timeout }, async () => {
-    const options = { namespace, workers: cluster.workers, timeout }
-    const pods = await startWebPods(cluster, kubectl, options)
+  const list = new CheckList(signal)
+  await withScratchNamespace(namespace, { timeout, signal }, async () => {
+    const options = { namespace, workers: cluster.workers, timeout, signal }
+    const pods = await startWebPods(cluster, options)
     for (const [what, check] of checks) {
-      await list.check(what, {}, () => check({ rehearsal, kubectl, pods }))
+      await list.check(what, () => check({ rehearsal, pods }))
     }
   })
-  console.error(list.summary())
   list.assertPassed()
 }
 
 interface Place {
   rehearsal: Rehearsal
-  kubectl: Kubectl
   /** One on each worker. */
   pods: readonly WebPod[]
 }
 
 const checks: readonly [what: string, check: (place: Place) => Promise<string | undefined>][] = [
   ['pods have addresses of their own worker', podsInTheirRanges],
-  ['logs are what a pod has written', logs],
-  ['exec passes on what it is given', execWithInput],
+  ['logs are the output of a pod', logs],
+  ['exec passes on its input', execWithInput],
   ['port-forward leads from this computer to a pod', portForward],
-  ['a page comes through the service on every machine', serviceOnMachines],
+  ['every worker reaches the service', serviceOnMachines],
   ['megabytes pass between workers', megabytes],
-  ['pods reach this computer, from their machine’s address', wayOut],
+  ['pods reach this computer, from the address of their machine', wayOut],
 ]
 
 async function podsInTheirRanges({ pods }: Place): Promise<string> {
@@ -59,32 +55,30 @@ async function podsInTheirRanges({ pods }: Place): Promise<string> {
   return pods.map(({ ip }) => ip).join(', ')
 }
 
-async function logs({ kubectl, pods }: Place): Promise<undefined> {
-  for (const { name, succeed } of pods) {
-    await succeed(`echo written by ${name} >/proc/1/fd/1`)
-    const found = await kubectl.run(['logs', name, `--namespace=${namespace}`])
+async function logs({ pods }: Place): Promise<undefined> {
+  for (const { name, run } of pods) {
+    await run(`echo written by ${name} >/proc/1/fd/1`)
+    const found = (await $`kubectl logs ${name} --namespace=${namespace}`).stdout
     expect(found.includes(`written by ${name}\n`), `the log of ${name} is: ${found}`)
   }
 }
 
-async function execWithInput({ kubectl, pods }: Place): Promise<undefined> {
+async function execWithInput({ pods }: Place): Promise<undefined> {
   for (const { name } of pods) {
-    const command = ['exec', '--stdin', `--namespace=${namespace}`, name, '--', 'cat']
     const input = `to ${name}\n`.repeat(10_000)
-    const found = await kubectl.run(command, { input, timeout: 120 })
+    const kubectl = $({ input, timeout: '120s' })
+    const found = (await kubectl`kubectl exec --stdin --namespace=${namespace} ${name} -- cat`)
+      .stdout
     expect(found === input, `${name} gives back ${found.length} of ${input.length} bytes`)
   }
 }
 
-async function portForward({ kubectl, pods }: Place): Promise<undefined> {
+async function portForward({ pods }: Place): Promise<undefined> {
   for (const { name } of pods) {
     const child = spawn(
       'kubectl',
       ['port-forward', `--namespace=${namespace}`, `pod/${name}`, ':8080', '--address=127.0.0.1'],
-      {
-        env: { ...process.env, KUBECONFIG: kubectl.kubeconfig },
-        stdio: ['ignore', 'pipe', 'inherit'],
-      },
+      { env: $.env, stdio: ['ignore', 'pipe', 'inherit'] },
     )
     try {
       let port: string | undefined
@@ -103,11 +97,11 @@ async function portForward({ kubectl, pods }: Place): Promise<undefined> {
   }
 }
 
-async function serviceOnMachines({ rehearsal, kubectl }: Place): Promise<string> {
-  const ip = await webService(kubectl, namespace)
+async function serviceOnMachines({ rehearsal }: Place): Promise<string> {
+  const ip = await webServiceIp(namespace)
   for (const node of rehearsal.cluster.workers) {
-    const machine = new Machine(rehearsal.cluster, node, rehearsal.signal)
-    await machine.succeed(
+    await rehearsal.on(
+      node,
       `for i in 1 2 3 4 5 6; do curl -fsS -m 10 -o /dev/null http://${ip}/; done`,
     )
   }
@@ -118,10 +112,10 @@ async function serviceOnMachines({ rehearsal, kubectl }: Place): Promise<string>
 async function megabytes({ pods }: Place): Promise<undefined> {
   for (const from of pods) {
     // The largest file there is: the program itself.
-    const sum = await from.succeed('httpd -p 8090 -h /bin; md5sum </bin/busybox')
+    const sum = await from.run('httpd -p 8090 -h /bin; md5sum </bin/busybox')
     for (const to of pods.filter((pod) => pod !== from)) {
       const url = `http://${from.ip}:8090/busybox`
-      const found = await to.succeed(`wget -q -T 60 -O - ${url} | md5sum`)
+      const found = await to.run(`wget -q -T 60 -O - ${url} | md5sum`)
       expect(found === sum, `${to.name} gets another file from ${from.name} than that has`)
     }
   }
@@ -133,8 +127,8 @@ async function wayOut({ pods }: Place): Promise<undefined> {
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
   try {
     const { port } = server.address() as AddressInfo
-    for (const { name, succeed } of pods) {
-      const found = await succeed(`wget -q -T 20 -O - http://10.0.2.2:${port}/`)
+    for (const { name, run } of pods) {
+      const found = await run(`wget -q -T 20 -O - http://10.0.2.2:${port}/`)
       expect(found === 'from the host', `${name} got: ${found}`)
     }
   } finally {

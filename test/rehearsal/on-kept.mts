@@ -1,7 +1,7 @@
-// Steps of the rehearsal once more, on the machines that `make rehearse KEEP=1` has left running,
-// with the scripts as they are now:
-//   node --import tsx test/rehearsal/on-kept.mts           names the steps
-//   node --import tsx test/rehearsal/on-kept.mts etcd …    does those whose names have these words
+// Repeats steps of the rehearsal on the machines that `make rehearse KEEP=1` has left running, with
+// the present scripts:
+//   node --import tsx test/rehearsal/on-kept.mts           lists the steps
+//   node --import tsx test/rehearsal/on-kept.mts etcd …    runs those whose names contain a word
 import { existsSync } from 'node:fs'
 import { cp } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -29,14 +29,15 @@ try {
 
 async function again(): Promise<void> {
   if (!existsSync(join(rehearsalFolder, 'run'))) {
-    throw new StepError('there is no rehearsal to go on with', { hint: 'make rehearse KEEP=1' })
+    throw new StepError('there is no rehearsal to continue', { hint: 'make rehearse KEEP=1' })
   }
   for (const folder of ['bin', 'lib']) {
     await cp(join(projectRoot, folder), join(rehearsalFolder, folder), { recursive: true })
   }
-  preferOnPath(await machinePrograms())
+  await preferOnPath(await machinePrograms())
   const cluster = loadCluster({ root: rehearsalFolder })
   const rehearsal = new Rehearsal(cluster, cluster.nodes, signal)
+  await rehearsal.enter()
   try {
     await rehearseSteps(rehearsal, steps)
   } finally {

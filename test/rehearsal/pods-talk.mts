@@ -1,35 +1,39 @@
-// Pods on all workers that get pages of each other: with that, whatever a cluster is made of works.
-import type { Cluster } from '../../lib/cluster.mts'
-import type { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import { withScratchNamespace } from '../../lib/kubernetes/scratch-namespace.mts'
-import { startWebPods, type WebPod, webService } from '../../lib/kubernetes/web-pods.mts'
+// Pods on all workers that fetch pages from each other: this needs every part of a cluster.
 
-const namespace = 'pods-talk'
+import type { Cluster } from '../../lib/cluster.mts'
+import { kubectlJson } from '../../lib/kubectl.mts'
+import { startWebPods, type WebPod, withScratchNamespace } from '../../lib/pods.mts'
+
+/** The address of the service "web" of a namespace. */
+export async function webServiceIp(namespace: string): Promise<string> {
+  type Service = { spec: { clusterIP: string } }
+  const found = await kubectlJson<Service>('get', 'service', 'web', `--namespace=${namespace}`)
+  return found.spec.clusterIP
+}
 
 /**
- * Has the scheduler give each worker a pod, and each pod get a page of all pods and of their
- * service, by exec, so that the API server has to reach every kubelet.
+ * Starts a pod on each worker, and lets each fetch a page from all pods and from their service, by
+ * exec, so that the API server has to reach every kubelet.
  *
- * @param look what else there is to see of them
+ * @param check further checks of these pods
  * @throws StepError that says what does not work
  */
 export async function podsTalk(
   cluster: Cluster,
-  kubectl: Kubectl,
-  look: (pods: readonly WebPod[]) => Promise<void> = async () => {},
+  signal: AbortSignal,
+  check: (pods: readonly WebPod[]) => Promise<void> = async () => {},
 ): Promise<void> {
-  const { workers } = cluster
-  const timeout = cluster.settings.WAIT_TIMEOUT
-  await withScratchNamespace(cluster, kubectl, { name: namespace, timeout }, async () => {
-    const pods = await startWebPods(cluster, kubectl, { namespace, workers, timeout })
+  const namespace = 'pods-talk'
+  const limits = { timeout: cluster.settings.WAIT_TIMEOUT, signal }
+  await withScratchNamespace(namespace, limits, async () => {
+    const pods = await startWebPods(cluster, { ...limits, namespace, workers: cluster.workers })
     const pages = pods.map(({ ip }) => `http://${ip}:8080/`)
-    const service = `http://${await webService(kubectl, namespace)}/`
+    const service = `http://${await webServiceIp(namespace)}/`
     for (const pod of pods) {
-      await pod.succeed(`for page in ${pages.join(' ')}; do wget -q -T 30 -O /dev/null $page; done`)
-      // It chooses a pod each time.
-      const often = pods.map(() => service).join(' ')
-      await pod.succeed(`for page in ${often}; do wget -q -T 30 -O /dev/null $page; done`)
+      // The service chooses a pod each time.
+      const urls = [...pages, ...pods.map(() => service)].join(' ')
+      await pod.run(`for url in ${urls}; do wget -q -T 30 -O /dev/null $url; done`)
     }
-    await look(pods)
+    await check(pods)
   })
 }

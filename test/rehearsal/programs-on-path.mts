@@ -1,9 +1,9 @@
-// The programs that a rehearsal brings: those of Kubernetes for its machines, and on this
-// computer's PATH their kubectl and the stand-in for the cilium command.
-import { delimiter, join } from 'node:path'
+// The programs that a rehearsal needs: those of Kubernetes for its machines, and kubectl and Helm on
+// this computer's PATH.
+import { delimiter } from 'node:path'
 import { goPrograms, kubernetesPrograms } from '../kubernetes/programs.mts'
 
-/** Folders of programs for the machines; none, and said why, where Kubernetes cannot be had. */
+/** Folders of programs for the machines; none, with the reason printed, if Kubernetes is missing. */
 export async function machinePrograms(): Promise<string[]> {
   const kubernetes = await kubernetesPrograms()
   if (!kubernetes.folder) {
@@ -12,13 +12,14 @@ export async function machinePrograms(): Promise<string[]> {
   }
   const etcd = await goPrograms('etcd')
   if (etcd.folder) return [kubernetes.folder, etcd.folder]
-  console.error(`! the distribution's etcd has to do: ${etcd.reason}`)
+  console.error(`! etcd of the distribution is used: ${etcd.reason}`)
   return [kubernetes.folder]
 }
 
-/** Puts kubectl of the first folder and the stand-in for cilium before all that is on the PATH. */
-export function preferOnPath(folders: readonly string[]): void {
-  const own = join(import.meta.dirname, 'bin')
-  const path = [own, ...folders.slice(0, 1), process.env.PATH ?? '']
+/** Puts kubectl of the first folder, and Helm, at the beginning of the PATH. */
+export async function preferOnPath(folders: readonly string[]): Promise<void> {
+  const { folder: helm, reason } = await goPrograms('helm')
+  if (!helm) console.error(`! the helm on the PATH is used: ${reason}`)
+  const path = [...folders.slice(0, 1), ...(helm ? [helm] : []), process.env.PATH ?? '']
   process.env.PATH = path.join(delimiter)
 }

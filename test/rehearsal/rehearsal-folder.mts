@@ -1,12 +1,12 @@
 // The folder rehearsal/: a copy of the project with a small cluster of its own, so that a rehearsal
-// changes nothing of a real one and can run beside it.
+// changes nothing of a real one and can run at the same time.
 import { join } from 'node:path'
 import type { Cluster } from '../../lib/cluster.mts'
 import { freePorts, makeCheckout, projectRoot } from '../checkout.mts'
 
 export const rehearsalFolder = join(projectRoot, 'rehearsal')
 
-/** Values that fit machines without KVM on two cores. */
+/** Values for machines without KVM on two cores. */
 export const smallMachines: Record<string, string | number> = {
   CONTROL_PLANE_MEM: 1280,
   CONTROL_PLANE_CPUS: 2,
@@ -18,15 +18,16 @@ export const smallMachines: Record<string, string | number> = {
   BOOT_TIMEOUT: 600,
   WAIT_TIMEOUT: 1200,
   KUBE_LOG_LEVEL: 1,
-  // The stand-in has no Cilium.
+  // Cilium's images are not available: its chart is replaced by one for the bridge plugin.
   KUBE_PROXY_MODE: 'nftables',
+  CILIUM_CHART: join(projectRoot, 'test/charts/cilium'),
 }
 
 /**
- * Makes the folder anew.
+ * Creates the folder; what was in it is deleted.
  *
  * @param cluster the real one, whose nodes the small one has
- * @param iso the stand-in
+ * @param iso of the simulated installer
  */
 export async function makeRehearsalFolder(cluster: Cluster, iso: string): Promise<void> {
   const ports = await freePorts(cluster.nodes.length)

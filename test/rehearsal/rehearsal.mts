@@ -1,16 +1,20 @@
-// A rehearsal that is under way: it runs the scripts of its copy of the project, and notes how long
+// A rehearsal in progress: it runs the scripts of its copy of the project, and measures how long
 // everything takes.
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
+import { $ } from 'zx'
 import type { Cluster, Node } from '../../lib/cluster.mts'
 import { StepError } from '../../lib/errors.mts'
 import { formatDuration, formatTable } from '../../lib/format.mts'
-import { filesOf } from '../../lib/qemu/machine-files.mts'
+import { useCluster } from '../../lib/kubectl.mts'
+import { filesOf } from '../../lib/qemu.mts'
+import { prepareCommands } from '../../lib/script.mts'
+import { connect, remote } from '../../lib/ssh.mts'
 
-/** A part of a rehearsal that can be done for itself. */
+/** A part of a rehearsal. */
 export type Step = readonly [what: string, work: (rehearsal: Rehearsal) => Promise<void>]
 
 export class Rehearsal {
@@ -19,7 +23,7 @@ export class Rehearsal {
   /** The machines that take part. */
   readonly nodes: readonly Node[]
   readonly signal: AbortSignal
-  /** When the first machine was switched on, before any of them was started anew. */
+  /** When the first machine was powered on for the first time. */
   private firstOn = Number.POSITIVE_INFINITY
   private readonly times: { what: string; took: number; ended: number }[] = []
 
@@ -27,6 +31,19 @@ export class Rehearsal {
     this.cluster = cluster
     this.nodes = nodes
     this.signal = signal
+  }
+
+  /** Lets `$`, as in the scripts, run in the copy; kubectl talks to its cluster. */
+  async enter(): Promise<void> {
+    prepareCommands(false)
+    $.cwd = this.cluster.root
+    await useCluster(this.cluster)
+  }
+
+  /** Runs shell text on a machine. @returns its output @throws as `remote` */
+  async on(node: Node, command: string, timeout = 60): Promise<string> {
+    await connect(this.cluster, node, { signal: this.signal })
+    return remote(node, command, { timeout, signal: this.signal })
   }
 
   get names(): string[] {
@@ -48,7 +65,7 @@ export class Rehearsal {
     console.error(`\n$ ./bin/${name}.mts ${args.join(' ')}`)
     const program = join(this.cluster.root, 'bin', `${name}.mts`)
     const child = spawn(program, args, { stdio: ['inherit', output, 'inherit'] })
-    // Ctrl-C reaches both of us; what is sent to this process alone has to be passed on.
+    // Ctrl-C reaches both processes; a signal to this one alone has to be passed on.
     const forward = () => child.kill('SIGTERM')
     process.once('SIGTERM', forward)
     const printed = child.stdout ? text(child.stdout) : ''
@@ -57,11 +74,11 @@ export class Rehearsal {
     if (status === 0) return printed
     throw new StepError(`${name} ended with ${killedBy ?? `status ${status}`}`, {
       log: join(this.cluster.root, 'images'),
-      hint: 'KEEP=1 leaves the machines running, to look around',
+      hint: 'KEEP=1 leaves the machines running',
     })
   }
 
-  /** Does a part of the rehearsal, and notes what it took. */
+  /** Runs a part of the rehearsal and records its duration. */
   async timed<T>(what: string, work: () => Promise<T>): Promise<T> {
     this.signal.throwIfAborted()
     const began = performance.now()
@@ -74,12 +91,12 @@ export class Rehearsal {
     }
   }
 
-  /** Notes the time of something that has just ended. @param took milliseconds */
+  /** Records the duration of something that has just ended. @param took milliseconds */
   note(what: string, took: number): void {
     this.times.push({ what, took, ended: Date.now() })
   }
 
-  /** When the machine was switched on, in milliseconds of the epoch; not at all: Infinity. */
+  /** When the machine was powered on, in milliseconds of the epoch; Infinity if it was not. */
   async poweredOn(node: Node): Promise<number> {
     return stat(filesOf(this.cluster, node).pid).then(
       ({ mtimeMs }) => mtimeMs,

@@ -1,20 +1,20 @@
-// A worker that has no way out but a corporate proxy which intercepts TLS: installed, booted, and
-// looked at whether all that docs/proxy-configuration.md names goes through it. The proxy is a real
-// one, tinyproxy; the internet behind it is ours. `make rehearse-proxy` calls it:
+// A worker behind a corporate proxy that intercepts TLS and is the only way out: it is installed and
+// booted, and everything that docs/proxy-configuration.md names must go through the proxy. The proxy
+// is a real one, tinyproxy; the internet behind it is simulated. `make rehearse-proxy` calls it:
 //   YES=1        install the packages that it needs
 import { type ChildProcess, spawn } from 'node:child_process'
 import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { basename, delimiter, dirname, join } from 'node:path'
 import { which } from 'zx'
-import { CheckList } from '../../lib/check-list.mts'
-import { type Cluster, loadCluster } from '../../lib/cluster.mts'
+import { type Cluster, loadCluster, type Node } from '../../lib/cluster.mts'
 import { describeError, StepError } from '../../lib/errors.mts'
+import { detectHost } from '../../lib/host.mts'
 import { interruption } from '../../lib/interrupt.mts'
-import { Machine } from '../../lib/machine/machine.mts'
-import { detectHost } from '../../lib/qemu/host.mts'
+import { waitFor } from '../../lib/wait.mts'
 import { freePorts, makeCheckout } from '../checkout.mts'
 import { buildIso } from './build-iso.mts'
+import { CheckList } from './check-list.mts'
 import { debianLayer } from './debian-layer.mts'
 import { ensureHostPackages } from './host-packages.mts'
 import { imageArchives } from './images.mts'
@@ -28,7 +28,7 @@ import { smallMachines } from './rehearsal-folder.mts'
 
 const signal = interruption()
 const image = 'registry.k8s.io/behind-the-proxy:1'
-/** The proxy as the machine sees it; on this computer it is elsewhere. */
+/** The proxy's address on the machine. */
 const proxyInside = '10.0.2.100:3128'
 
 try {
@@ -74,9 +74,8 @@ async function rehearse(folder: string): Promise<void> {
   try {
     await cutOff(cluster, folder, `${busybox} nc 127.0.0.1 ${port}`)
     await rehearsal.timed('make all', () => rehearsal.script('bootstrap-cluster', worker.name))
-    await rehearsal.timed('checks', () =>
-      check(new Machine(cluster, worker, signal), internet, { log, port }),
-    )
+    await rehearsal.enter()
+    await rehearsal.timed('checks', () => check(rehearsal, worker, internet, { log, port }))
   } finally {
     await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
     tinyproxy.kill()
@@ -86,62 +85,66 @@ async function rehearse(folder: string): Promise<void> {
 }
 
 async function check(
-  machine: Machine,
+  rehearsal: Rehearsal,
+  worker: Node,
   { visits }: InterceptedInternet,
   { log, port }: { log: string; port: number },
 ): Promise<void> {
   const list = new CheckList(signal)
-  await list.check('nothing leads outside past the proxy', {}, async () => {
+  const run = (command: string, timeout?: number) => rehearsal.on(worker, command, timeout)
+  await list.check('the machine reaches nothing without the proxy', async () => {
     // The host, where the proxy listens on another port.
     const direct = `curl --noproxy '*' --silent --max-time 5 http://10.0.2.2:${port}/`
-    const { status } = await machine.execute(direct)
-    if (status === 0) throw new StepError('the machine reaches this computer directly')
+    if ((await run(`${direct} >/dev/null && echo yes || echo no`)) === 'yes\n')
+      throw new StepError('the machine reaches this computer directly')
     return undefined
   })
-  await list.check('nixos-install asked the binary cache through it', {}, async () =>
+  await list.check('nixos-install reached the binary cache through it', async () =>
     expectVisit(/^\S+ GET https:\/\/cache\.nixos\.org\/nix-cache-info$/),
   )
-  await list.check('a login shell has the proxy', {}, async () => {
-    const env = await machine.succeed('bash --login -c env')
+  await list.check('a login shell has the proxy', async () => {
+    const env = await run('bash --login -c env')
     for (const line of [`https_proxy=http://${proxyInside}`, `http_proxy=http://${proxyInside}`]) {
       if (!env.includes(`${line}\n`)) throw new StepError(`there is no ${line}`, { output: env })
     }
     const no = env.match(/^no_proxy=(.*)$/m)?.[1]?.split(',') ?? []
-    const { LAN_CIDR, K8S_SERVICE_CIDR, K8S_POD_CIDR } = machine.cluster.settings
+    const { LAN_CIDR, K8S_SERVICE_CIDR, K8S_POD_CIDR } = rehearsal.cluster.settings
     for (const own of [LAN_CIDR, K8S_SERVICE_CIDR, K8S_POD_CIDR, '.svc', '.corp.example']) {
       if (!no.includes(own)) throw new StepError(`${own} is not in no_proxy`, { output: env })
     }
     return undefined
   })
-  await list.check('the machine trusts the company CA', {}, async () => {
+  await list.check('the machine trusts the company CA', async () => {
     const fetch = 'curl --fail --silent --show-error --max-time 30 https://registry.k8s.io/'
-    return (await machine.succeed(`bash --login -c '${fetch}'`)).trim()
+    return (await run(`bash --login -c '${fetch}'`)).trim()
   })
-  await list.check('containerd pulls an image through it', {}, async () => {
-    await machine.waitForUnit('containerd')
+  await list.check('containerd pulls an image through it', async () => {
+    await waitFor({ failure: 'containerd is not active', timeout: 300, signal }, async () => {
+      const state = (await run('systemctl is-active containerd || true')).trim()
+      return state === 'active' ? undefined : state
+    })
     // By containerd itself, not by ctr, which has no proxy here.
     const pull = `env --unset=https_proxy --unset=http_proxy ctr images pull --local=false ${image}`
-    await machine.succeed(pull, { timeout: 180 })
+    await run(pull, 180)
     return expectVisit(/^containerd\/\S+ GET https:\/\/registry\.k8s\.io\/v2\/.*\/blobs\/sha256:/)
   })
-  await list.check('tinyproxy has seen them', {}, async () => {
+  await list.check('tinyproxy has logged them', async () => {
     const seen = await readFile(log, 'utf8')
     for (const host of ['cache.nixos.org', 'registry.k8s.io']) {
-      if (!seen.includes(`CONNECT ${host}:443`)) throw new StepError(`nobody asked for ${host}`)
+      if (!seen.includes(`CONNECT ${host}:443`)) throw new StepError(`no request for ${host}`)
     }
     return undefined
   })
-  console.error(`\nproxy: ${list.summary()}`)
   list.assertPassed()
 
   function expectVisit(pattern: RegExp): string {
     const found = visits.find((visit) => pattern.test(visit))
-    if (!found) throw new StepError('there was no such visit', { output: visits.join('\n') })
+    if (!found) throw new StepError('there was no such request', { output: visits.join('\n') })
     return found
   }
 }
 
-/** Lets QEMU's outside card lead to the proxy and to nothing else. @param relay a command */
+/** Connects QEMU's outside network to the proxy and to nothing else. @param relay a command */
 async function cutOff(cluster: Cluster, folder: string, relay: string): Promise<void> {
   const { qemu } = await detectHost(cluster)
   const wrapper = join(folder, 'bin', basename(qemu.path))

@@ -1,9 +1,9 @@
-// The rehearsal: the project's own scripts, unchanged, against the stand-in for the NixOS
-// installer. `make rehearse` calls it; its settings are variables, as they are Make's:
+// The rehearsal: the project's own scripts, unchanged, against a simulated NixOS installer.
+// `make rehearse` calls it; its settings are variables, as in Make:
 //   YES=1        install the packages that it needs
-//   NODES=alpha  only these machines; without a worker or the control plane there are no pods
+//   NODES=alpha  only these machines; pods need a worker and the control plane
 //   KEEP=1       leave the machines running in rehearsal/
-//   DAY_TWO=1    go on: snapshots, backups, changed settings, workers that come and go, an upgrade
+//   DAY_TWO=1    continue: snapshots, backups, changed settings, adding and removing workers, upgrade
 //   KUBE_BIN_DIR=FOLDER  Kubernetes programs for the machines; else they are downloaded or built
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
@@ -37,8 +37,8 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   const programs = await machinePrograms()
   const workers = chosen.filter(({ role }) => role === 'worker')
   const whole = chosen.length === real.nodes.length
-  // The other workers are no part of this cluster. (Of a whole one cluster.env tells, which scripts
-  // that add and remove workers have to be able to change.)
+  // The other workers are not part of this cluster. (A whole one is that of cluster.env, which the
+  // scripts that add and remove workers change.)
   const names = workers.map(({ name }) => name).join(' ')
   if (!whole && names !== '') process.env.WORKER_NODES = names
 
@@ -49,35 +49,36 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   const cluster = loadCluster({ root: rehearsalFolder })
   const nodes = chosen.map(({ name }) => cluster.node(name))
   const rehearsal = new Rehearsal(cluster, nodes, signal)
-  rehearsal.note('the stand-in for the ISO', isoTook)
-  preferOnPath(programs)
+  rehearsal.note('simulated installer ISO', isoTook)
+  await preferOnPath(programs)
 
   try {
-    await rehearsal.timed('make all', () =>
+    await rehearsal.timed('make all, up to the machines', () =>
       rehearsal.script('bootstrap-cluster', ...(whole ? ['--until=machines'] : rehearsal.names)),
     )
+    await rehearsal.enter()
     if (programs.length > 0) await waitForComponents(rehearsal)
     if (programs.length > 0 && whole) await rehearseSteps(rehearsal, clusterSteps)
     console.log(`\n${await machineTable(rehearsal)}`)
     if (programs.length > 0 && whole && DAY_TWO) await rehearseSteps(rehearsal, dayTwoSteps)
   } finally {
     console.log(`\n${rehearsal.timeTable()}`)
-    if (KEEP) tellHowToGoOn(whole ? '' : names)
+    if (KEEP) explainHowToContinue(whole ? '' : names)
     else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
   }
   console.error(`\nrehearsed: ${rehearsal.names.join(', ')}`)
 }
 
-/** Machines that an earlier rehearsal has left running. */
+/** Stops machines that an earlier rehearsal has left running. */
 async function endFormer(): Promise<void> {
   if (!existsSync(join(rehearsalFolder, 'run'))) return
   await new Rehearsal(loadCluster({ root: rehearsalFolder }), [], signal).script('shutdown')
 }
 
 /** @param names of the workers, if they are not those of cluster.env */
-function tellHowToGoOn(names: string): void {
+function explainHowToContinue(names: string): void {
   const variable = names === '' ? '' : `export WORKER_NODES='${names}'; `
   console.error(`
-the machines run on: ${variable}cd ${rehearsalFolder} (end them: make down)
+the machines keep running: ${variable}cd ${rehearsalFolder} (stop them: make down)
 kubectl there: export KUBECONFIG=$PWD/configs/admin.kubeconfig`)
 }

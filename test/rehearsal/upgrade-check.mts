@@ -1,7 +1,6 @@
-// A worker brought to the next release of NixOS, with a kernel for which it has to start anew.
+// A worker is upgraded to the next release of NixOS, with a kernel that requires a restart.
 import assert from 'node:assert/strict'
-import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import { Machine } from '../../lib/machine/machine.mts'
+import { kubectlJson } from '../../lib/kubectl.mts'
 import { releaseAfter } from './own-tree.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
@@ -12,19 +11,18 @@ const look = `
   readlink /nix/var/nix/profiles/per-user/root/channels`
 
 export async function upgradeCheck(rehearsal: Rehearsal): Promise<void> {
-  const { cluster, signal } = rehearsal
+  const { cluster } = rehearsal
   const worker = cluster.workers.at(-1)
   assert.ok(worker, 'an upgrade needs a worker')
-  const kubectl = new Kubectl(cluster, signal)
-  const machine = new Machine(cluster, worker, signal)
-  const state = async () => (await machine.succeed(look)).trim().split('\n')
+  const { name } = worker
+  const state = async () => (await rehearsal.on(worker, look)).trim().split('\n')
   const before = await state()
   const release = releaseAfter(cluster.settings.NIXOS_VERSION)
 
   const { NIXOS_VERSION } = process.env
   process.env.NIXOS_VERSION = release
   try {
-    await rehearsal.script('rolling-upgrade', worker.name)
+    await rehearsal.script('rolling-upgrade', name)
   } finally {
     if (NIXOS_VERSION === undefined) delete process.env.NIXOS_VERSION
     else process.env.NIXOS_VERSION = NIXOS_VERSION
@@ -35,7 +33,7 @@ export async function upgradeCheck(rehearsal: Rehearsal): Promise<void> {
   for (const [index, what] of ['release', 'kernel', 'boot', 'channel'].entries()) {
     assert.notEqual(after[index], before[index], `the ${what} is the same`)
   }
-  const { spec } = await kubectl.get<{ spec: { unschedulable?: boolean } }>('node', worker.name)
+  const { spec } = await kubectlJson<{ spec: { unschedulable?: boolean } }>('get', 'node', name)
   assert.equal(spec.unschedulable, undefined)
   await rehearsal.script('wait-for-cluster', '--ready')
 }

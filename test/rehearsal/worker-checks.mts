@@ -1,13 +1,13 @@
-// A worker that is added to a running cluster, takes part in it, and is removed: nothing of it stays.
+// A worker is added to a running cluster, takes part in it, and is removed without a trace.
 import assert from 'node:assert/strict'
 import { readdir, readFile } from 'node:fs/promises'
+import { $ } from 'zx'
 import { type Cluster, loadCluster, type Node } from '../../lib/cluster.mts'
-import type { ApiObject } from '../../lib/kubernetes/kubectl.mts'
-import { Kubectl } from '../../lib/kubernetes/kubectl.mts'
-import type { WebPod } from '../../lib/kubernetes/web-pods.mts'
-import { lanSwitchStatus } from '../../lib/lan/lan-switch.mts'
-import { Machine } from '../../lib/machine/machine.mts'
-import { isRunning } from '../../lib/qemu/vm.mts'
+import { type ApiObject, apply, kubectlJson } from '../../lib/kubectl.mts'
+import { lanSwitchStatus } from '../../lib/lan.mts'
+import { waitForRollout } from '../../lib/pods.mts'
+import { connect, remote } from '../../lib/ssh.mts'
+import { isRunning } from '../../lib/vm.mts'
 import { waitFor } from '../../lib/wait.mts'
 import { podsTalk } from './pods-talk.mts'
 import type { Rehearsal } from './rehearsal.mts'
@@ -17,25 +17,29 @@ const namespace = 'on-delta'
 
 export async function workerCheck(rehearsal: Rehearsal): Promise<void> {
   const { cluster, signal } = rehearsal
-  const kubectl = new Kubectl(cluster, signal)
   const original = await settingsText(cluster)
   await addInTwoAttempts(rehearsal)
 
   const longer = loadCluster({ root: cluster.root })
   const worker = longer.node(name)
-  await assertDescribed(kubectl, worker)
+  await assertDescribed(worker)
   await rehearsal.timed('pods of all workers talk', () =>
-    podsTalk(longer, kubectl, (pods) => fromControlPlane(longer, pods)),
+    podsTalk(longer, signal, (pods) =>
+      fromControlPlane(
+        longer,
+        pods.map(({ ip }) => ip),
+      ),
+    ),
   )
-  await startAppOn(longer, kubectl)
+  await startAppOn(longer)
 
   await rehearsal.timed('make remove-worker', () =>
     rehearsal.script('remove-worker', name, '--purge'),
   )
-  await assertAppElsewhere(longer, kubectl)
-  await assertNothingLeft(rehearsal, { original, longer, worker, kubectl })
+  await assertAppElsewhere(longer)
+  await assertNothingLeft(rehearsal, { original, longer, worker })
   await rehearsal.script('wait-for-cluster', '--ready')
-  await podsTalk(cluster, kubectl)
+  await podsTalk(cluster, signal)
 }
 
 /** The first ends early in the installation, when the worker is in cluster.env already. */
@@ -52,32 +56,32 @@ async function addInTwoAttempts(rehearsal: Rehearsal): Promise<void> {
   const first = await settingsText(cluster)
   assert.match(first, /^WORKER_NODES="\$WORKER_NODES delta"$/m)
   await rehearsal.timed('make add-worker', () => rehearsal.script('add-worker', name))
-  assert.equal(await settingsText(cluster), first, 'the addresses were chosen anew')
+  assert.equal(await settingsText(cluster), first, 'the second attempt has chosen other addresses')
 }
 
 function settingsText(cluster: Cluster): Promise<string> {
   return readFile(cluster.path('cluster.env'), 'utf8')
 }
 
-async function assertDescribed(kubectl: Kubectl, worker: Node): Promise<void> {
-  const { metadata, spec } = await kubectl.get<ApiObject & { spec: { podCIDR?: string } }>(
-    ...['node', name],
+async function assertDescribed(worker: Node): Promise<void> {
+  const { metadata, spec } = await kubectlJson<ApiObject & { spec: { podCIDR?: string } }>(
+    ...['get', 'node', name],
   )
   assert.equal(spec.podCIDR, worker.podCidr)
   assert.equal(metadata.labels?.['node-role.kubernetes.io/worker'], '')
 }
 
-/** The control plane is no node, and reaches pods all the same, as webhooks need it. */
-async function fromControlPlane(longer: Cluster, pods: readonly WebPod[]): Promise<void> {
-  const machine = new Machine(longer, longer.controlPlane)
-  for (const { ip } of pods) {
-    await machine.succeed(`curl -fsS -m 30 -o /dev/null http://${ip}:8080/`)
+/** The control plane is not a node, but webhooks need it to reach pods. */
+async function fromControlPlane(longer: Cluster, ips: readonly string[]): Promise<void> {
+  await connect(longer, longer.controlPlane)
+  for (const ip of ips) {
+    await remote(longer.controlPlane, `curl -fsS -m 30 -o /dev/null http://${ip}:8080/`)
   }
-  await machine.succeed(`ping -c 1 -W 30 ${name}`)
+  await remote(longer.controlPlane, `ping -c 1 -W 30 ${name}`)
 }
 
-/** A pod that is on the worker by choice, not by need. */
-async function startAppOn(longer: Cluster, kubectl: Kubectl): Promise<void> {
+/** A pod that prefers the worker, but can run elsewhere. */
+async function startAppOn(longer: Cluster): Promise<void> {
   const matchExpressions = [{ key: 'kubernetes.io/hostname', operator: 'In', values: [name] }]
   const preferred = [{ weight: 100, preference: { matchExpressions } }]
   const labels = { app: 'wanderer' }
@@ -106,34 +110,33 @@ async function startAppOn(longer: Cluster, kubectl: Kubectl): Promise<void> {
       },
     },
   ]
-  const manifest = objects.map((object) => JSON.stringify(object)).join('\n---\n')
-  await kubectl.apply(manifest, { manager: 'rehearsal' })
+  await apply(objects, { manager: 'rehearsal' })
   const timeout = longer.settings.WAIT_TIMEOUT
-  await kubectl.rollout('deployment/wanderer', { namespace, timeout })
-  assert.deepEqual(await nodesOfApp(kubectl), [name])
+  await waitForRollout('deployment/wanderer', { namespace, timeout })
+  assert.deepEqual(await nodesOfApp(), [name])
 }
 
-async function nodesOfApp(kubectl: Kubectl): Promise<(string | undefined)[]> {
-  const { items } = await kubectl.get<{ items: { spec: { nodeName?: string } }[] }>(
-    ...['pods', `--namespace=${namespace}`],
+async function nodesOfApp(): Promise<(string | undefined)[]> {
+  const { items } = await kubectlJson<{ items: { spec: { nodeName?: string } }[] }>(
+    ...['get', 'pods', `--namespace=${namespace}`],
   )
   return items.map(({ spec }) => spec.nodeName)
 }
 
-async function assertAppElsewhere(longer: Cluster, kubectl: Kubectl): Promise<void> {
+async function assertAppElsewhere(longer: Cluster): Promise<void> {
   const timeout = longer.settings.WAIT_TIMEOUT
-  await kubectl.rollout('deployment/wanderer', { namespace, timeout })
-  const nodes = await nodesOfApp(kubectl)
+  await waitForRollout('deployment/wanderer', { namespace, timeout })
+  const nodes = await nodesOfApp()
   assert.equal(nodes.length, 1)
   assert.notEqual(nodes[0], name)
-  await kubectl.run(['delete', 'namespace', namespace, '--timeout=300s'], { timeout: 330 })
+  await $`kubectl delete namespace ${namespace} --timeout=300s`
 }
 
 async function assertNothingLeft(
-  { cluster, signal }: Rehearsal,
-  was: { original: string; longer: Cluster; worker: Node; kubectl: Kubectl },
+  rehearsal: Rehearsal,
+  { original, longer, worker }: { original: string; longer: Cluster; worker: Node },
 ): Promise<void> {
-  const { original, longer, worker, kubectl } = was
+  const { cluster, signal } = rehearsal
   assert.equal(await settingsText(cluster), original)
   assert.equal(await isRunning(longer, worker), false)
   const status = await lanSwitchStatus(cluster)
@@ -152,21 +155,22 @@ async function assertNothingLeft(
   assert.ok(!known.includes(`:${worker.sshPort} `), known)
 
   for (const node of cluster.nodes) {
-    const machine = new Machine(cluster, node, signal)
-    const found = await machine.succeed(
+    const found = await rehearsal.on(
+      node,
       `grep -rlw ${name} /etc/hosts /etc/nixos /var/lib/kubernetes || true
       ip route show exact ${worker.podCidr}`,
     )
     assert.equal(found, '', `on ${node.name}`)
   }
-  assert.equal(await kubectl.exists('node', name), false)
+  const there = async (...what: string[]) =>
+    (await $`kubectl get ${what} --ignore-not-found --output=name`).stdout
+  assert.equal(await there('node', name), '')
   const onNode = `--field-selector=spec.nodeName=${name}`
-  assert.equal(await kubectl.run(['get', 'pods', '--all-namespaces', onNode, '--output=name']), '')
+  assert.equal(await there('pods', '--all-namespaces', onNode), '')
   // It belongs to the node, and is collected after it.
   const timeout = cluster.settings.WAIT_TIMEOUT
-  await waitFor({ failure: `the lease of ${name} is still there`, timeout }, async () => {
-    signal.throwIfAborted()
-    const there = await kubectl.exists('lease', name, '--namespace=kube-node-lease')
-    return there ? 'not collected yet' : undefined
+  await waitFor({ failure: `the lease of ${name} still exists`, timeout, signal }, async () => {
+    const lease = await there('lease', name, '--namespace=kube-node-lease')
+    return lease ? 'not collected yet' : undefined
   })
 }

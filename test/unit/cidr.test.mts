@@ -7,7 +7,7 @@ import {
   parseAddress,
   parseCidr,
   prefixLength,
-} from '../../lib/cidr.mts'
+} from '../../lib/settings.mts'
 
 function cidr(text: string): Cidr {
   const range = parseCidr(text)

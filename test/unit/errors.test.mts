@@ -1,7 +1,8 @@
 import assert from 'node:assert/strict'
 import { describe, it } from 'node:test'
 import { $ } from 'zx/core'
-import { describeError, knownProblem, StepError } from '../../lib/errors.mts'
+import { describeError, StepError } from '../../lib/errors.mts'
+import { knownProblem } from '../../lib/problems.mts'
 import { prepareCommands } from '../../lib/script.mts'
 
 prepareCommands(false)
@@ -80,10 +81,13 @@ describe('a described error', () => {
   })
 
   it('of a known problem has its reason and its hint', () => {
-    const known = knownProblem('qemu-img info disk', 'Failed to get shared "write" lock')
-    assert.equal(known?.reason, 'another program has this disk open')
-    assert.match(known?.hint ?? '', /make status/)
-    assert.equal(knownProblem('cat disk', 'Failed to get shared "write" lock'), undefined)
+    const known = knownProblem(
+      'kubectl get nodes',
+      'error: x509: certificate signed by unknown authority',
+    )
+    assert.equal(known?.reason, 'the API server has a certificate of another CA than tls/ca.pem')
+    assert.match(known?.hint ?? '', /make reconfig/)
+    assert.equal(knownProblem('qemu-img info', 'x509: unknown'), undefined)
   })
 
   it('of the file system has the path and words instead of a code', () => {

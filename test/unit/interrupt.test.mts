@@ -35,7 +35,7 @@ describe('an interruption', () => {
     end: Promise<unknown[]>
   } {
     const args = [checkout.path('lib/launch.mjs'), checkout.path('bin/sample.mts'), `${cleaning}`]
-    const child = spawn(process.execPath, args)
+    const child = spawn(process.execPath, ['--disable-warning=ExperimentalWarning', ...args])
     let output = ''
     const listeners = new Set<() => void>()
     for (const stream of [child.stdout, child.stderr]) {

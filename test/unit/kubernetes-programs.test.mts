@@ -155,7 +155,10 @@ describe('programs of the download site', { skip }, () => {
   it('are refused when one is not what its checksum says, and nothing is kept', async () => {
     damaged = 'kube-proxy'
     await fakeGo()
-    await assert.rejects(kubernetesPrograms({ env, site }), /kube-proxy is not the expected file/)
+    await assert.rejects(
+      kubernetesPrograms({ env, site }),
+      /the checksum of http:\S+kube-proxy does not match/,
+    )
     assert.deepEqual(await readdir(cache()), [])
     assert.deepEqual(await readdir(join(cache(), '..')), [`kubernetes-v1.36.3-linux-${arch}`])
     assert.equal(existsSync(join(folder, 'calls')), false)
@@ -210,7 +213,7 @@ describe('programs built with Go', { skip }, () => {
     assert.deepEqual((await readdir(cache())).sort(), ['kubectl', 'kubelet'])
   })
 
-  it('do not wait for a process that died while it built', async () => {
+  it('do not wait for a process that was killed while it built', async () => {
     await fakeGo()
     const lock = `${cache()}.lock`
     await mkdir(join(lock, '..'), { recursive: true })
@@ -259,6 +262,7 @@ describe('the go.mod files', () => {
     assert.equal(await pinnedVersion('metrics-server'), settings.METRICS_SERVER_VERSION)
     const localPath = await pinnedVersion('local-path-provisioner')
     assert.equal(localPath, settings.LOCAL_PATH_VERSION)
+    assert.equal(await pinnedVersion('helm'), settings.HELM_VERSION)
   })
 
   it('replace the staging modules of Kubernetes by those of the same release', async () => {

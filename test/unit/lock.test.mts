@@ -7,7 +7,7 @@ import { afterEach, beforeEach, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { StepError } from '../../lib/errors.mts'
 import { locksForChildren, withLock } from '../../lib/lock.mts'
-import { commandLine } from '../../lib/qemu/processes.mts'
+import { commandLine } from '../../lib/processes.mts'
 import { projectRoot, run } from '../checkout.mts'
 
 describe('a lock', () => {

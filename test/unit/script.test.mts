@@ -1,4 +1,6 @@
 import assert from 'node:assert/strict'
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import {
   chmod,
@@ -13,6 +15,7 @@ import {
 } from 'node:fs/promises'
 import { basename, join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { type Checkout, makeCheckout, type Outcome, projectRoot, run } from '../checkout.mts'
 import { missing } from '../tools.mts'
 
@@ -96,7 +99,7 @@ Usage: ./bin/sample.mts [flags] NODE [FILE]
   --name NAME        who
   --fail HOW         end with an error
   --help             show this text
-  --verbose          show every command, and stacks of errors
+  --verbose          print every command as it runs, and stacks of errors
 
 Reads:   cluster.env
 Writes:  nothing
@@ -160,8 +163,66 @@ Examples:
   })
 })
 
-describe('a script with a reader that has seen enough (| head)', () => {
-  it('ends quietly with status 0', async () => {
+describe('the commands of a script', () => {
+  const probe = `${firstLines}
+import { $ } from 'zx/core'
+import { script } from '../lib/script.mts'
+const { args } = script({ does: 'x', reads: [], writes: [], args: 'COMMAND', examples: ['x'] })
+const { stdout } = await $({ input: 'given' })\`sh -c \${args[0] ?? ''}\`
+console.log(JSON.stringify({ stdout }))
+`
+  const ask = async (command: string, env: Record<string, string> = {}, args: string[] = []) => {
+    await writeFile(checkout.path('bin', 'probe.mts'), probe, { mode: 0o755 })
+    const { stdout, stderr } = await run(checkout, 'bin/probe.mts', [command, ...args], {
+      env,
+      cwd: '/',
+    })
+    return { said: JSON.parse(stdout || '{}').stdout, stderr }
+  }
+
+  it("run in the project's folder, with the input that they are given", async () => {
+    const { said } = await ask('pwd -P; cat')
+    assert.equal(said, `${await realpath(checkout.root)}\ngiven`)
+  })
+
+  it('do not see what the caller has set for shells, kubectl, ssh and languages', async () => {
+    const noise = checkout.path('noise.sh')
+    await writeFile(noise, 'echo noise\n')
+    const { said } = await ask('env; ls() { :; }; pwd', {
+      BASH_ENV: noise,
+      ENV: noise,
+      'BASH_FUNC_pwd%%': '() { echo noise; }',
+      KUBECONFIG: '/elsewhere',
+      SSH_AUTH_SOCK: '/elsewhere',
+      LANG: 'de_DE.UTF-8',
+      CDPATH: '/elsewhere',
+      TAR_OPTIONS: '--elsewhere',
+    })
+    assert.doesNotMatch(said, /noise|elsewhere|de_DE/)
+    assert.match(said, /^KUBERC=off$/m)
+    assert.match(said, /^LC_ALL=C$/m)
+  })
+
+  it('are printed with --verbose as they could be pasted', async () => {
+    const { stderr } = await ask(`echo "it's"`, {}, ['--verbose'])
+    const line = stderr.match(/^\$ (sh -c .*)$/m)?.[1] ?? ''
+    assert.equal((await run({ root: '/' }, 'bash', ['-c', line])).stdout, "it's\n")
+  })
+
+  it('are ended together with the script by Ctrl-C', async () => {
+    const file = checkout.path('pid')
+    await writeFile(checkout.path('bin', 'probe.mts'), probe, { mode: 0o755 })
+    const child = spawn(checkout.path('bin', 'probe.mts'), [`echo $$ >'${file}'; exec sleep 60`])
+    const pid = await poll(
+      async () => Number(await readFile(file, 'utf8').catch(() => '')) || undefined,
+    )
+    child.kill('SIGINT')
+    const [status] = await once(child, 'exit')
+    assert.equal(status, 130)
+    await poll(async () => (isAlive(pid) ? undefined : true))
+  })
+
+  it('that write to a closed pipe (| head) end quietly', async () => {
     const { stdout, stderr } = await run(checkout, 'bash', [
       '-c',
       '(./bin/sample.mts --help; echo "status $?" >&2) | head -n 1',
@@ -327,6 +388,23 @@ describe('the scripts of bin/', () => {
     }
   })
 })
+
+async function poll<T>(look: () => Promise<T | undefined>): Promise<T> {
+  for (let attempt = 0; attempt < 100; attempt += 1) {
+    const found = await look()
+    if (found !== undefined) return found
+    await sleep(100)
+  }
+  throw new Error('it did not come')
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    return process.kill(pid, 0)
+  } catch {
+    return false
+  }
+}
 
 function median(values: number[]): number {
   return values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)] ?? Number.NaN

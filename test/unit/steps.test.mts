@@ -57,6 +57,7 @@ ${body}`
   after(() => checkout.remove())
 
   const command = (name: keyof typeof samples) => [
+    '--disable-warning=ExperimentalWarning',
     checkout.path('lib', 'launch.mjs'),
     checkout.path('bin', `${name}.mts`),
   ]

@@ -1,0 +1,216 @@
+// A conversation with a program in a terminal: send what a person would type, wait for what a
+// person would read. After Don Libes's expect, on top of node-pty.
+import { type IPty, spawn as spawnPty } from 'node-pty'
+import { type Explanation, StepError } from './errors.mts'
+import { formatDuration } from './format.mts'
+import { PlainTextStream, Transcript } from './terminal.mts'
+
+export interface SpawnOptions {
+  /** What the program is called in errors; its file name by default. */
+  name?: string
+  cwd?: string
+  env?: Record<string, string | undefined>
+  /** File to which all output is appended as plain text. */
+  transcript?: string
+  /** Lines that errors leave out, such as our own markers. */
+  hidden?: RegExp
+  /** Output that ends every wait at once, and what it means. */
+  fatalPatterns?: readonly { pattern: RegExp; reason: string }[]
+}
+
+export interface WaitOptions {
+  /** Seconds. */
+  timeout: number
+  /** What is awaited, for errors: "the root prompt". The patterns by default. */
+  what?: string
+  /** Ends the wait with its reason. The program keeps running until `close`. */
+  signal?: AbortSignal | undefined
+}
+
+export interface Match {
+  /** Index of the pattern in the list. */
+  index: number
+  /** The matching text, then the pattern's groups. */
+  texts: [string, ...string[]]
+  /** The output between the last match and this one. */
+  before: string
+}
+
+export interface Exit {
+  /** 0 also if a signal ended the program. */
+  exitCode: number
+  signal: number
+}
+
+/** A wait that failed for any reason but an abort. */
+export class ExpectError extends StepError {
+  readonly kind: 'timeout' | 'exit' | 'fatal'
+  /** How the program ended, if it did. */
+  readonly exit: Exit | undefined
+
+  constructor(kind: ExpectError['kind'], reason: string, explanation: Explanation, exit?: Exit) {
+    super(reason, explanation)
+    this.kind = kind
+    this.exit = exit
+  }
+}
+
+/**
+ * Bytes that may be sent before the program has answered. macOS's terminals hold 1024, and writing
+ * to a full one blocks all of Node: no timer fires any more, no Ctrl-C arrives.
+ */
+export const sendLimit = 900
+// More than the output of any command. Output that nothing waited for is dropped beyond it.
+const unreadLimit = 1024 * 1024
+const killAfter = 5000
+
+/** Starts a program in a terminal of its own. */
+export function spawn(file: string, args: readonly string[], options: SpawnOptions = {}): Session {
+  return new Session(file, args, options)
+}
+
+export class Session {
+  /** The beginning of error messages. May change with the current step. */
+  name: string
+  readonly pid: number
+  readonly transcript: Transcript
+  /** Resolves when the program has ended and its last output has been read. */
+  readonly exit: Promise<Exit>
+
+  private readonly pty: IPty
+  private readonly fatalPatterns: NonNullable<SpawnOptions['fatalPatterns']>
+  private readonly plain = new PlainTextStream()
+  private unread = ''
+  private sent = 0
+  private ended: Exit | undefined
+  /** Checks whether the current wait is over. */
+  private check: (() => void) | undefined
+
+  constructor(file: string, args: readonly string[], options: SpawnOptions) {
+    this.name = options.name ?? file
+    this.fatalPatterns = options.fatalPatterns ?? []
+    this.transcript = new Transcript(options.transcript, options.hidden)
+    const { cwd = process.cwd(), env = process.env } = options
+    this.pty = spawnPty(file, [...args], { cols: 200, rows: 50, cwd, env })
+    this.pid = this.pty.pid
+    this.pty.onData((data) => this.receive(data))
+    this.exit = new Promise((resolve) => {
+      this.pty.onExit(({ exitCode, signal = 0 }) => {
+        this.ended = { exitCode, signal }
+        this.transcript.close()
+        this.check?.()
+        resolve(this.ended)
+      })
+    })
+  }
+
+  /** Bytes that may still be sent before the next match. */
+  get room(): number {
+    return sendLimit - this.sent
+  }
+
+  /**
+   * Types `text`; "\n" is the Enter key. It is not written to the transcript.
+   *
+   * @throws RangeError if it has more bytes than `room`
+   */
+  send(text: string): void {
+    const bytes = Buffer.byteLength(text)
+    if (bytes > this.room) throw new RangeError(`${bytes} bytes to send, ${this.room} are free`)
+    this.sent += bytes
+    if (!this.ended) this.pty.write(text)
+  }
+
+  /**
+   * Waits until a pattern matches the output since the last match. If several match, the first one
+   * of the list counts, wherever in the output it is.
+   *
+   * @throws ExpectError on timeout, at the program's end, and for fatal output; the signal's reason
+   */
+  expect(wanted: string | RegExp | (string | RegExp)[], options: WaitOptions): Promise<Match> {
+    const list = [wanted].flat()
+    const patterns = list.map((each) => (typeof each === 'string' ? literal(each) : each))
+    return this.wait({ what: list.join(' or '), ...options }, () => this.take(patterns))
+  }
+
+  /** Waits for the program's end. @throws as `expect`, except for the end */
+  expectExit(options: WaitOptions): Promise<Exit> {
+    return this.wait({ what: 'its end', ...options }, () => this.ended)
+  }
+
+  /** Ends the program with SIGHUP, after 5 s with SIGKILL; resolves when it has ended. */
+  async close(): Promise<Exit> {
+    if (this.ended) return this.ended
+    this.pty.kill('SIGHUP')
+    const force = setTimeout(() => this.pty.kill('SIGKILL'), killAfter)
+    return this.exit.finally(() => clearTimeout(force))
+  }
+
+  private receive(data: string): void {
+    const text = this.plain.push(data)
+    this.unread += text
+    // Not for every piece: slicing copies.
+    if (this.unread.length > 2 * unreadLimit) this.unread = this.unread.slice(-unreadLimit)
+    this.transcript.add(text)
+    this.check?.()
+  }
+
+  private take(patterns: readonly RegExp[]): Match | undefined {
+    for (const [index, pattern] of patterns.entries()) {
+      const found = pattern.exec(this.unread)
+      if (!found) continue
+      const before = this.unread.slice(0, found.index)
+      this.unread = this.unread.slice(found.index + found[0].length)
+      this.sent = 0
+      return { index, texts: [...found] as [string, ...string[]], before }
+    }
+    return undefined
+  }
+
+  /** Waits for one of: result, fatal output, end, abort, timeout; leaves no timer or listener. */
+  private wait<T>(options: WaitOptions & { what: string }, poll: () => T | undefined): Promise<T> {
+    if (this.check) throw new Error('a session waits for one thing at a time')
+    const { what, timeout, signal } = options
+    return new Promise((resolve, reject) => {
+      const settle = (result: { value: T } | { error: unknown }) => {
+        clearTimeout(timer)
+        signal?.removeEventListener('abort', check)
+        this.check = undefined
+        if ('value' in result) resolve(result.value)
+        else reject(result.error)
+      }
+      const fail = (kind: ExpectError['kind'], reason: string) =>
+        settle({ error: this.error(kind, reason) })
+      const check = () => {
+        if (signal?.aborted) return settle({ error: signal.reason })
+        const fatal = this.fatalPatterns.find(({ pattern }) => pattern.test(this.unread))
+        if (fatal) return fail('fatal', `${fatal.reason} while waiting for ${what}`)
+        const value = poll()
+        if (value !== undefined) return settle({ value })
+        if (this.ended) fail('exit', `ended ${endOf(this.ended)} while waiting for ${what}`)
+      }
+      const timer = setTimeout(() => {
+        fail('timeout', `timed out after ${formatDuration(timeout * 1000)} waiting for ${what}`)
+      }, timeout * 1000)
+      this.check = check
+      signal?.addEventListener('abort', check)
+      check()
+    })
+  }
+
+  /** An error with the last output and the path of the transcript. */
+  error(kind: ExpectError['kind'], reason: string): ExpectError {
+    const { path } = this.transcript
+    const explanation = { output: this.transcript.lastLines(), ...(path ? { log: path } : {}) }
+    return new ExpectError(kind, `${this.name}: ${reason}`, explanation, this.ended)
+  }
+}
+
+function literal(text: string): RegExp {
+  return new RegExp(text.replaceAll(/[\\^$.*+?()[\]{}|]/g, '\\$&'))
+}
+
+/** An end in words: "with status 1", "by signal 9". */
+export function endOf({ exitCode, signal }: Exit): string {
+  return signal ? `by signal ${signal}` : `with status ${exitCode}`
+}

@@ -1,0 +1,168 @@
+// The UEFI firmware of the machines: a read-only code image and a template of the variables, the
+// two halves of pflash. They belong together: a 2 MB half does not fit a 4 MB one.
+import { existsSync, realpathSync } from 'node:fs'
+import { open, readdir, readFile, stat } from 'node:fs/promises'
+import { homedir } from 'node:os'
+import { basename, dirname, join } from 'node:path'
+import { StepError } from './errors.mts'
+
+export type Architecture = 'x86_64' | 'aarch64'
+
+export interface FlashImage {
+  path: string
+  format: 'raw' | 'qcow2'
+}
+
+export interface Firmware {
+  code: FlashImage
+  /** The template: each machine gets a copy. */
+  vars: FlashImage
+}
+
+/** Where packages put the pair, for systems that do not describe it in share/qemu/firmware. */
+const knownPlaces: Record<Architecture, readonly string[]> = {
+  x86_64: [
+    '/usr/share/OVMF/OVMF_CODE_4M.fd OVMF_VARS_4M.fd',
+    '/usr/share/edk2/x64/OVMF_CODE.4m.fd OVMF_VARS.4m.fd',
+    '/usr/share/edk2/ovmf/OVMF_CODE_4M.qcow2 OVMF_VARS_4M.qcow2',
+    '/usr/share/qemu/ovmf-x86_64-4m-code.bin ovmf-x86_64-4m-vars.bin',
+    '/usr/share/edk2/ovmf/OVMF_CODE.fd OVMF_VARS.fd',
+    '/usr/share/OVMF/OVMF_CODE.fd OVMF_VARS.fd',
+  ],
+  aarch64: [
+    '/usr/share/AAVMF/AAVMF_CODE.fd AAVMF_VARS.fd',
+    '/usr/share/edk2/aarch64/QEMU_CODE.fd QEMU_VARS.fd',
+    '/usr/share/edk2/aarch64/QEMU_EFI-pflash.raw vars-template-pflash.raw',
+    '/usr/share/qemu/aavmf-aarch64-code.bin aavmf-aarch64-vars.bin',
+  ],
+}
+/** Names in QEMU's own builds, including Homebrew's and Nix's. The i386 is intended. */
+const builtByQemu: Record<Architecture, string> = {
+  x86_64: 'edk2-x86_64-code.fd edk2-i386-vars.fd',
+  aarch64: 'edk2-aarch64-code.fd edk2-arm-vars.fd',
+}
+/** Names of images for Secure Boot, which would refuse the boot loader of NixOS: it is not signed. */
+const secureNames = /sec(ure|boot)|snakeoil|[-._](ms|smm|suse|opensuse)[-._]/i
+
+/**
+ * Finds the firmware: cluster.env's own, else one that a descriptor of QEMU's interop format
+ * (docs/interop/firmware.json) describes, else one in a known place.
+ *
+ * @param search.qemu path of the QEMU program, whose package often contains firmware
+ * @param search.code, search.vars QEMU_FIRMWARE_CODE and QEMU_FIRMWARE_VARS, or empty
+ * @param search.root used as "/"; another in tests
+ * @throws StepError with the places searched, or why cluster.env's own cannot be used
+ */
+export async function findFirmware(search: {
+  arch: Architecture
+  qemu: string
+  code: string
+  vars: string
+  root?: string
+}): Promise<Firmware> {
+  const { arch, qemu, code, vars, root = '/' } = search
+  const at = (path: string) => join(root, path)
+  // share/qemu next to the program, both by its name and where symbolic links lead.
+  const programs = existsSync(qemu) ? [qemu, realpathSync(qemu)] : [qemu]
+  const shares = [...new Set(programs.map((program) => join(dirname(program), '../share/qemu')))]
+  const configHome = process.env.XDG_CONFIG_HOME ?? join(homedir(), '.config')
+  const folders = [
+    ...[`${configHome}/qemu/firmware`, '/etc/qemu/firmware', '/usr/share/qemu/firmware'].map(at),
+    ...shares.map((share) => join(share, 'firmware')),
+  ]
+  const described = (await describedPairs(folders, arch)).map((pair) => {
+    return { ...pair, code: at(pair.code), vars: at(pair.vars) }
+  })
+  if (code || vars) return chosenFirmware(code && at(code), vars && at(vars), described)
+
+  const places = [
+    ...knownPlaces[arch].map(at),
+    ...shares.map((share) => join(share, builtByQemu[arch])),
+  ]
+  const known = places.map((place) => {
+    const [first = '', second = ''] = place.split(/ (?=\S+$)/)
+    return { code: first, vars: join(dirname(first), second), secure: false }
+  })
+  const pairs = [...described, ...known].filter(({ secure }) => !secure)
+  const pair = pairs.find((one) => existsSync(one.code) && existsSync(one.vars))
+  if (pair) return { code: await imageAt(pair.code), vars: await imageAt(pair.vars) }
+  throw new StepError(`no UEFI firmware for ${arch} was found`, {
+    output: ['searched', ...folders, ...pairs.map((one) => one.code)].join('\n'),
+    hint: 'install it (./bin/check-prereqs.mts names the package), or set QEMU_FIRMWARE_CODE and QEMU_FIRMWARE_VARS in cluster.env',
+  })
+}
+
+async function chosenFirmware(code: string, vars: string, described: Pair[]): Promise<Firmware> {
+  const fail = (reason: string, hint = 'remove both variables, and a firmware is searched') => {
+    throw new StepError(reason, { hint })
+  }
+  for (const [name, path] of Object.entries({ CODE: code, VARS: vars })) {
+    const variable = `QEMU_FIRMWARE_${name}`
+    if (!path) fail(`${variable} is not set`, 'CODE and VARS belong together: set both, or neither')
+    const found = await stat(path).catch(() => undefined)
+    if (!found) fail(`${variable} names a file that is not there: ${path}`)
+    if (!found?.isFile()) fail(`${variable} is not a file: ${path}`)
+    const pairs = described.filter((pair) => pair.code === path || pair.vars === path)
+    const bySecureName = [path, realpathSync(path)].some((file) => secureNames.test(basename(file)))
+    if (bySecureName || (pairs.length > 0 && pairs.every(({ secure }) => secure))) {
+      fail(`${variable} is for Secure Boot, with which the machines do not start: ${path}`)
+    }
+  }
+  const image = await imageAt(code)
+  const start = await firstBytes(code)
+  // A firmware volume has this signature; one of variables has this type (UEFI PI, volume 3).
+  const isCode = start.includes('_FVH') && start.toString('hex', 16, 20) !== '8d2bf1ff'
+  if (image.format === 'raw' && !isCode) {
+    fail(`QEMU_FIRMWARE_CODE is not the code of a UEFI firmware: ${code}`)
+  }
+  return { code: image, vars: await imageAt(vars) }
+}
+
+interface Pair {
+  code: string
+  vars: string
+  secure: boolean
+}
+
+/** By the order of the descriptors' names; one in an earlier folder hides those of its name. */
+async function describedPairs(folders: readonly string[], arch: Architecture): Promise<Pair[]> {
+  const files = new Map<string, string>()
+  for (const folder of folders) {
+    for (const name of await readdir(folder).catch(() => [])) {
+      if (name.endsWith('.json') && !files.has(name)) files.set(name, join(folder, name))
+    }
+  }
+  const sorted = [...files.keys()].sort().map((name) => files.get(name) ?? '')
+  const pairs = await Promise.all(sorted.map((file) => pairIn(file, arch)))
+  return pairs.filter((pair) => pair !== undefined)
+}
+
+/** An empty file hides another's descriptor; a broken one is ignored. */
+async function pairIn(file: string, arch: Architecture): Promise<Pair | undefined> {
+  try {
+    const { mapping, targets, features } = JSON.parse(await readFile(file, 'utf8'))
+    if (mapping.device !== 'flash' || (mapping.mode ?? 'split') !== 'split') return undefined
+    const prefix = arch === 'x86_64' ? 'pc-q35-' : 'virt-'
+    const fits = targets.some(
+      (target: { architecture: string; machines: string[] }) =>
+        target.architecture === arch && target.machines.some((type) => type.startsWith(prefix)),
+    )
+    const secure = /secure-boot|requires-smm|enrolled/.test(features.join())
+    const [code, vars] = [mapping.executable.filename, mapping['nvram-template'].filename]
+    return fits && code && vars ? { code, vars, secure } : undefined
+  } catch {
+    return undefined
+  }
+}
+
+/** A flash image with its format, by the four bytes that a qcow2 file begins with (Fedora's do). */
+async function imageAt(path: string): Promise<FlashImage> {
+  const start = await firstBytes(path)
+  return { path, format: start.toString('latin1', 0, 4) === 'QFI\xfb' ? 'qcow2' : 'raw' }
+}
+
+async function firstBytes(path: string): Promise<Buffer> {
+  const file = await open(path)
+  const { buffer, bytesRead } = await file.read(Buffer.alloc(8192)).finally(() => file.close())
+  return buffer.subarray(0, bytesRead)
+}

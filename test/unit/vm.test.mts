@@ -1,0 +1,150 @@
+import assert from 'node:assert/strict'
+import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { chmod, mkdir, mkdtemp, readFile, rm, stat, symlink, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, describe, it } from 'node:test'
+import { type Cluster, loadCluster } from '../../lib/cluster.mts'
+import type { Host } from '../../lib/host.mts'
+import { assertDiskSpace, filesOf, machineState, portsOf, prepareEfiVars } from '../../lib/vm.mts'
+import { type Checkout, makeCheckout } from '../checkout.mts'
+
+describe('a machine', () => {
+  const cluster = loadCluster({ env: {} })
+
+  it('opens a port for ssh and one for the LAN, the control plane also one for the API', () => {
+    const variables = cluster.nodes.map((node) =>
+      portsOf(cluster, node).map(({ variable, port }) => `${variable} ${port}`),
+    )
+    assert.deepEqual(variables, [
+      ['SSH_PORT_alpha 2222', 'LAN_SWITCH_PORT 24110', 'API_PORT 6443'],
+      ['SSH_PORT_sigma 2223', 'LAN_SWITCH_PORT 24111'],
+      ['SSH_PORT_gamma 2224', 'LAN_SWITCH_PORT 24112'],
+    ])
+  })
+
+  it('needs 6 GB of disk space, or less if its disk is smaller', async () => {
+    const free = async () => 8.4 * 2 ** 30
+    const small = loadCluster({ env: { DISK_SIZE: '3' } })
+    await assertDiskSpace(small, small.nodes.slice(0, 2), free, 'linux')
+    await assert.rejects(
+      assertDiskSpace(small, small.nodes, free, 'linux'),
+      /alpha, sigma, gamma need 9 GB, 8\.4 GB are free/,
+    )
+    await assert.rejects(assertDiskSpace(cluster, cluster.nodes, free, 'linux'), /need 18 GB/)
+  })
+
+  it('is not refused for disk space on macOS, which does not count what it can purge', async () => {
+    const warning = await assertDiskSpace(cluster, cluster.nodes, async () => 0, 'darwin')
+    assert.match(warning ?? '', /need 18 GB, 0\.0 GB are free; macOS may free more/)
+  })
+})
+
+describe('whether a machine runs', () => {
+  let checkout: Checkout
+  let cluster: Cluster
+  let qemu: ChildProcess | undefined
+  beforeEach(async () => {
+    checkout = await makeCheckout()
+    cluster = loadCluster({ root: checkout.root })
+    await mkdir(checkout.path('run'))
+  })
+  afterEach(async () => {
+    qemu?.kill('SIGKILL')
+    await checkout.remove()
+  })
+
+  /** Starts a process with the arguments of a QEMU, and notes it in alpha's pid file. */
+  async function start(pidFile: string): Promise<void> {
+    const program = checkout.path('qemu-system-x86_64')
+    await writeFile(program, '#!/bin/sh\nsleep 1000 & wait\n')
+    await chmod(program, 0o755)
+    qemu = spawn(program, ['-pidfile', pidFile, '-name', 'alpha'], {
+      stdio: 'ignore',
+      detached: true,
+    })
+    await once(qemu, 'spawn')
+    const { pid = 0 } = qemu
+    qemu.kill = () => process.kill(-pid, 'SIGKILL')
+    await writeFile(filesOf(cluster, cluster.controlPlane).pid, `${pid}\n`)
+  }
+  const state = () => machineState(cluster, cluster.controlPlane)
+
+  it('is known by the pid file in its arguments', async () => {
+    await start(filesOf(cluster, cluster.controlPlane).pid)
+    assert.deepEqual(await state(), { state: 'running', pid: qemu?.pid, mode: 'boot' })
+  })
+
+  it('is known by the same pid file in another spelling', async () => {
+    await symlink(checkout.root, `${checkout.root}-link`)
+    await start(join(`${checkout.root}-link`, 'run', 'alpha.pid'))
+    assert.deepEqual(await state(), { state: 'running', pid: qemu?.pid, mode: 'boot' })
+  })
+
+  it('is not mistaken for that of another checkout', async () => {
+    const other = join(checkout.root, 'other', 'run')
+    await mkdir(other, { recursive: true })
+    await writeFile(join(other, 'alpha.pid'), '1')
+    await start(join(other, 'alpha.pid'))
+    assert.deepEqual(await state(), { state: 'stopped' })
+  })
+
+  it('is refused as unknown when the path of the pid file cannot be read', async () => {
+    await start('/Users/m??ller/run/alpha.pid')
+    await assert.rejects(state(), /may be alpha: it is a QEMU with a pid file \/Users\/m\?\?ller/)
+  })
+})
+
+describe('the UEFI variables', () => {
+  let checkout: Checkout
+  let cluster: Cluster
+  let folder: string
+  let host: Host
+  beforeEach(async () => {
+    checkout = await makeCheckout()
+    cluster = loadCluster({ root: checkout.root })
+    folder = await mkdtemp(join(tmpdir(), 'vars-'))
+    const template = join(folder, 'vars.fd')
+    await writeFile(template, 'template', { mode: 0o444 })
+    host = {
+      os: 'linux',
+      arch: 'x86_64',
+      accel: 'tcg',
+      qemu: { path: 'qemu', version: '7.2' },
+      firmware: {
+        code: { path: '/none', format: 'raw' },
+        vars: { path: template, format: 'raw' },
+      },
+    }
+    await mkdir(checkout.path('images'))
+  })
+  afterEach(async () => {
+    await checkout.remove()
+    await rm(folder, { recursive: true })
+  })
+
+  it('are a writable copy of the template', async () => {
+    const { efiVars } = filesOf(cluster, cluster.controlPlane)
+    await prepareEfiVars(cluster, cluster.controlPlane, host)
+    assert.equal(await readFile(efiVars, 'utf8'), 'template')
+    assert.equal((await stat(efiVars)).mode & 0o777, 0o600)
+  })
+
+  it('are kept from boot to boot, and replaced for an installation', async () => {
+    const { efiVars } = filesOf(cluster, cluster.controlPlane)
+    await writeFile(efiVars, 'oftheVM!')
+    await prepareEfiVars(cluster, cluster.controlPlane, host)
+    assert.equal(await readFile(efiVars, 'utf8'), 'oftheVM!')
+    await prepareEfiVars(cluster, cluster.controlPlane, host, { fresh: true })
+    assert.equal(await readFile(efiVars, 'utf8'), 'template')
+  })
+
+  it('are replaced, and the old ones kept as .old, when the firmware has another size', async () => {
+    const { efiVars } = filesOf(cluster, cluster.controlPlane)
+    await writeFile(efiVars, 'of a firmware of 2 MB')
+    await prepareEfiVars(cluster, cluster.controlPlane, host)
+    assert.equal(await readFile(efiVars, 'utf8'), 'template')
+    assert.equal(await readFile(`${efiVars}.old`, 'utf8'), 'of a firmware of 2 MB')
+  })
+})
