@@ -73,18 +73,21 @@ async function askAll(signal?: AbortSignal) {
       }),
     ),
     probeApiServer(cluster, limits),
-    find(async () => (await kubectl`kubectl get --raw /version`).json<{ gitVersion: string }>()),
     find(async () => {
-      const output = await kubectl`kubectl get pods --all-namespaces --output=json`
-      return { list: output.json<{ items: Pod[] }>().items.map(podState) }
+      const { stdout } = await kubectl`kubectl get --raw /version`
+      return JSON.parse(stdout) as { gitVersion: string }
+    }),
+    find(async () => {
+      const { stdout } = await kubectl`kubectl get pods --all-namespaces --output=json`
+      return { list: (JSON.parse(stdout) as { items: Pod[] }).items.map(podState) }
     }),
     find(async () => {
       const { stdout } = await kubectl`kubectl top nodes --no-headers`
       return { list: stdout.trim().split('\n').flatMap(usageIn) }
     }),
     find(async () => {
-      const output = await kubectl`kubectl get events --all-namespaces --output=json`
-      const list = output.json<{ items: Event[] }>().items.map(eventState)
+      const { stdout } = await kubectl`kubectl get events --all-namespaces --output=json`
+      const list = (JSON.parse(stdout) as { items: Event[] }).items.map(eventState)
       return { list: list.sort((one, other) => other.at - one.at) }
     }),
   ])

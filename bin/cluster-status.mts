@@ -39,7 +39,7 @@ const [machines, health, tls, lanSwitch] = await Promise.all([
   inspectTls(cluster),
   lanSwitchStatus(cluster, timeout),
 ])
-const { api, nodes, pods, namespaces, troubles } = health.json<Health>()
+const { api, nodes, pods, namespaces, troubles } = JSON.parse(health.stdout) as Health
 const report = {
   ...{ machines, api, nodes, pods },
   local: tls.certificates.map(({ name, daysLeft, problems }) => ({ name, daysLeft, problems })),

@@ -123,11 +123,13 @@ export async function extractKernel(
   if (listing.exitCode !== 0) throw refuse(listing.stderr.trim())
   // Regular files that are not empty: asked for a folder, bsdtar prints all that is in it.
   const isFile = (path: string) =>
-    listing.lines().some((line) => /^-(\S+\s+){4}0*[1-9]/.test(line) && line.endsWith(` ${path}`))
+    listing.stdout
+      .split('\n')
+      .some((line) => /^-(\S+\s+){4}0*[1-9]/.test(line) && line.endsWith(` ${path}`))
 
   const menu = ['EFI/BOOT/grub.cfg', 'EFI/boot/grub.cfg'].find(isFile)
   if (!menu) throw refuse('it has no EFI/BOOT/grub.cfg')
-  const entry = firstEntry(await $`${tar} -xOf ${iso} ${menu}`.text())
+  const entry = firstEntry((await $`${tar} -xOf ${iso} ${menu}`).stdout)
   if (!entry) throw refuse(`its ${menu} starts no kernel`)
   for (const name of ['kernel', 'initrd'] as const) {
     const path = entry[name]

@@ -100,13 +100,12 @@ export function cleanEnvironment(env: NodeJS.ProcessEnv = process.env): NodeJS.P
   const kept = Object.entries(env).filter(([name]) => !unwanted.test(name.replace(/%%$/, '')))
   return {
     ...Object.fromEntries(kept),
-    // Pinned programs; sysctl and lsof of macOS.
     PATH: [env.PATH, join(root, 'tools'), '/usr/sbin', '/sbin'].filter(Boolean).join(delimiter),
     LC_ALL: 'C',
+    CLUSTER_LOCKS: env.CLUSTER_LOCKS ?? '', // marks scripts that are run as commands
     KUBERC: 'off',
     KUBECACHEDIR: join(root, 'run', 'kube-cache'),
-    // macOS's tar would add its own attributes as files.
-    COPYFILE_DISABLE: '1',
+    COPYFILE_DISABLE: '1', // no files with attributes from macOS's tar
   }
 }
 

@@ -116,6 +116,13 @@ describe('cluster-status', { skip: noSshd || noQemu }, () => {
     assert.match(stdout, /✓ everything is healthy\n$/)
   })
 
+  it('is not disturbed by a variable that overrides cluster.env, which it names once', async () => {
+    const env = { WAIT_TIMEOUT: '901' }
+    const outcome = await run(checkout, script, ['--json', '--timeout', '60'], { env })
+    assert.equal(JSON.parse(outcome.stdout || '{}').healthy, true, outcome.stderr)
+    assert.equal(outcome.stderr, '! from the environment instead of cluster.env: WAIT_TIMEOUT\n')
+  })
+
   it('ends quietly when its reader has seen enough', async () => {
     const pipe = `${script} --timeout 60 | head -n 1; echo "\${PIPESTATUS[*]}"`
     const { stdout, stderr } = await run(checkout, 'bash', ['-c', pipe])
