@@ -80,7 +80,12 @@ export function run(
   checkout: Pick<Checkout, 'root'>,
   program: string,
   args: readonly string[] = [],
-  options: { env?: Record<string, string>; cwd?: string; timeout?: number; input?: string } = {},
+  options: {
+    env?: Record<string, string | undefined>
+    cwd?: string
+    timeout?: number
+    input?: string
+  } = {},
 ): Promise<Outcome> {
   const file = program.includes('/') ? join(checkout.root, program) : program
   return new Promise((resolve) => {

@@ -165,7 +165,7 @@ async function fetchAll(
     sums.set(name, sum.stdout.trim().split(/\s+/)[0] ?? '')
   }
   say(`downloading ${names.join(', ')} from ${release}`)
-  await Promise.all(
+  const downloads = await Promise.allSettled(
     names.map(async (name) => {
       const file = join(into, name)
       const { exitCode, stderr } = await curl`curl -fsSL --retry 2 -o ${file} ${url(name)}`
@@ -176,6 +176,8 @@ async function fetchAll(
       if (sum !== sums.get(name)) throw new StepError(`the checksum of ${url(name)} does not match`)
     }),
   )
+  // Only now is no curl left that writes into the folder.
+  for (const download of downloads) if (download.status === 'rejected') throw download.reason
   return undefined
 }
 

@@ -1,5 +1,6 @@
 // The internet as it is behind a proxy that intercepts TLS: a few pages, which it serves itself in
 // the name of their hosts, with a certificate of the company's own CA.
+import { execFileSync } from 'node:child_process'
 import { readFile } from 'node:fs/promises'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { createServer as createTlsServer } from 'node:https'
@@ -79,15 +80,13 @@ export async function startInterceptedInternet(
  * @param name such as "registry.k8s.io/pause:3.10.2"
  * @returns pages by URL
  */
-export async function registryPages(archive: string, name: string): Promise<Map<string, Page>> {
+export function registryPages(archive: string, name: string): Map<string, Page> {
   const [, host, repository, tag] = name.match(/^([^/]+)\/(.+):([^:]+)$/) ?? []
-  const part = async (file: string) => {
-    const body = (
-      await $({ quiet: true, encoding: 'buffer' })`tar -xOf ${archive} ${file}`
-    ).buffer()
+  const part = (file: string) => {
+    const body = execFileSync('tar', ['-xOf', archive, file], { maxBuffer: Infinity })
     return { body, digest: `sha256:${hash(body)}`, size: body.length }
   }
-  const [config, layer] = await Promise.all([part('config.json'), part('layer.tar')])
+  const [config, layer] = [part('config.json'), part('layer.tar')]
   const describe = (mediaType: string, { digest, size }: typeof config) => {
     return { mediaType, digest, size }
   }

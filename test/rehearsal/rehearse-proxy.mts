@@ -51,7 +51,7 @@ async function rehearse(folder: string): Promise<void> {
   const iso = await buildIso()
   const { busybox } = await debianLayer()
   const { archives } = await imageArchives(loadCluster().settings, busybox)
-  const pages = await registryPages(archives[0] ?? '', image)
+  const pages = registryPages(archives[0] ?? '', image)
   pages.set('https://cache.nixos.org/nix-cache-info', { body: 'StoreDir: /nix/store\n' })
   pages.set('https://registry.k8s.io/', { body: 'good day\n' })
   const internet = await startInterceptedInternet(folder, pages)

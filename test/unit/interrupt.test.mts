@@ -4,19 +4,22 @@ import { writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { type Checkout, makeCheckout } from '../checkout.mts'
 
-/** Waits for the signal, then cleans up, as slowly as its argument says. */
+/** Waits for the signal, then cleans up, as slowly as its arguments say. Half a minute takes 1 s. */
 const sample = `
 import { setTimeout as wait } from 'node:timers/promises'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
 
-const { args } = script({ does: '', reads: [], writes: [], args: 'MILLISECONDS', examples: [] })
+const later = globalThis.setTimeout
+globalThis.setTimeout = (work, time) => later(work, time === 30_000 ? 1000 : time)
+const { args } = script({ does: '', reads: [], writes: [], args: 'MILLISECONDS HOW', examples: [] })
 const signal = interruption()
 if (signal !== interruption()) throw new Error('there is one signal only')
 console.log('ready')
 await wait(60_000, undefined, { signal }).catch(() => {})
 console.log('cleaning up')
-await takingTime(() => wait(Number(args[0])))
+const clean = () => wait(Number(args[0]))
+await (args[1] === 'undoing' ? takingTime(clean) : clean())
 console.log('clean')
 signal.throwIfAborted()
 `
@@ -29,13 +32,16 @@ describe('an interruption', () => {
   })
   after(() => checkout.remove())
 
-  function start(cleaning: number): {
+  function start(
+    cleaning: number,
+    how = 'undoing',
+  ): {
     child: ChildProcess
     said: (text: string) => Promise<void>
     end: Promise<unknown[]>
   } {
-    const args = [checkout.path('lib/launch.mjs'), checkout.path('bin/sample.mts'), `${cleaning}`]
-    const child = spawn(process.execPath, ['--disable-warning=ExperimentalWarning', ...args])
+    const [launch, sample] = [checkout.path('lib/launch.mjs'), checkout.path('bin/sample.mts')]
+    const child = spawn(process.execPath, [launch, sample, `${cleaning}`, how])
     let output = ''
     const listeners = new Set<() => void>()
     for (const stream of [child.stdout, child.stderr]) {
@@ -76,12 +82,19 @@ describe('an interruption', () => {
   }
 
   it('lets what undoes something take more than half a minute', async () => {
-    const { child, said, end } = start(31_000)
+    const { child, said, end } = start(1500)
     await said('ready')
     child.kill('SIGINT')
     const [status, , output] = await end
     assert.equal(status, 130)
     assert.match(String(output), /^clean$/m)
+  })
+
+  it('ends a step that does not stop within half a minute', async () => {
+    const { child, said, end } = start(60_000, 'stuck')
+    await said('ready')
+    child.kill('SIGINT')
+    assert.deepEqual(await end, [130, null, 'ready\ncleaning up\n'])
   })
 
   it('a second time ends it at once', async () => {
