@@ -5,26 +5,17 @@ import { existsSync, readFileSync } from 'node:fs'
 import { totalmem } from 'node:os'
 import { $ } from 'zx/core'
 import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
-import { isAddition, type WorkerSettings, withWorker } from '../lib/cluster-env.mts'
 import { describeError, StepError } from '../lib/errors.mts'
 import { writeFileAtomic } from '../lib/files.mts'
 import { formatBytes, formatDuration } from '../lib/format.mts'
-import { waitForNode, waitForReady, waitForServices } from '../lib/health.mts'
+import { waitForReady, waitForServices } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { useCluster } from '../lib/kubectl.mts'
+import { printAndExit, useCluster } from '../lib/kubectl.mts'
 import { withClusterLock } from '../lib/lock.mts'
 import { nodeVariable, reservedFor } from '../lib/nodes.mts'
 import { isPortFree } from '../lib/processes.mts'
 import { runScript, script } from '../lib/script.mts'
-import {
-  type Cidr,
-  kinds,
-  overlap,
-  parseAddress,
-  parseCidr,
-  perNodeVariables,
-  prefixLength,
-} from '../lib/settings.mts'
+import { kinds, overlap, parseAddress, parseCidr, perNodeVariables } from '../lib/settings.mts'
 import { connect, setClocks } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
 import { assertDiskSpace, hasDisk, isRunning } from '../lib/vm.mts'
@@ -48,14 +39,14 @@ route to its pods, and waits until it is Ready. Run again after an interruption,
 const [name = ''] = args
 const before = loadCluster()
 const settingsFile = before.path('cluster.env')
+const addition = `WORKER_NODES="$WORKER_NODES ${name}"`
 const continued =
-  isAddition(readFileSync(settingsFile, 'utf8'), name) &&
+  readFileSync(settingsFile, 'utf8').split('\n').includes(addition) &&
   before.workers.some((node) => node.name === name)
 if (!continued) checkName()
 if (flags['dry-run']) {
-  const text = continued ? '' : withWorker('', await chooseAddresses(before))
-  process.stdout.write(text.trimStart() || `${name} is in cluster.env already\n`)
-  process.exit(0)
+  const lines = continued ? `${name} is in cluster.env already` : await chooseSettings(before)
+  await printAndExit(`${lines}\n`)
 }
 
 const began = performance.now()
@@ -104,7 +95,8 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
   const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
   const wait = (detail: (text: string) => void) => ({ timeout, detail, signal })
   await step(`${name}: services`, (detail) => waitForServices(cluster, node, wait(detail)))
-  await step(`${name}: registered`, (detail) => waitForNode(cluster, node, wait(detail)))
+  const registered = ['--for=create', `--timeout=${timeout}s`]
+  await step(`${name}: registered`, () => $({ signal })`kubectl wait node/${name} ${registered}`)
 
   // 7. Its pod range, and its role, which a kubelet may not give itself. Then the pod network starts.
   const spec = JSON.stringify({ spec: { podCIDR: node.podCidr, podCIDRs: [node.podCidr] } })
@@ -119,19 +111,20 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
 // ── Checks ───────────────────────────────────────────────────────────────────────────────────
 
 function checkName(): void {
-  const refuse = (reason: string, hint: string) => {
-    throw new StepError(reason, { hint, exitCode: 2 })
-  }
-  if (kinds.label.parse(name) === undefined) {
-    refuse(`a node cannot be named "${name}"`, `a name is ${kinds.label.expects}`)
-  }
   const existing = before.nodes.find((node) => node.name === name)
-  if (existing) refuse(`there is already a node "${name}": a ${existing.role}`, 'use another name')
   const of = reservedFor(name)
-  if (of) refuse(`a node cannot be named "${name}", the name of ${of}`, 'use another name')
-  const own = perNodeVariables.map((prefix) => nodeVariable(prefix, name))
-  const set = ['WORKER_NODES', ...own].find((variable) => process.env[variable] !== undefined)
-  if (set) refuse(`${set} is set in the environment and wins over cluster.env`, `unset ${set}`)
+  const own = ['WORKER_NODES', ...perNodeVariables.map((prefix) => nodeVariable(prefix, name))]
+  const set = own.find((variable) => process.env[variable] !== undefined)
+  const unfit = `a node cannot be named "${name}"`
+  const another = 'use another name'
+  for (const [isWrong, reason, hint] of [
+    [!kinds.label.parse(name), unfit, `a name is ${kinds.label.expects}`],
+    [existing, `there is already a node "${name}": a ${existing?.role}`, another],
+    [of, `${unfit}, the name of ${of}`, another],
+    [set, `${set} is set in the environment and wins over cluster.env`, `unset ${set}`],
+  ] as const) {
+    if (isWrong) throw new StepError(reason, { hint, exitCode: 2 })
+  }
 }
 
 /** The API server and all machines must answer: each of them gets something to do. */
@@ -178,38 +171,40 @@ function run(step: string, ...stepArgs: string[]): Promise<void> {
 async function writeSettings(): Promise<Cluster> {
   // Read again: its owner may have changed something while the ISO was downloaded.
   const text = readFileSync(settingsFile, 'utf8')
-  const longer = withWorker(text, await chooseAddresses(before))
+  const longer = `${text}\n${await chooseSettings(before)}\n`
   // Checked as a whole before it is written.
   const cluster = loadCluster({ root: before.root, text: longer })
   const warning = await assertDiskSpace(cluster, [cluster.node(name)])
   if (warning) console.error(`! ${warning}`)
   const needed = cluster.nodes.reduce((sum, { memory }) => sum + memory, 0) * 2 ** 20
+  const [machines, computer] = [needed, totalmem()].map(formatBytes)
   if (needed > totalmem()) {
-    console.error(
-      `! the machines have ${formatBytes(needed)} of memory, this computer ${formatBytes(totalmem())}`,
-    )
+    console.error(`! the machines have ${machines} of memory, this computer ${computer}`)
   }
   await writeFileAtomic(settingsFile, longer)
   return cluster
 }
 
 /**
- * Each time what follows the highest that a node has: ssh port and LAN address (both with a free port
- * on this computer), MAC, and a range for pods of the size of the last worker's.
+ * The worker's block: it appends to WORKER_NODES, so that taking it out restores the file. Each value
+ * follows the highest that a node has: ssh port and LAN address (both with a free port on this
+ * computer), MAC, and a range for pods of the size of the last worker's.
  */
-async function chooseAddresses({ nodes, workers, settings }: Cluster): Promise<WorkerSettings> {
+async function chooseSettings({ nodes, workers, settings }: Cluster): Promise<string> {
+  const [lan, all] = [parseCidr(settings.LAN_CIDR), parseCidr(settings.K8S_POD_CIDR)]
+  if (!lan || !all) throw new Error('loadCluster has checked the ranges')
+
   const highest = Math.max(...nodes.map((node) => node.sshPort))
-  const sshPort = await next([highest], highest + 1, 65535, 1, async (port) => {
+  const sshPort = await search(highest + 1, highest + 1, 65535, async (port) => {
     return port !== settings.API_PORT && (await isPortFree('tcp', port))
   })
   if (!sshPort) throw new StepError(`no port above ${highest} is free for ssh`)
 
-  const lan = rangeOf(settings.LAN_CIDR)
-  const addresses = nodes.map((node) => parseAddress(node.ip) ?? 0)
+  const taken = nodes.map((node) => parseAddress(node.ip) ?? 0)
   // The first and the last address mean the network and everyone in it.
-  const ip = await next(addresses, lan.first + 1, lan.last - 1, 1, async (each) => {
-    const port = settings.LAN_SWITCH_PORT + (each - lan.first)
-    return !addresses.includes(each) && port <= 65535 && (await isPortFree('udp', port))
+  const ip = await search(Math.max(...taken) + 1, lan.first + 1, lan.last - 1, async (address) => {
+    const port = settings.LAN_SWITCH_PORT + (address - lan.first)
+    return !taken.includes(address) && port <= 65535 && (await isPortFree('udp', port))
   })
   if (ip === undefined) {
     throw new StepError(`LAN_CIDR (${lan.text}) has no address left with a free UDP port`, {
@@ -217,58 +212,44 @@ async function chooseAddresses({ nodes, workers, settings }: Cluster): Promise<W
     })
   }
 
-  // The MAC in the LAN is the same with one more in its third byte.
+  // After the vendor a number of three bytes. The MAC in the LAN differs in the byte before.
   const macs = nodes.flatMap(({ mac, lanMac }) => [mac, lanMac])
-  const numbers = nodes.map(({ mac }) => Number.parseInt(mac.replaceAll(':', ''), 16))
-  const vendor = Math.floor(Math.max(...numbers) / 2 ** 24) * 2 ** 24
-  const macOf = (last: number) =>
-    (vendor + last)
-      .toString(16)
-      .padStart(12, '0')
-      .replace(/..(?!$)/g, '$&:')
-  const last = await next([Math.max(...numbers) - vendor], 0, 2 ** 24 - 1, 1, (each) => {
-    return !macs.includes(macOf(each))
-  })
+  const highestMac = nodes.reduce((most, { mac }) => (mac > most ? mac : most), '')
+  const macOf = (number: number) =>
+    highestMac.slice(0, 8) + number.toString(16).padStart(6, '0').replace(/../g, ':$&')
+  const number = Number.parseInt(highestMac.slice(9).replaceAll(':', ''), 16)
+  const mac = await search(number + 1, 0, 2 ** 24 - 1, (each) => !macs.includes(macOf(each)))
 
-  const all = rangeOf(settings.K8S_POD_CIDR)
-  const ranges = workers.map(({ podCidr = '' }) => rangeOf(podCidr))
-  const length =
-    ranges.length > 0 ? prefixLength(ranges.at(-1) ?? all) : Math.max(24, prefixLength(all))
+  const bits = (cidr: string) => Number(cidr.split('/')[1])
+  const length = bits(workers.at(-1)?.podCidr ?? `/${Math.max(24, bits(all.text))}`)
   const size = 2 ** (32 - length)
-  const podCidrOf = (start: number) => rangeOf(`${formatAddress(start)}/${length}`)
+  const podsFrom = (first: number) => {
+    return { text: `${formatAddress(first)}/${length}`, first, last: first + size - 1 }
+  }
+  const ranges = workers.flatMap(({ podCidr }) => parseCidr(podCidr) ?? [])
   // Next to ranges of other sizes a range still starts at a multiple of its size.
-  const starts = ranges.map((range) => range.last - (range.last % size))
-  const pods = await next(starts, all.first, all.last - size + 1, size, (start) => {
-    return !ranges.some((range) => overlap(range, podCidrOf(start)))
-  })
+  const start = Math.max(all.first, ...ranges.map(({ last }) => last - (last % size) + size))
+  const fits = (first: number) => !ranges.some((range) => overlap(range, podsFrom(first)))
+  const pods = await search(start, all.first, all.last - size + 1, fits, size)
   if (pods === undefined) {
     throw new StepError(`K8S_POD_CIDR (${all.text}) has no room for another /${length}`, {
       hint: 'each worker has a range of its own in it: POD_CIDR_… in cluster.env',
     })
   }
-  const podCidr = podCidrOf(pods).text
-  return { name, sshPort, ip: formatAddress(ip), mac: macOf(last ?? 0), podCidr }
+
+  const header = `# ── Worker ${name}, by ./bin/add-worker.mts; ./bin/remove-worker.mts takes it out `
+  const values = [sshPort, formatAddress(ip), macOf(mac ?? 0), podsFrom(pods).text]
+  const lines = perNodeVariables.map((each, i) => `${nodeVariable(each, name)}=${values[i]}`)
+  return [header.padEnd(96, '─'), addition, ...lines].join('\n')
 }
 
-/** The first number that fits: from the highest used one to the last, then from the first on. */
-async function next(
-  used: readonly number[],
-  first: number,
-  last: number,
-  step: number,
-  fits: (candidate: number) => boolean | Promise<boolean>,
-): Promise<number | undefined> {
-  const start = used.length > 0 ? Math.max(...used) + step : first
+type Check = (candidate: number) => boolean | Promise<boolean>
+
+/** The first number that fits: from `start` to the last, then from the first on. */
+async function search(start: number, first: number, last: number, fits: Check, step = 1) {
   for (let each = start; each <= last; each += step) if (await fits(each)) return each
   for (let each = first; each < start; each += step) if (await fits(each)) return each
   return undefined
-}
-
-/** The ranges of a cluster have been checked when it was loaded. */
-function rangeOf(text: string): Cidr {
-  const range = parseCidr(text)
-  if (!range) throw new StepError(`"${text}" is not a range of addresses`)
-  return range
 }
 
 function formatAddress(address: number): string {

@@ -32,6 +32,7 @@ these are up. Whatever exists is kept, so that a second run only boots and verif
 
 const cluster = loadCluster()
 const nodes = chooseNodes(cluster, args)
+const names = (of: readonly Node[]) => of.map(({ name }) => name)
 // Some machines alone are not a cluster.
 const { until = args.length > 0 ? 'machines' : 'all' } = flags
 if (args.length > 0 && until !== 'machines') {
@@ -82,12 +83,10 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   await run('deploy-local-storage', '--timeout', timeout)
   await run('deploy-metrics-server', '--timeout', timeout)
 })
-const next: Record<string, string> = {
-  machines: 'make wait, which watches the cluster come up',
-  cluster: 'make dns, make storage, make metrics',
-  all: 'make smoke, and: export KUBECONFIG=configs/admin.kubeconfig',
-}
-console.error(`next: ${next[until]}`)
+let next = 'make smoke, and: export KUBECONFIG=configs/admin.kubeconfig'
+if (until === 'machines') next = 'make wait, which watches the cluster come up'
+if (until === 'cluster') next = 'make dns, make storage, make metrics'
+console.error(`next: ${next}`)
 
 /** Runs a step in this terminal, as a person would type it. */
 function run(name: string, ...args: string[]): Promise<void> {
@@ -98,14 +97,9 @@ function run(name: string, ...args: string[]): Promise<void> {
 /** New keys would not match machines that were installed with the old ones. */
 function refuseWithoutKeys(installed: Node[]): void {
   const needed = ['tls/ca.pem', 'tls/ssh_ed25519', 'configs/encryption-config.yaml']
-  const lost = needed.filter((file) => !existsSync(cluster.path(file)))
-  if (installed.length === 0 || lost.length === 0) return
-  const reason = `${names(installed).join(', ')} were installed with keys that are missing now: ${lost.join(', ')}`
-  throw new StepError(reason, {
-    hint: 'restore them from a copy, or start again from nothing: make clobber, then make all',
-  })
-}
-
-function names(of: readonly Node[]): string[] {
-  return of.map(({ name }) => name)
+  const lost = needed.filter((file) => !existsSync(cluster.path(file))).join(', ')
+  if (installed.length === 0 || !lost) return
+  const reason = `${names(installed).join(', ')} were installed with keys that are missing now: ${lost}`
+  const hint = 'restore them from a copy, or start again from nothing: make clobber, then make all'
+  throw new StepError(reason, { hint })
 }

@@ -30,35 +30,27 @@ Shows what it removes, and does not ask.`,
  * as long as there is one. "machine": removed with --disks only.
  */
 const generated = [
-  {
-    what: 'certificates and keys',
-    of: 'key',
-    paths: ['tls/*.pem', 'tls/ssh_*', 'tls/known_hosts'],
-  },
-  { what: 'kubeconfigs', of: 'key', paths: ['configs/*.kubeconfig'] },
-  { what: 'encryption key', of: 'key', paths: ['configs/encryption-config.yaml'] },
-  { what: 'staged configurations', of: 'step', paths: ['cloud-init/*'] },
-  { what: 'installer ISO', of: 'step', paths: ['images/*.iso*'] },
-  { what: 'disks', of: 'machine', paths: ['images/*.qcow2*', 'images/*-efivars.fd*'] },
-  {
-    what: 'logs',
-    of: 'machine',
-    paths: ['images/*-console.log*', 'images/*-install.log*', 'logs/*'],
-  },
-  { what: 'snapshots and backups', of: 'machine', paths: ['snapshots/*', 'backups/*'] },
-  { what: 'downloaded tools', of: 'machine', paths: ['tools/*'] },
-  { what: 'sockets and pid files', of: 'machine', paths: ['run/*', '!run/bootstrap.lock*'] },
+  ['key', 'certificates and keys', 'tls/*.pem tls/ssh_* tls/known_hosts'],
+  ['key', 'kubeconfigs', 'configs/*.kubeconfig'],
+  ['key', 'encryption key', 'configs/encryption-config.yaml'],
+  ['step', 'staged configurations', 'cloud-init/*'],
+  ['step', 'installer ISO', 'images/*.iso*'],
+  ['machine', 'disks', 'images/*.qcow2* images/*-efivars.fd*'],
+  ['machine', 'logs', 'images/*-console.log* images/*-install.log* logs/*'],
+  ['machine', 'snapshots and backups', 'snapshots/* backups/*'],
+  ['machine', 'downloaded tools', 'tools/*'],
+  ['machine', 'sockets and pid files', 'run/* !run/bootstrap.lock*'],
 ] as const
 
 const cluster = loadCluster()
-const find = (paths: readonly string[]) =>
-  glob([...paths], { cwd: cluster.root, onlyFiles: false, dot: true })
+const find = (paths: string) =>
+  glob(paths.split(' '), { cwd: cluster.root, onlyFiles: false, dot: true })
 
 if (flags.list) await clean()
 else {
   await withClusterLock(cluster, flags.disks ? 'removing everything' : 'cleaning up', clean)
   // Folders that still contain something fail here, and stay.
-  const folders = new Set(generated.flatMap(({ paths }) => paths.map((path) => dirname(path))))
+  const folders = new Set(generated.flatMap(([, , paths]) => paths.split(' ').map(dirname)))
   for (const folder of folders) await rmdir(cluster.path(folder)).catch(() => {})
 }
 
@@ -67,25 +59,24 @@ async function clean(): Promise<void> {
   if (flags.disks && !flags.list) await runScript('shutdown')
 
   const installed = cluster.nodes.filter((node) => hasDisk(cluster, node)).map(({ name }) => name)
-  const found = await Promise.all(
-    generated.map(async (row) => ({ ...row, files: await find(row.paths) })),
-  )
-  const existing = found.filter(({ files }) => files.length > 0)
-  const keepsKeys = installed.length > 0 && !flags.disks
-  const kept = existing.filter(({ of }) => of === 'key' && keepsKeys)
-  const chosen = existing.filter(
-    (row) => !kept.includes(row) && (flags.disks || row.of !== 'machine'),
-  )
-
-  const rows = chosen.map(({ what, files, paths }) => [what, `${files.length}`, paths.join(' ')])
+  const [kept, chosen, rows]: [string[], string[], string[][]] = [[], [], []]
+  for (const [of, what, paths] of generated) {
+    const files = await find(paths)
+    if (files.length === 0 || (of === 'machine' && !flags.disks)) continue
+    if (of === 'key' && installed.length > 0 && !flags.disks) kept.push(what)
+    else {
+      rows.push([what, `${files.length}`, paths])
+      chosen.push(...files)
+    }
+  }
   if (rows.length === 0) console.log('There is nothing to remove.')
   else console.log(formatTable([flags.list ? 'TO REMOVE' : 'REMOVED', 'FILES', 'WHERE'], rows))
   if (kept.length > 0) {
-    const whats = kept.map(({ what }) => what).join(', ')
-    console.log(`Kept, because ${installed.join(', ')} cannot be reached without: ${whats}.`)
+    const names = installed.join(', ')
+    console.log(`Kept, because ${names} cannot be reached without: ${kept.join(', ')}.`)
     console.log('make clobber removes them together with the disks.')
   }
-  for (const { files } of flags.list ? [] : chosen) await $`rm -rf ${files}`
+  if (!flags.list && chosen.length > 0) await $`rm -rf ${chosen}`
 }
 
 /** Nothing is removed during an installation, or while a machine runs that would not be stopped. */
@@ -97,12 +88,10 @@ async function refuseIfInUse(): Promise<void> {
       throw new StepError(`${node.name} is being installed`, { hint })
     }
   }
-  for (const file of flags.disks ? await find(['run/*.pid']) : []) {
-    const name = basename(file, '.pid')
-    if (cluster.nodes.some((node) => node.name === name)) continue
-    const path = cluster.path(file)
+  for (const file of flags.disks ? await find('run/*.pid') : []) {
+    const [name, path] = [basename(file, '.pid'), cluster.path(file)]
     const pid = await pidFrom(path, ['qemu-system-', `-pidfile ${path}`])
-    if (pid === undefined) continue
+    if (pid === undefined || cluster.nodes.some((node) => node.name === name)) continue
     throw new StepError(`a machine "${name}" runs (pid ${pid}) that cluster.env does not name`, {
       hint: 'add it to WORKER_NODES again, or stop it, then try again',
     })

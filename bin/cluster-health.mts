@@ -38,9 +38,6 @@ if (flags.json) {
   await watch()
 }
 
-/** What was found, or why nothing was. */
-type Found<T> = ({ known: true } & T) | { known: false; reason: string }
-
 /** The result of --json. */
 export type Health = Awaited<ReturnType<typeof measure>>
 
@@ -55,15 +52,17 @@ type Answers = Awaited<ReturnType<typeof askAll>>
 /** Asks for everything at once; what does not answer holds up nothing else. */
 async function askAll(signal?: AbortSignal) {
   const limits = { timeout, signal }
-  const kubectl = $({ timeout: timeout * 1000, ...(signal ? { signal } : {}) })
-  const find = async <T extends object>(work: () => Promise<T>): Promise<Found<T>> => {
+  const kubectl = $({ timeout: timeout * 1000, signal })
+  /** What was found, or why nothing was. */
+  const find = async <T extends object>(args: string[], read: (text: string) => T) => {
     try {
       await useCluster(cluster)
-      return { known: true, ...(await work()) }
+      return { known: true as const, ...read((await kubectl`kubectl ${args}`).stdout) }
     } catch (error) {
-      return { known: false, reason: apiError(error, limits) }
+      return { known: false as const, reason: apiError(error, limits) }
     }
   }
+  const everywhere = ['--all-namespaces', '--output=json']
   const [machines, { nodes, ...api }, version, pods, usage, events] = await Promise.all([
     Promise.all(
       cluster.nodes.map(async (node) => {
@@ -73,28 +72,22 @@ async function askAll(signal?: AbortSignal) {
       }),
     ),
     probeApiServer(cluster, limits),
-    find(async () => {
-      const { stdout } = await kubectl`kubectl get --raw /version`
-      return JSON.parse(stdout) as { gitVersion: string }
+    find(['get', '--raw', '/version'], (text): { gitVersion: string } => JSON.parse(text)),
+    find(['get', 'pods', ...everywhere], (text) => {
+      const { items }: { items: Pod[] } = JSON.parse(text)
+      return { list: items.map(podState) }
     }),
-    find(async () => {
-      const { stdout } = await kubectl`kubectl get pods --all-namespaces --output=json`
-      return { list: (JSON.parse(stdout) as { items: Pod[] }).items.map(podState) }
+    find(['top', 'nodes', '--no-headers'], (text) => {
+      return { list: text.trim().split('\n').flatMap(usageIn) }
     }),
-    find(async () => {
-      const { stdout } = await kubectl`kubectl top nodes --no-headers`
-      return { list: stdout.trim().split('\n').flatMap(usageIn) }
-    }),
-    find(async () => {
-      const { stdout } = await kubectl`kubectl get events --all-namespaces --output=json`
-      const list = (JSON.parse(stdout) as { items: Event[] }).items.map(eventState)
-      return { list: list.sort((one, other) => other.at - one.at) }
+    find(['get', 'events', ...everywhere], (text) => {
+      const { items }: { items: Event[] } = JSON.parse(text)
+      return { list: items.map(eventState).sort((one, other) => other.at - one.at) }
     }),
   ])
   const list = [...(nodes ?? [])].map(([name, state]) => {
-    const own = pods.known
-      ? pods.list.filter(({ node, phase }) => node === name && phase !== 'Succeeded')
-      : []
+    const all = pods.known ? pods.list.filter(({ node }) => node === name) : []
+    const own = all.filter(({ phase }) => phase !== 'Succeeded')
     return {
       ...{ name, ...state },
       pods: { ready: own.filter(({ ready }) => ready).length, all: own.length },
@@ -143,10 +136,10 @@ function usageIn(line: string) {
 
 /** An event as `kubectl get events --output=json` prints it. */
 interface Event {
-  metadata: { creationTimestamp: string }
   type?: string
   reason?: string
   message?: string
+  metadata: { creationTimestamp: string }
   count?: number
   firstTimestamp?: string | null
   lastTimestamp?: string | null
@@ -184,11 +177,10 @@ function troublesOf({ machines, api, nodes, pods }: Answers): string[] {
     if (!node) troubles.push(`node ${name} has not registered`)
     else if (!node.ready) troubles.push(`node ${name} is not Ready: ${node.reason}`)
   }
-  const waiting = pods.known ? pods.list.filter(({ ready }) => !ready) : []
-  const reasons = waiting.map(
-    ({ namespace, name, reason }) => `pod ${namespace}/${name}: ${reason}`,
-  )
-  return [...troubles, ...reasons]
+  for (const { namespace, name, ready, reason } of pods.known ? pods.list : []) {
+    if (!ready) troubles.push(`pod ${namespace}/${name}: ${reason}`)
+  }
+  return troubles
 }
 
 /** How many pods of each namespace are ready, and how often their containers were restarted. */
@@ -202,55 +194,37 @@ function namespacesOf({ pods }: Answers) {
 }
 
 /** All of it as text: tables of nodes, namespaces and events, with the troubles before the events. */
-function view({
-  machines,
-  api,
-  nodes,
-  pods,
-  namespaces,
-  troubles,
-  metrics,
-  events,
-  taken,
-}: Health) {
-  const machineOf = (name: string) =>
-    machines.find((machine) => machine.name === name)?.state ?? '?'
+function view(health: Health): string {
+  const { machines, api, nodes, pods, metrics, events } = health
+  const machineOf = (name: string) => machines.find((one) => one.name === name)?.state ?? '?'
   const control = cluster.controlPlane.name
-  const nodeRows = (nodes.known ? nodes.list : []).map(({ name, pods, usage, ...node }) => [
-    ...[
-      name,
-      machineOf(name),
-      `${node.ready ? 'Ready' : 'NotReady'}${node.cordoned ? ', cordoned' : ''}`,
-    ],
-    `${pods.ready}/${pods.all}`,
-    ...(usage
-      ? [`${usage.cpu} (${usage.cpuPercent})`, `${usage.memory} (${usage.memoryPercent})`]
-      : ['?', '?']),
-  ])
-  const controlRow = [
-    control,
-    machineOf(control),
-    `API server ${api.ready ? 'ready' : 'not ready'}`,
-  ]
-  const podRows = namespaces.map(({ namespace, ready, all, restarts }) => {
+  const controlState = `API server ${api.ready ? 'ready' : 'not ready'}`
+  const nodeRows = (nodes.known ? nodes.list : []).map(({ name, usage, ...node }) => {
+    const state = `${node.ready ? 'Ready' : 'NotReady'}${node.cordoned ? ', cordoned' : ''}`
+    const cpu = usage ? `${usage.cpu} (${usage.cpuPercent})` : '?'
+    const memory = usage ? `${usage.memory} (${usage.memoryPercent})` : '?'
+    return [name, machineOf(name), state, `${node.pods.ready}/${node.pods.all}`, cpu, memory]
+  })
+  const podRows = health.namespaces.map(({ namespace, ready, all, restarts }) => {
     return [namespace, `${ready}/${all}`, `${restarts}`]
   })
   const last = events.known ? events.list.slice(0, eventCount) : []
-  const eventRows = last.map(({ at, type, object, reason, count, message }) => [
-    `${Math.max(0, Math.round((Date.parse(taken) - at) / 1000))}s`,
-    ...[type, object, `${reason}${count > 1 ? ` (${count}x)` : ''}`],
-    message.replaceAll('\n', ' '),
-  ])
+  const eventRows = last.map(({ at, type, object, reason, count, message }) => {
+    const ago = Math.max(0, Math.round((Date.parse(health.taken) - at) / 1000))
+    const times = count > 1 ? ` (${count}x)` : ''
+    return [`${ago}s`, type, object, `${reason}${times}`, message.replaceAll('\n', ' ')]
+  })
   const table = (header: string, rows: string[][]) => formatTable(header.split(', '), rows)
+  const nodeHeader = 'NODE, MACHINE, STATE, PODS, CPU, MEMORY'
   return [
     nodes.known
-      ? table('NODE, MACHINE, STATE, PODS, CPU, MEMORY', [controlRow, ...nodeRows])
+      ? table(nodeHeader, [[control, machineOf(control), controlState], ...nodeRows])
       : `nodes: ${nodes.reason}`,
     ...(nodes.known && !metrics.known ? [`usage: ${metrics.reason} (make metrics)`] : []),
     '',
     pods.known ? table('NAMESPACE, PODS READY, RESTARTS', podRows) : `pods: ${pods.reason}`,
     '',
-    troubles.map((trouble) => `✗ ${trouble}`).join('\n') || '✓ everything is healthy',
+    health.troubles.map((trouble) => `✗ ${trouble}`).join('\n') || '✓ everything is healthy',
     '',
     events.known
       ? table('AGO, TYPE, OBJECT, REASON, MESSAGE', eventRows)

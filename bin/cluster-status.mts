@@ -11,7 +11,6 @@ import { clockProbe, clockTrouble, serviceProbe } from '../lib/health.mts'
 import { lanSwitchStatus } from '../lib/lan.mts'
 import { script } from '../lib/script.mts'
 import { connect, runProbes } from '../lib/ssh.mts'
-import { inspectTls } from '../lib/tls.mts'
 import { machineState } from '../lib/vm.mts'
 import type { Health } from './cluster-health.mts'
 
@@ -29,20 +28,64 @@ and ends with status 0 whatever it finds ("healthy" in --json has the result).`,
 })
 
 const cluster = loadCluster()
-const timeout = flags.timeout ?? 8
+const { CERT_RENEW_DAYS } = cluster.settings
+const { timeout = 8 } = flags
+
+// What a machine is asked besides its services: all in one ssh call, because each takes seconds where
+// QEMU emulates the processor.
+const probes = {
+  clock: clockProbe,
+  // Name, kernel, uptime in seconds, and systemd's state.
+  system: {
+    command: `
+      . /etc/os-release
+      echo "$PRETTY_NAME"
+      cat /proc/sys/kernel/osrelease /proc/uptime
+      systemctl is-system-running || true
+      systemctl list-units --state=failed --plain --no-legend | cut -d ' ' -f 1 || true`,
+    read(output: string) {
+      const [name, kernel, uptime = '', state, ...failedUnits] = output.trim().split('\n')
+      return { name, kernel, uptime: Number.parseFloat(uptime), state, failedUnits }
+    },
+  },
+  // The certificates that it has, which may be older than those in tls/. No private keys.
+  certificates: {
+    command: `
+      cd /var/lib/kubernetes 2>/dev/null || exit 0
+      for file in $(ls pki/*.pem *.kubeconfig 2>/dev/null | grep -v -e -key.pem); do
+        echo "== $file"
+        sed -n '/BEGIN CERTIFICATE/,/END CERTIFICATE/p; s/.*client-certificate-data: *//p' "$file"
+      done`,
+    read: (output: string) =>
+      output.split(/^== /m).flatMap((section) => {
+        const [file, ...lines] = section.trim().split('\n')
+        // A public key alone has no expiry.
+        if (lines.length === 0) return []
+        const pem = lines.length > 1 ? lines.join('\n') : Buffer.from(lines.join(), 'base64')
+        const { subject, validTo } = new X509Certificate(pem)
+        const expires = new Date(validTo)
+        const daysLeft = Math.floor((expires.getTime() - Date.now()) / 86_400_000)
+        return { file: `/var/lib/kubernetes/${file}`, subject, expires, daysLeft }
+      }),
+  },
+}
 
 // All at once, so that the time does not grow with the number of machines.
 const [machines, health, tls, lanSwitch] = await Promise.all([
   Promise.all(cluster.nodes.map(askMachine)),
   // Nodes and pods, asked of the API server.
   $`./bin/cluster-health.mts --json --timeout ${timeout}`,
-  inspectTls(cluster),
+  // Its status is 1 if anything is wrong.
+  $({ nothrow: true })`./bin/generate-certs.mts --check --json`,
   lanSwitchStatus(cluster, timeout),
 ])
+if (!tls.stdout) throw tls
+type Certificate = { name: string; daysLeft: number | null; problems: string[] }
+const { certificates }: { certificates: Certificate[] } = JSON.parse(tls.stdout)
 const { api, nodes, pods, namespaces, troubles } = JSON.parse(health.stdout) as Health
 const report = {
   ...{ machines, api, nodes, pods },
-  local: tls.certificates.map(({ name, daysLeft, problems }) => ({ name, daysLeft, problems })),
+  local: certificates.map(({ name, daysLeft, problems }) => ({ name, daysLeft, problems })),
   lanSwitch: lanSwitch
     ? { known: true as const, status: lanSwitch }
     : { known: false as const, reason: 'the LAN switch does not answer' },
@@ -56,97 +99,31 @@ if (flags.json) {
   console.log(`\n${lines.length > 0 ? lines.join('\n') : '✓ everything is healthy'}`)
 }
 
-/** Asks a machine everything in one ssh call: where QEMU emulates the processor, each takes seconds. */
 async function askMachine(node: Node) {
   const { name, role } = node
+  const found = await machineState(cluster, node)
+  const pid = found.state === 'stopped' ? undefined : found.pid
+  const isInstalling = found.state === 'running' && found.mode === 'install'
+  const process = { state: isInstalling ? ('installing' as const) : found.state, pid }
   const unknown = (reason: string) => {
     const part = { known: false as const, reason }
-    return { system: part, services: part, certificates: part }
+    return { name, role, process, system: part, services: part, certificates: part }
   }
-  const found = await machineState(cluster, node)
-  if (found.state === 'stopped') {
-    return { name, role, process: found, ...unknown('it is switched off') }
-  }
-  const { pid } = found
-  if (found.mode === 'install') {
-    const process = { state: 'installing' as const, pid }
-    return { name, role, process, ...unknown('it is being installed') }
-  }
-  const process = { state: 'running' as const, pid }
-  const services = serviceProbe(cluster, node)
-  const probes = {
-    system: systemProbe(),
-    clock: clockProbe,
-    services,
-    certificates: certificates(),
-  }
+  if (found.state === 'stopped') return unknown('it is switched off')
+  if (isInstalling) return unknown('it is being installed')
   try {
     await connect(cluster, node, { timeout })
-    const answer = await runProbes(node, probes, timeout)
+    const all = { ...probes, services: serviceProbe(cluster, node) }
+    const { system, clock, services, certificates } = await runProbes(node, all, timeout)
     return {
       ...{ name, role, process },
-      system: { known: true as const, ...answer.system, clock: answer.clock },
-      services: { known: true as const, list: answer.services },
-      certificates: { known: true as const, list: answer.certificates },
+      system: { known: true as const, ...system, clock },
+      services: { known: true as const, list: services },
+      certificates: { known: true as const, list: certificates },
     }
   } catch (error) {
-    if (!(error instanceof StepError)) throw error
-    return { name, role, process, ...unknown(error.message) }
-  }
-}
-
-/** Name, kernel, uptime in seconds, and systemd's state. */
-function systemProbe() {
-  return {
-    command: `
-      . /etc/os-release
-      echo "$PRETTY_NAME"
-      echo "$(</proc/sys/kernel/osrelease)"
-      read -r uptime _ </proc/uptime
-      echo "$uptime"
-      systemctl is-system-running || true
-      systemctl list-units --state=failed --plain --no-legend || true`,
-    read(output: string) {
-      const [name = '', kernel = '', uptime = '', state = '', ...units] = output.trim().split('\n')
-      const failedUnits = units.map((line) => line.trim().split(/\s+/)[0] ?? '')
-      return { name, kernel, uptime: Number(uptime), state, failedUnits }
-    },
-  }
-}
-
-/** The certificates that the machine has, which may be older than those in tls/. No private keys. */
-function certificates() {
-  return {
-    command: `
-      cd /var/lib/kubernetes 2>/dev/null || exit 0
-      for file in pki/*.pem; do
-        case $file in *-key.pem | 'pki/*.pem') continue;; esac
-        echo "== $file"
-        echo "$(<"$file")"
-      done
-      for file in *.kubeconfig; do
-        [ -e "$file" ] || continue
-        echo "== $file"
-        while read -r key value; do
-          case $key in client-certificate-data:) echo "$value";; esac
-        done <"$file"
-      done`,
-    read(output: string) {
-      return output
-        .split(/^== /m)
-        .slice(1)
-        .flatMap((section) => {
-          const [file = '', ...lines] = section.trim().split('\n')
-          const text = lines.join('\n')
-          // A public key alone has no expiry.
-          if (/BEGIN (?!CERTIFICATE)/.test(text) || text === '') return []
-          const der = Buffer.from(text.replaceAll('"', ''), 'base64')
-          const { subject, validTo } = new X509Certificate(text.includes('-----') ? text : der)
-          const expires = new Date(validTo)
-          const daysLeft = Math.floor((expires.getTime() - Date.now()) / 86_400_000)
-          return { file: `/var/lib/kubernetes/${file}`, subject, expires, daysLeft }
-        })
-    },
+    if (error instanceof StepError) return unknown(error.message)
+    throw error
   }
 }
 
@@ -160,14 +137,15 @@ function problemsOf({ machines, local, lanSwitch }: typeof report): string[] {
     }
     const clock = clockTrouble(name, system.clock)
     if (clock) found.push(clock)
-    found.push(...system.failedUnits.map((unit) => `${name}: unit ${unit} failed`))
     const unhealthy = services.list.filter(({ healthy }) => !healthy)
-    found.push(...unhealthy.map(({ reason }) => `${name}: ${reason}`))
-    if (certificates.list.length === 0) found.push(`${name}: no certificates`)
-    for (const { file, daysLeft } of certificates.list) {
-      if (daysLeft >= cluster.settings.CERT_RENEW_DAYS) continue
-      found.push(`${name}: ${file} has ${daysLeft} days left`)
-    }
+    const old = certificates.list.filter(({ daysLeft }) => daysLeft < CERT_RENEW_DAYS)
+    const wrong = [
+      ...system.failedUnits.map((unit) => `unit ${unit} failed`),
+      ...unhealthy.map(({ reason }) => reason),
+      ...(certificates.list.length === 0 ? ['no certificates'] : []),
+      ...old.map(({ file, daysLeft }) => `${file} has ${daysLeft} days left`),
+    ]
+    found.push(...wrong.map((problem) => `${name}: ${problem}`))
   }
   // Those about machines are less detailed than ours.
   found.push(...troubles.filter((trouble) => !trouble.startsWith('machine ')))
@@ -193,8 +171,8 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: typeof report):
   console.log(`\nAPI server  ${api.ready ? `ready, ${api.version}` : `not ready: ${api.reason}`}`)
   if (lanSwitch.known) {
     const { port, addresses, counters } = lanSwitch.status
-    const traffic = `${addresses.length} addresses, ${counters.received} frames`
-    console.log(`LAN switch  port ${port}, ${traffic}`)
+    const [known, frames] = [addresses.length, counters.received]
+    console.log(`LAN switch  port ${port}, ${known} addresses, ${frames} frames`)
   }
 
   if (nodes.known && nodes.list.length > 0) {
@@ -204,9 +182,9 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: typeof report):
     console.log(`\n${formatTable(['NODE', 'STATE', 'ADDRESS', 'KUBELET', 'RUNTIME'], rows)}`)
   }
   if (pods.known && pods.list.length > 0) {
-    const rows = namespaces.map(({ namespace, ready, all, restarts }) => {
-      return [namespace, `${ready}/${all}`, `${restarts}`]
-    })
+    const rows = namespaces.map((one) => [
+      ...[one.namespace, `${one.ready}/${one.all}`, `${one.restarts}`],
+    ])
     console.log(`\n${formatTable(['NAMESPACE', 'PODS READY', 'RESTARTS'], rows)}`)
   }
 
@@ -222,8 +200,9 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: typeof report):
   console.log(`\n${formatTable(['CERTIFICATES', ''], [own, ...expiries])}`)
 }
 
+/** The two largest units: "3d 4h", "4h 5m", "5m". */
 function duration(seconds: number): string {
   const [days, hours, minutes] = [seconds / 86400, (seconds / 3600) % 24, (seconds / 60) % 60]
-  if (days >= 1) return `${Math.floor(days)}d ${Math.floor(hours)}h`
-  return hours >= 1 ? `${Math.floor(hours)}h ${Math.floor(minutes)}m` : `${Math.floor(minutes)}m`
+  const text = `${Math.floor(days)}d ${Math.floor(hours)}h ${Math.floor(minutes)}m`
+  return days < 1 ? text.replace(/^0d (0h )?/, '') : text.replace(/ \d+m$/, '')
 }

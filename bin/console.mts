@@ -30,14 +30,12 @@ if (found.state === 'stopped') {
   throw new StepError(`${node.name} is not running`, { hint, log: files.consoleLog })
 }
 if (found.mode === 'install') {
-  throw new StepError(`${node.name} is being installed, and its console belongs to the installer`, {
-    hint: `tail -f "${files.installLog}"`,
-  })
+  const reason = `${node.name} is being installed, and its console belongs to the installer`
+  throw new StepError(reason, { hint: `tail -f "${files.installLog}"` })
 }
 if (!process.stdin.isTTY) {
-  throw new StepError('the console needs a terminal to type in', {
-    hint: `to read only: tail -f "${files.consoleLog}"`,
-  })
+  const hint = `to read only: tail -f "${files.consoleLog}"`
+  throw new StepError('the console needs a terminal to type in', { hint })
 }
 
 // QEMU serves one client; a second would wait silently until the first leaves.

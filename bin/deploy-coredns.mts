@@ -26,9 +26,7 @@ const outsideName = 'registry.k8s.io'
 const manifest = `\
 apiVersion: v1
 kind: ServiceAccount
-metadata:
-  name: coredns
-  namespace: kube-system
+metadata: {name: coredns, namespace: kube-system}
 ---
 # It answers with what it reads of services and changes nothing.
 apiVersion: rbac.authorization.k8s.io/v1
@@ -47,20 +45,12 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:
   name: system:coredns
-roleRef:
-  apiGroup: rbac.authorization.k8s.io
-  kind: ClusterRole
-  name: system:coredns
-subjects:
-  - kind: ServiceAccount
-    name: coredns
-    namespace: kube-system
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: 'system:coredns'}
+subjects: [{kind: ServiceAccount, name: coredns, namespace: kube-system}]
 ---
 apiVersion: v1
 kind: ConfigMap
-metadata:
-  name: coredns
-  namespace: kube-system
+metadata: {name: coredns, namespace: kube-system}
 data:
   # Port 1053 needs no privilege; the service maps 53 to it.
   Corefile: |
@@ -84,23 +74,13 @@ data:
 ---
 apiVersion: apps/v1
 kind: Deployment
-metadata:
-  name: coredns
-  namespace: kube-system
-  labels:
-    k8s-app: kube-dns
+metadata: {name: coredns, namespace: kube-system, labels: {k8s-app: kube-dns}}
 spec:
   replicas: 2
-  selector:
-    matchLabels:
-      k8s-app: kube-dns
-  strategy:
-    rollingUpdate:
-      maxUnavailable: 1
+  selector: {matchLabels: {k8s-app: kube-dns}}
+  strategy: {rollingUpdate: {maxUnavailable: 1}}
   template:
-    metadata:
-      labels:
-        k8s-app: kube-dns
+    metadata: {labels: {k8s-app: kube-dns}}
     spec:
       serviceAccountName: coredns
       priorityClassName: system-cluster-critical
@@ -111,16 +91,13 @@ spec:
         - maxSkew: 1
           topologyKey: kubernetes.io/hostname
           whenUnsatisfiable: ScheduleAnyway
-          labelSelector:
-            matchLabels:
-              k8s-app: kube-dns
+          labelSelector: {matchLabels: {k8s-app: kube-dns}}
           matchLabelKeys: [pod-template-hash]
       securityContext:
         runAsNonRoot: true
         runAsUser: 65532
         runAsGroup: 65532
-        seccompProfile:
-          type: RuntimeDefault
+        seccompProfile: {type: RuntimeDefault}
       containers:
         - name: coredns
           image: registry.k8s.io/coredns/coredns:v${COREDNS_VERSION}
@@ -130,9 +107,7 @@ spec:
             - {name: dns, containerPort: 1053, protocol: UDP}
             - {name: dns-tcp, containerPort: 1053, protocol: TCP}
             - {name: metrics, containerPort: 9153, protocol: TCP}
-          resources:
-            requests: {cpu: 100m, memory: 70Mi}
-            limits: {memory: 170Mi}
+          resources: {requests: {cpu: 100m, memory: 70Mi}, limits: {memory: 170Mi}}
           livenessProbe:
             httpGet: {path: /health, port: 8080}
             initialDelaySeconds: 60
@@ -143,38 +118,24 @@ spec:
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true
-            capabilities:
-              drop: [ALL]
-          volumeMounts:
-            - {name: config, mountPath: /etc/coredns, readOnly: true}
-      volumes:
-        - name: config
-          configMap:
-            name: coredns
+            capabilities: {drop: [ALL]}
+          volumeMounts: [{name: config, mountPath: /etc/coredns, readOnly: true}]
+      volumes: [{name: config, configMap: {name: coredns}}]
 ---
 apiVersion: policy/v1
 kind: PodDisruptionBudget
-metadata:
-  name: coredns
-  namespace: kube-system
-spec:
-  minAvailable: 1
-  selector:
-    matchLabels:
-      k8s-app: kube-dns
+metadata: {name: coredns, namespace: kube-system}
+spec: {minAvailable: 1, selector: {matchLabels: {k8s-app: kube-dns}}}
 ---
 apiVersion: v1
 kind: Service
 metadata:
   name: kube-dns
   namespace: kube-system
-  labels:
-    k8s-app: kube-dns
-    kubernetes.io/name: CoreDNS
+  labels: {k8s-app: kube-dns, kubernetes.io/name: CoreDNS}
 spec:
   clusterIP: ${K8S_CLUSTER_DNS}
-  selector:
-    k8s-app: kube-dns
+  selector: {k8s-app: kube-dns}
   ports:
     - {name: dns, port: 53, targetPort: dns, protocol: UDP}
     - {name: dns-tcp, port: 53, targetPort: dns-tcp, protocol: TCP}
@@ -182,37 +143,31 @@ spec:
 `
 
 const signal = interruption()
-await kubectl.printOrDelete('CoreDNS', manifest, flags, async () => {
-  await kubectl.useCluster(cluster)
-  await kubectl.deleteManifest(manifest)
-})
-
-await kubectl.useCluster(cluster)
+await kubectl.printOrDelete(cluster, 'CoreDNS', manifest, flags)
 const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
-await step(`CoreDNS ${COREDNS_VERSION} at ${K8S_CLUSTER_DNS}`, () =>
-  kubectl.apply(manifest, {
-    manager: 'deploy-coredns',
-    forceConflicts: flags['force-conflicts'],
-    signal,
-  }),
-)
+await step(`CoreDNS ${COREDNS_VERSION} at ${K8S_CLUSTER_DNS}`, () => {
+  const forceConflicts = flags['force-conflicts']
+  return kubectl.apply(manifest, { manager: 'deploy-coredns', forceConflicts, signal })
+})
 await step('CoreDNS is ready', (detail) =>
   waitForRollout('deployment/coredns', { namespace: 'kube-system', timeout, detail, signal }),
 )
 await step('lookups from every worker', async (detail) => {
   // Where this computer has no internet, a pod need not have it either.
-  const outside = await lookup(outsideName).then(
-    () => true,
-    () => false,
-  )
+  const outside = (await lookup(outsideName).catch(() => undefined)) !== undefined
   const namespace = 'network-probe'
   await withScratchNamespace(namespace, { timeout, signal }, async () => {
-    const pods = await startWebPods(cluster, { namespace, workers, timeout, detail, signal })
-    for (const pod of pods) {
+    for (const pod of await startWebPods(cluster, {
+      namespace,
+      workers,
+      timeout,
+      detail,
+      signal,
+    })) {
       detail(pod.node.name)
-      await expectLookup(pod, `kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`, 'found')
-      await expectLookup(pod, `no-such-service.default.svc.${K8S_CLUSTER_DOMAIN}`, 'missing')
-      if (outside) await expectLookup(pod, outsideName, 'found')
+      await expectLookup(pod, `kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`, 10)
+      await expectLookup(pod, `no-such-service.default.svc.${K8S_CLUSTER_DOMAIN}`, 0)
+      if (outside) await expectLookup(pod, outsideName, 10)
     }
   })
   detail(outside ? '' : `${outsideName} cannot be resolved here, so not tried there`)
@@ -222,25 +177,23 @@ console.log(
 )
 
 /**
- * Looks a name up so often that each replica gets a query. For a missing name there must be a
- * negative answer, not silence.
+ * Looks a name up so often that each replica gets a query.
+ *
+ * @param times 0 for a missing name: there must be a negative answer, not silence
  */
-async function expectLookup(pod: WebPod, name: string, expected: 'found' | 'missing') {
-  const times = expected === 'found' ? 10 : 1
-  const once = `nslookup ${name}. ${K8S_CLUSTER_DNS}`
+async function expectLookup(pod: WebPod, name: string, times: number): Promise<void> {
+  const command = `nslookup ${name}. ${K8S_CLUSTER_DNS}`
   const output = await pod.run(
-    `for i in $(seq ${times}); do out=$(${once} 2>&1) && echo found || echo "failed: $out"; done`,
+    `for i in $(seq ${times || 1}); do out=$(${command} 2>&1) && echo found || echo "failed: $out"; done`,
   )
   const found = output.match(/^found$/gm)?.length ?? 0
-  if (expected === 'found' ? found === times : /NXDOMAIN|can't resolve/.test(output)) return
-  throw new StepError(
-    expected === 'found'
-      ? `a pod on ${pod.node.name} finds ${name} in ${found} of ${times} lookups`
-      : `a pod on ${pod.node.name} gets no answer that ${name} does not exist`,
-    {
-      output: output.replaceAll('found\n', '').trim(),
-      command: once,
-      hint: 'kubectl logs --namespace=kube-system deployment/coredns',
-    },
-  )
+  if (times ? found === times : /NXDOMAIN|can't resolve/.test(output)) return
+  const reason = times
+    ? `finds ${name} in ${found} of ${times} lookups`
+    : `gets no answer that ${name} does not exist`
+  throw new StepError(`a pod on ${pod.node.name} ${reason}`, {
+    output: output.replaceAll('found\n', '').trim(),
+    command,
+    hint: 'kubectl logs --namespace=kube-system deployment/coredns',
+  })
 }

@@ -32,86 +32,49 @@ apiVersion: v1
 kind: Namespace
 metadata:
   name: local-path-storage
-  labels:
-    pod-security.kubernetes.io/enforce: privileged
+  labels: {pod-security.kubernetes.io/enforce: privileged}
 ---
 apiVersion: v1
 kind: ServiceAccount
-metadata:
-  name: local-path-provisioner
-  namespace: local-path-storage
+metadata: {name: local-path-provisioner, namespace: local-path-storage}
 ---
 # It creates a volume for each claim.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
-metadata:
-  name: local-path-provisioner
+metadata: {name: local-path-provisioner}
 rules:
-  - apiGroups: ['']
-    resources: [nodes]
-    verbs: [get]
-  - apiGroups: ['']
-    resources: [persistentvolumeclaims]
-    verbs: [get, list, watch]
+  - {apiGroups: [''], resources: [nodes], verbs: [get]}
+  - {apiGroups: [''], resources: [persistentvolumeclaims], verbs: [get, list, watch]}
   - apiGroups: ['']
     resources: [persistentvolumes]
     verbs: [get, list, watch, create, patch, delete]
-  - apiGroups: [storage.k8s.io]
-    resources: [storageclasses]
-    verbs: [get, list, watch]
-  - apiGroups: ['']
-    resources: [events]
-    verbs: [create, patch]
+  - {apiGroups: [storage.k8s.io], resources: [storageclasses], verbs: [get, list, watch]}
+  - {apiGroups: [''], resources: [events], verbs: [create, patch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata:
-  name: local-path-provisioner
-roleRef:
-  apiGroup: rbac.authorization.k8s.io
-  kind: ClusterRole
-  name: local-path-provisioner
-subjects:
-  - kind: ServiceAccount
-    name: local-path-provisioner
-    namespace: local-path-storage
+metadata: {name: local-path-provisioner}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: local-path-provisioner}
+subjects: [{kind: ServiceAccount, name: local-path-provisioner, namespace: local-path-storage}]
 ---
 # A helper pod on the claim's worker creates the folder, and another removes it.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
-metadata:
-  name: local-path-provisioner
-  namespace: local-path-storage
+metadata: {name: local-path-provisioner, namespace: local-path-storage}
 rules:
-  - apiGroups: ['']
-    resources: [pods]
-    verbs: [get, list, create, delete]
-  - apiGroups: ['']
-    resources: [pods/log]
-    verbs: [get]
-  - apiGroups: ['']
-    resources: [configmaps]
-    verbs: [list]
+  - {apiGroups: [''], resources: [pods], verbs: [get, list, create, delete]}
+  - {apiGroups: [''], resources: [pods/log], verbs: [get]}
+  - {apiGroups: [''], resources: [configmaps], verbs: [list]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
-metadata:
-  name: local-path-provisioner
-  namespace: local-path-storage
-roleRef:
-  apiGroup: rbac.authorization.k8s.io
-  kind: Role
-  name: local-path-provisioner
-subjects:
-  - kind: ServiceAccount
-    name: local-path-provisioner
-    namespace: local-path-storage
+metadata: {name: local-path-provisioner, namespace: local-path-storage}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: local-path-provisioner}
+subjects: [{kind: ServiceAccount, name: local-path-provisioner, namespace: local-path-storage}]
 ---
 apiVersion: v1
 kind: ConfigMap
-metadata:
-  name: local-path-config
-  namespace: local-path-storage
+metadata: {name: local-path-config, namespace: local-path-storage}
 data:
   config.json: |
     {
@@ -153,27 +116,20 @@ kind: Deployment
 metadata:
   name: local-path-provisioner
   namespace: local-path-storage
-  labels:
-    app: local-path-provisioner
+  labels: {app: local-path-provisioner}
 spec:
-  selector:
-    matchLabels:
-      app: local-path-provisioner
+  selector: {matchLabels: {app: local-path-provisioner}}
   # Two at the same time would both handle a claim.
-  strategy:
-    type: Recreate
+  strategy: {type: Recreate}
   template:
-    metadata:
-      labels:
-        app: local-path-provisioner
+    metadata: {labels: {app: local-path-provisioner}}
     spec:
       serviceAccountName: local-path-provisioner
       securityContext:
         runAsNonRoot: true
         runAsUser: 65532
         runAsGroup: 65532
-        seccompProfile:
-          type: RuntimeDefault
+        seccompProfile: {type: RuntimeDefault}
       containers:
         - name: local-path-provisioner
           image: docker.io/rancher/local-path-provisioner:v${LOCAL_PATH_VERSION}
@@ -187,14 +143,11 @@ spec:
             - --helper-pod-file=/etc/config/helperPod.yaml
           env:
             - name: POD_NAMESPACE
-              valueFrom:
-                fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}
+              valueFrom: {fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}
             # It reads the helper pod again when it changes.
             - {name: CONFIG_MOUNT_PATH, value: /etc/config/}
-          ports:
-            - {name: health, containerPort: 8080, protocol: TCP}
-          resources:
-            requests: {cpu: 10m, memory: 32Mi}
+          ports: [{name: health, containerPort: 8080, protocol: TCP}]
+          resources: {requests: {cpu: 10m, memory: 32Mi}}
           livenessProbe:
             httpGet: {path: /health, port: health}
           readinessProbe:
@@ -204,14 +157,9 @@ spec:
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true
-            capabilities:
-              drop: [ALL]
-          volumeMounts:
-            - {name: config, mountPath: /etc/config, readOnly: true}
-      volumes:
-        - name: config
-          configMap:
-            name: local-path-config
+            capabilities: {drop: [ALL]}
+          volumeMounts: [{name: config, mountPath: /etc/config, readOnly: true}]
+      volumes: [{name: config, configMap: {name: local-path-config}}]
 ---
 apiVersion: storage.k8s.io/v1
 kind: StorageClass
@@ -235,10 +183,8 @@ apiVersion: storage.k8s.io/v1
 kind: StorageClass
 metadata:
   name: local-path-${worker}
-  labels:
-    ${workerLabel}: ${worker}
-  annotations:
-    defaultVolumeType: local
+  labels: {${workerLabel}: ${worker}}
+  annotations: {defaultVolumeType: local}
 provisioner: ${provisioner}
 volumeBindingMode: WaitForFirstConsumer
 reclaimPolicy: Delete
@@ -249,21 +195,17 @@ allowedTopologies:
 }
 
 const signal = interruption()
-await kubectl.printOrDelete('local storage', manifest, flags, async () => {
-  await kubectl.useCluster(cluster)
+await kubectl.printOrDelete(cluster, 'local storage', manifest, flags, async () => {
   // Without the provisioner, nothing would ever remove the volumes of claims.
   const left = await volumes()
   if (left.length > 0) {
     throw new StepError('there are volumes that nothing could remove any more', {
-      output: left.map(({ name, claim }) => `${name} of claim ${claim}`).join('\n'),
+      output: left.join('\n'),
       hint: 'delete the claims first: kubectl get persistentvolumeclaims --all-namespaces',
     })
   }
   await $`kubectl delete storageclasses --selector=${workerLabel} --ignore-not-found`
-  await kubectl.deleteManifest(manifest)
 })
-
-await kubectl.useCluster(cluster)
 const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`local-path-provisioner ${LOCAL_PATH_VERSION}`, async () => {
   const forceConflicts = flags['force-conflicts']
@@ -279,58 +221,49 @@ await step('local-path-provisioner is ready', (detail) => {
 })
 await step('claims keep their data when their pods are replaced', async (detail) => {
   const limits = { namespace: 'storage-probe', timeout, detail, signal }
-  const claims = [undefined, ...workers.map(({ name }) => name)]
-  const podsThat = (verb: string) => claims.map((worker) => probe(worker, verb)).join('')
+  const claims = ['default', ...workers.map(({ name }) => name)]
+  const podsThat = (verb: string) => claims.map((claim) => probe(claim, verb)).join('')
   const apply = (text: string) => kubectl.apply(text, { manager: 'storage-probe', signal })
   await withScratchNamespace(limits.namespace, limits, async () => {
-    await apply(claims.map(claimOf).join(''))
-    await apply(podsThat('write'))
+    await apply(claims.map(claimOf).join('') + podsThat('write'))
     for (const { metadata, spec } of await waitForPods('Succeeded', limits)) {
-      const { worker } = metadata.labels ?? {}
-      if (worker && worker !== spec.nodeName) {
-        throw new StepError(`a claim of class local-path-${worker} was bound on ${spec.nodeName}`)
-      }
+      const claim = metadata.name.replace('write-', '')
+      if (claim === 'default' || claim === spec.nodeName) continue
+      throw new StepError(`a claim of class local-path-${claim} was bound on ${spec.nodeName}`)
     }
-    await kubectl.deleteManifest(podsThat('write'))
+    await $({ timeout: '210s' })`kubectl delete pods --all --namespace=${limits.namespace}`
     await apply(podsThat('read'))
     await waitForPods('Succeeded', limits)
   })
   detail('removing the volumes')
   await waitFor({ failure: 'volumes of deleted claims still exist', ...limits }, async () => {
-    const left = (await volumes()).filter((volume) => volume.claim.startsWith('storage-probe/'))
-    return left.map(({ name }) => name).join(', ') || undefined
+    const left = await volumes()
+    return left.filter((volume) => volume.includes(' storage-probe/')).join('\n') || undefined
   })
 })
 console.log('Try: kubectl get storageclasses; a claim that names none gets local-path')
 
 /** A claim of a worker's class, or of the default one. */
-function claimOf(worker: string | undefined): string {
+function claimOf(claim: string): string {
   return `\
 apiVersion: v1
 kind: PersistentVolumeClaim
-metadata:
-  name: ${worker ?? 'default'}
-  namespace: storage-probe
+metadata: {name: ${claim}, namespace: storage-probe}
 spec:
   accessModes: [ReadWriteOnce]
-  ${worker ? `storageClassName: local-path-${worker}` : ''}
-  resources:
-    requests: {storage: 1Mi}
+  ${claim === 'default' ? '' : `storageClassName: local-path-${claim}`}
+  resources: {requests: {storage: 1Mi}}
 ---
 `
 }
 
 /** A pod that writes a word into the claim's volume, or checks that it is there. */
-function probe(worker: string | undefined, verb: string): string {
-  const claim = worker ?? 'default'
+function probe(claim: string, verb: string): string {
   const command = verb === 'write' ? `echo ${claim} >/data/word` : `grep -x ${claim} /data/word`
   return `\
 apiVersion: v1
 kind: Pod
-metadata:
-  name: ${verb}-${claim}
-  namespace: storage-probe
-  labels: {${worker ? `worker: ${worker}` : ''}}
+metadata: {name: ${verb}-${claim}, namespace: storage-probe}
 spec:
   restartPolicy: Never
   serviceAccountName: ${scratchAccount}
@@ -342,26 +275,17 @@ spec:
       imagePullPolicy: IfNotPresent
       command: [sh, -c, '${command}']
       securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
-      volumeMounts:
-        - {name: data, mountPath: /data}
-  volumes:
-    - name: data
-      persistentVolumeClaim: {claimName: ${claim}}
+      volumeMounts: [{name: data, mountPath: /data}]
+  volumes: [{name: data, persistentVolumeClaim: {claimName: ${claim}}}]
 ---
 `
 }
 
-interface Volume extends kubectl.ApiObject {
-  spec: { claimRef?: { namespace: string; name: string } }
-}
-
-/** The volumes that the provisioner has created, each with its claim. */
-async function volumes(): Promise<{ name: string; claim: string }[]> {
-  const { items } = await kubectl.kubectlJson<{ items: Volume[] }>('get', 'persistentvolumes')
-  return items
-    .filter(({ metadata }) => Object.values(metadata.annotations ?? {}).includes(provisioner))
-    .map(({ metadata, spec }) => {
-      const { namespace = '', name = '' } = spec.claimRef ?? {}
-      return { name: metadata.name, claim: `${namespace}/${name}` }
-    })
+/** The volumes that the provisioner has created: "pvc-… of claim NAMESPACE/NAME". */
+async function volumes(): Promise<string[]> {
+  const ours = `?(@.metadata.annotations.pv\\.kubernetes\\.io/provisioned-by=="${provisioner}")`
+  const line = '{.metadata.name} of claim {.spec.claimRef.namespace}/{.spec.claimRef.name}{"\\n"}'
+  const query = `jsonpath={range .items[${ours}]}${line}{end}`
+  const { stdout } = await $({ timeout: '60s' })`kubectl get persistentvolumes --output=${query}`
+  return stdout.split('\n').filter(Boolean)
 }

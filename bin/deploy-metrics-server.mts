@@ -16,13 +16,7 @@ import { waitFor } from '../lib/wait.mts'
 
 const { flags } = script({
   does: 'Deploys metrics-server, and waits until kubectl top shows every worker and pods.',
-  reads: [
-    'cluster.env',
-    'configs/admin.kubeconfig',
-    'tls/ca.pem',
-    'tls/metrics-server.pem',
-    'tls/metrics-server-key.pem',
-  ],
+  reads: ['cluster.env', 'configs/admin.kubeconfig', 'tls/ca.pem', 'tls/metrics-server{,-key}.pem'],
   writes: [],
   flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-metrics-server.mts', './bin/deploy-metrics-server.mts --print | less'],
@@ -34,9 +28,7 @@ const { METRICS_SERVER_VERSION } = cluster.settings
 const manifest = `\
 apiVersion: v1
 kind: ServiceAccount
-metadata:
-  name: metrics-server
-  namespace: kube-system
+metadata: {name: metrics-server, namespace: kube-system}
 ---
 # What it measures, and where it reads it.
 apiVersion: rbac.authorization.k8s.io/v1
@@ -55,43 +47,26 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:
   name: system:metrics-server
-roleRef:
-  apiGroup: rbac.authorization.k8s.io
-  kind: ClusterRole
-  name: system:metrics-server
-subjects:
-  - kind: ServiceAccount
-    name: metrics-server
-    namespace: kube-system
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: 'system:metrics-server'}
+subjects: [{kind: ServiceAccount, name: metrics-server, namespace: kube-system}]
 ---
 # It lets the API server authenticate and authorize its clients.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:
   name: metrics-server:system:auth-delegator
-roleRef:
-  apiGroup: rbac.authorization.k8s.io
-  kind: ClusterRole
-  name: system:auth-delegator
-subjects:
-  - kind: ServiceAccount
-    name: metrics-server
-    namespace: kube-system
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: 'system:auth-delegator'}
+subjects: [{kind: ServiceAccount, name: metrics-server, namespace: kube-system}]
 ---
 # How it verifies the API server: the CA and name of front-proxy-client.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
-metadata:
-  name: metrics-server-auth-reader
-  namespace: kube-system
+metadata: {name: metrics-server-auth-reader, namespace: kube-system}
 roleRef:
   apiGroup: rbac.authorization.k8s.io
   kind: Role
   name: extension-apiserver-authentication-reader
-subjects:
-  - kind: ServiceAccount
-    name: metrics-server
-    namespace: kube-system
+subjects: [{kind: ServiceAccount, name: metrics-server, namespace: kube-system}]
 ---
 # Those who may view, edit or administer a namespace may see its metrics.
 apiVersion: rbac.authorization.k8s.io/v1
@@ -109,22 +84,12 @@ rules:
 ---
 apiVersion: apps/v1
 kind: Deployment
-metadata:
-  name: metrics-server
-  namespace: kube-system
-  labels:
-    k8s-app: metrics-server
+metadata: {name: metrics-server, namespace: kube-system, labels: {k8s-app: metrics-server}}
 spec:
-  selector:
-    matchLabels:
-      k8s-app: metrics-server
-  strategy:
-    rollingUpdate:
-      maxUnavailable: 0
+  selector: {matchLabels: {k8s-app: metrics-server}}
+  strategy: {rollingUpdate: {maxUnavailable: 0}}
   template:
-    metadata:
-      labels:
-        k8s-app: metrics-server
+    metadata: {labels: {k8s-app: metrics-server}}
     spec:
       serviceAccountName: metrics-server
       priorityClassName: system-cluster-critical
@@ -134,8 +99,7 @@ spec:
         runAsGroup: 1000
         # This group may read the key in the Secret.
         fsGroup: 1000
-        seccompProfile:
-          type: RuntimeDefault
+        seccompProfile: {type: RuntimeDefault}
       containers:
         - name: metrics-server
           image: registry.k8s.io/metrics-server/metrics-server:v${METRICS_SERVER_VERSION}
@@ -150,10 +114,8 @@ spec:
             - --kubelet-preferred-address-types=InternalIP
             - --kubelet-use-node-status-port
             - --metric-resolution=15s
-          ports:
-            - {name: https, containerPort: 10250, protocol: TCP}
-          resources:
-            requests: {cpu: 100m, memory: 200Mi}
+          ports: [{name: https, containerPort: 10250, protocol: TCP}]
+          resources: {requests: {cpu: 100m, memory: 200Mi}}
           livenessProbe:
             httpGet: {path: /livez, port: https, scheme: HTTPS}
           readinessProbe:
@@ -162,29 +124,19 @@ spec:
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true
-            capabilities:
-              drop: [ALL]
-          volumeMounts:
-            - {name: tls, mountPath: /etc/metrics-server/tls, readOnly: true}
+            capabilities: {drop: [ALL]}
+          volumeMounts: [{name: tls, mountPath: /etc/metrics-server/tls, readOnly: true}]
       volumes:
         - name: tls
-          secret:
-            secretName: metrics-server-tls
-            # 0440
-            defaultMode: 288
+          # 288 is 0440.
+          secret: {secretName: metrics-server-tls, defaultMode: 288}
 ---
 apiVersion: v1
 kind: Service
-metadata:
-  name: metrics-server
-  namespace: kube-system
-  labels:
-    k8s-app: metrics-server
+metadata: {name: metrics-server, namespace: kube-system, labels: {k8s-app: metrics-server}}
 spec:
-  selector:
-    k8s-app: metrics-server
-  ports:
-    - {name: https, port: 443, targetPort: https, protocol: TCP, appProtocol: https}
+  selector: {k8s-app: metrics-server}
+  ports: [{name: https, port: 443, targetPort: https, protocol: TCP, appProtocol: https}]
 ---
 # The API server forwards /apis/metrics.k8s.io/v1beta1 to that service.
 apiVersion: apiregistration.k8s.io/v1
@@ -194,38 +146,30 @@ metadata:
 spec:
   group: metrics.k8s.io
   version: v1beta1
-  service:
-    name: metrics-server
-    namespace: kube-system
-  caBundle: ${read('ca.pem').toString('base64')}
+  service: {name: metrics-server, namespace: kube-system}
+  caBundle: ${readFileSync(cluster.path(tls('ca.pem')), 'base64')}
   groupPriorityMinimum: 100
   versionPriority: 100
 `
 
 const signal = interruption()
 const namespace = 'kube-system'
-await kubectl.printOrDelete('metrics-server', manifest, flags, async () => {
-  await kubectl.useCluster(cluster)
-  await kubectl.deleteManifest(manifest)
-  await $`kubectl delete secret metrics-server-tls --namespace=${namespace} --ignore-not-found`
-})
-
-await kubectl.useCluster(cluster)
+await kubectl.printOrDelete(
+  cluster,
+  'metrics-server',
+  manifest,
+  flags,
+  () => $`kubectl delete secret metrics-server-tls --namespace=${namespace} --ignore-not-found`,
+)
 const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`metrics-server ${METRICS_SERVER_VERSION}`, async () => {
   const forceConflicts = flags['force-conflicts']
   const how = { manager: 'deploy-metrics-server', forceConflicts, signal }
-  // The certificate by which the API server verifies it. Not in the manifest, which anybody may
-  // see; nor in the arguments of a command.
-  const tls = (file: string) => read(file).toString('base64')
-  const secret = {
-    apiVersion: 'v1',
-    kind: 'Secret',
-    metadata: { name: 'metrics-server-tls', namespace },
-    type: 'kubernetes.io/tls',
-    data: { 'tls.crt': tls('metrics-server.pem'), 'tls.key': tls('metrics-server-key.pem') },
-  }
-  await kubectl.apply([secret], how)
+  // The certificate by which the API server verifies it. Not in the manifest, which anybody may see.
+  const files = [`--cert=${tls('metrics-server.pem')}`, `--key=${tls('metrics-server-key.pem')}`]
+  const secret = ['metrics-server-tls', `--namespace=${namespace}`, ...files]
+  const { stdout } = await $`kubectl create secret tls ${secret} --dry-run=client --output=yaml`
+  await kubectl.apply(stdout, how)
   await kubectl.apply(manifest, how)
 })
 await step('metrics-server is ready', (detail) =>
@@ -236,10 +180,10 @@ const table = await step('metrics of every worker and of pods', async (detail) =
   const limits = { failure: 'kubectl top has no metrics', timeout, detail, signal }
   const hint = 'kubectl describe apiservice v1beta1.metrics.k8s.io'
   await waitFor({ ...limits, hint, command: 'kubectl top nodes' }, async () => {
-    const top = $({ nothrow: true, timeout: '60s' })
-    const outputs = [await top`kubectl top nodes`, await top`kubectl top pods --all-namespaces`]
-    for (const { exitCode, stderr } of outputs) if (exitCode !== 0) return stderr.trim()
-    nodes = outputs[0]?.stdout.trimEnd() ?? ''
+    const kubectl = $({ nothrow: true, timeout: '60s' })
+    const top = await kubectl`kubectl top pods --all-namespaces >/dev/null && kubectl top nodes`
+    if (top.exitCode !== 0) return top.stderr.trim()
+    nodes = top.stdout.trimEnd()
     // A node without metrics has a row, too: <unknown>.
     const missing = workers.filter(({ name }) => !new RegExp(`^${name} +\\d`, 'm').test(nodes))
     return missing.map(({ name }) => `none of ${name}`).join('\n') || undefined
@@ -248,8 +192,8 @@ const table = await step('metrics of every worker and of pods', async (detail) =
 })
 console.log(`${table}\nTry: kubectl top pods --all-namespaces --sort-by=memory`)
 
-function read(file: string): Buffer {
-  const path = cluster.path('tls', file)
-  if (!existsSync(path)) throw new StepError(`tls/${file} is missing`, { hint: 'make certs' })
-  return readFileSync(path)
+/** The path of a file of tls/. */
+function tls(file: string): string {
+  if (existsSync(cluster.path('tls', file))) return `tls/${file}`
+  throw new StepError(`tls/${file} is missing`, { hint: 'make certs' })
 }

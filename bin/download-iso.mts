@@ -9,14 +9,13 @@ import { pipeline } from 'node:stream/promises'
 import { fileURLToPath } from 'node:url'
 import { $, type ProcessOutput, retry } from 'zx'
 import { loadCluster } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
+import { knownProblem, StepError } from '../lib/errors.mts'
 import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { formatBytes, quote } from '../lib/format.mts'
 import { detectArchitecture, detectSystem } from '../lib/host.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { bsdtar, inspectIso, isoFile, isoRecord, recordIso } from '../lib/iso.mts'
 import { withLock } from '../lib/lock.mts'
-import { knownProblem } from '../lib/problems.mts'
 import { hostEnvironment } from '../lib/proxy.mts'
 import { script } from '../lib/script.mts'
 import { isLive, step } from '../lib/steps.mts'
@@ -27,10 +26,7 @@ const { flags } = script({
 NIXOS_VERSION for this computer's processor and verifies its checksum. An interrupted download
 continues where it stopped. A verified ISO is kept.`,
   reads: ['cluster.env'],
-  writes: [
-    'images/nixos-VERSION-ARCH.iso',
-    'images/nixos-VERSION-ARCH.iso.json (what was verified)',
-  ],
+  writes: ['images/nixos-VERSION-ARCH.iso', 'images/nixos-VERSION-ARCH.iso.json (its record)'],
   flags: {
     'iso-url': {
       value: 'URL|FILE',
@@ -194,8 +190,7 @@ function failure({ stderr, exitCode }: ProcessOutput, address: string): StepErro
   // curl repeats the address of a proxy that it does not understand, with the password.
   const said = stderr.trim().replace(/:\/\/.*@/g, '://') || `curl ended with status ${exitCode}`
   const { reason = `${address} cannot be downloaded`, hint } = knownProblem('curl', said) ?? {}
-  const command = `curl -fL ${quote(address)}`
-  return new StepError(reason, { output: said, command, ...(hint ? { hint } : {}) })
+  return new StepError(reason, { output: said, command: `curl -fL ${quote(address)}`, hint })
 }
 
 /** Shows what has arrived: live on a terminal, else a line for each tenth. */

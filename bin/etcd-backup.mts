@@ -3,8 +3,9 @@
 // Saves the cluster's state without the machines, as etcd stores it, and restores it.
 import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
-import { open, readdir, readFile, rename, rm, stat } from 'node:fs/promises'
+import { readdir, readFile, rename, rm, stat } from 'node:fs/promises'
 import { relative, resolve } from 'node:path'
+import { buffer } from 'node:stream/consumers'
 import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
@@ -28,11 +29,7 @@ its former data back if it is not healthy with the new ones. Pods keep running a
   flags: {
     keep: { value: 'COUNT', number: true, help: 'snapshot: how many backups to keep (10)' },
     force: { help: 'restore: accept a file of a cluster with another CA' },
-    timeout: {
-      value: 'SECONDS',
-      number: true,
-      help: 'restore: for the control plane to be healthy (WAIT_TIMEOUT)',
-    },
+    timeout: { value: 'SECONDS', number: true, help: 'restore: how long to wait (WAIT_TIMEOUT)' },
   },
   args: 'snapshot|restore [FILE]',
   examples: [
@@ -42,18 +39,14 @@ its former data back if it is not healthy with the new ones. Pods keep running a
   ],
 })
 const [action, file] = args
-if (action !== 'snapshot' && action !== 'restore') {
-  const hint = './bin/etcd-backup.mts --help'
-  const found = action ? `"${action}"` : 'nothing'
-  throw new StepError(`snapshot or restore, not ${found}`, { hint, exitCode: 2 })
-}
 const keep = flags.keep ?? 10
-if (action === 'snapshot' && file) {
-  throw new StepError('a snapshot is named by the time', { exitCode: 2 })
+const refuseIf = (condition: boolean, reason: string) => {
+  if (condition) throw new StepError(reason, { hint: './bin/etcd-backup.mts --help', exitCode: 2 })
 }
-if (!Number.isInteger(keep) || keep < 1) {
-  throw new StepError('--keep is at least 1', { exitCode: 2 })
-}
+const found = action ? `"${action}"` : 'nothing'
+refuseIf(action !== 'snapshot' && action !== 'restore', `snapshot or restore, not ${found}`)
+refuseIf(action === 'snapshot' && file !== undefined, 'a snapshot is named by the time')
+refuseIf(!Number.isInteger(keep) || keep < 1, '--keep is at least 1')
 
 const cluster = loadCluster()
 const { controlPlane } = cluster
@@ -129,7 +122,7 @@ async function replaceData(path: string, row: Row): Promise<string> {
   const lock = `exec 9>${data}.lock; flock --timeout 600 9`
   // In the order in which they start. They stop in the opposite one: an API server that has lost
   // its etcd does not end for a minute.
-  const units = servicesOf(cluster, controlPlane).map(({ unit }) => unit)
+  const units = servicesOf(cluster, controlPlane)
   const stop = `systemctl stop ${units.toReversed().join(' ')}`
   const start = `sync; systemctl start --no-block ${units.join(' ')}`
   try {
@@ -179,18 +172,15 @@ async function replaceData(path: string, row: Row): Promise<string> {
       rm -rf ${work}
       [ -e ${data}/member ] || { echo 'there are no data in ${data}' >&2; exit 1; }
       ${start}`
-    const undone = takingTime(async () => {
+    const reasons = [describeError(error)]
+    let outcome = `${alpha} has its former data again`
+    await takingTime(async () => {
       await onAlpha(putBack)
       await waitForServices(cluster, controlPlane, wait)
+    }).catch((second) => {
+      reasons.push(describeError(second))
+      outcome = `the former data are not in place again; on ${alpha} they are in ${former}`
     })
-    const reasons = [describeError(error)]
-    const outcome = await undone.then(
-      () => `${alpha} has its former data again`,
-      (second) => {
-        reasons.push(describeError(second))
-        return `the former data are not in place again; on ${alpha} they are in ${former}`
-      },
-    )
     const exitCode = (error instanceof StepError && error.explanation.exitCode) || 1
     const output = reasons.join('\n')
     throw new StepError(`etcd was not restored: ${outcome}`, { output, exitCode, cause: error })
@@ -235,7 +225,7 @@ async function secretsMissing(): Promise<string | undefined> {
 async function reportNodes(): Promise<void> {
   const { exitCode, stdout } = await $({ nothrow: true, signal })`kubectl get nodes --output=name`
   if (exitCode !== 0) return
-  const registered = stdout.split('\n').flatMap((line) => line.match(/^node\/(.+)/)?.[1] ?? [])
+  const registered: string[] = stdout.match(/(?<=^node\/).+/gm) ?? []
   const workers = cluster.workers.map(({ name }) => name)
   for (const name of workers.filter((each) => !registered.includes(each))) {
     console.error(`! ${name} joined after the backup and has to register again:`)
@@ -263,20 +253,15 @@ async function assertComplete(path: string): Promise<void> {
     const hint = 'nothing was changed; try another file of backups/'
     throw new StepError(`${path} is not a complete etcd snapshot: ${reason}`, { hint })
   }
+  const part = (start: number, end: number) => buffer(createReadStream(path, { start, end }))
+  // bbolt's first page: 16 bytes, then the magic number 0xed0cdaed, little endian.
+  const begins = (await part(16, 19)).toString('hex') === 'edda0ced'
+  if (!begins) fail('it does not begin like a database of etcd')
   const size = found.size - 32
-  const file = await open(path)
-  try {
-    // bbolt's first page: 16 bytes, then the magic number 0xed0cdaed, little endian.
-    const { buffer: magic } = await file.read(Buffer.alloc(4), 0, 4, 16)
-    if (magic.toString('hex') !== 'edda0ced') fail('it does not begin like a database of etcd')
-    if (size <= 0 || size % 512 !== 0) fail('it does not end with a checksum')
-    const { buffer: expected } = await file.read(Buffer.alloc(32), 0, 32, size)
-    const hash = createHash('sha256')
-    for await (const chunk of createReadStream(path, { end: size - 1 })) hash.update(chunk)
-    if (!hash.digest().equals(expected)) fail('its checksum does not match')
-  } finally {
-    await file.close()
-  }
+  if (size <= 0 || size % 512 !== 0) fail('it does not end with a checksum')
+  const hash = createHash('sha256')
+  for await (const chunk of createReadStream(path, { end: size - 1 })) hash.update(chunk)
+  if (!hash.digest().equals(await part(size, size + 31))) fail('its checksum does not match')
 }
 
 /** Every namespace has the CA's certificate in a ConfigMap, kube-root-ca.crt, not encrypted. */

@@ -1,15 +1,10 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The cluster's certificates (the table is lib/certificates.mts) and ssh keys, in tls/.
-import { createPublicKey, type KeyObject } from 'node:crypto'
+import { createPublicKey } from 'node:crypto'
 import { chmod, rename, rm } from 'node:fs/promises'
 import { $ } from 'zx/core'
-import {
-  authorityOf,
-  type CertificateEntry,
-  certificatesOf,
-  pairFiles,
-} from '../lib/certificates.mts'
+import { certificatesOf, pairFiles } from '../lib/certificates.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { privateFolder, readIfThere, writeFileAtomic } from '../lib/files.mts'
@@ -40,24 +35,33 @@ if ([flags.force, flags.renew, flags.check].filter(Boolean).length > 1) {
 if (flags.json && !flags.check) throw new StepError('--json goes with --check', { exitCode: 2 })
 
 const cluster = loadCluster()
-const { CA_DAYS, CERT_DAYS, CERT_RENEW_DAYS } = cluster.settings
-const authorityEntry = authorityOf(cluster)
-const entries = certificatesOf(cluster)
-const sshKeys = tls.sshKeysOf(cluster)
-if (flags.renew && !entries.some(({ name }) => name === flags.renew)) {
-  const hint = `one of ${entries.map(({ name }) => name).join(', ')}`
+const { CLUSTER_NAME, CA_DAYS, CERT_DAYS, CERT_RENEW_DAYS } = cluster.settings
+const leafNames = certificatesOf(cluster).map(({ name }) => name)
+if (flags.renew && !leafNames.includes(flags.renew)) {
+  const hint = `one of ${leafNames.join(', ')}`
   throw new StepError(`there is no certificate "${flags.renew}" to renew`, { hint, exitCode: 2 })
 }
-if (Math.min(CA_DAYS, CERT_DAYS) <= CERT_RENEW_DAYS) {
-  throw new StepError('CA_DAYS and CERT_DAYS have to be more than CERT_RENEW_DAYS', {
-    hint: 'a new certificate would be due for renewal at once: change them in cluster.env',
-  })
-}
+
+// The ssh keys: one to log in with, then the host key of each node.
+const sshKeys = [
+  { name: 'ssh_ed25519', comment: CLUSTER_NAME, usedBy: 'you and the scripts, to log in as root' },
+  ...cluster.nodes.map(({ name: comment }) => {
+    const usedBy = `sshd on ${comment}, to authenticate itself`
+    return { name: `ssh_host_${comment}_ed25519`, comment, usedBy }
+  }),
+]
+
 if (flags.check) await check()
 else
   await withLock(cluster.path('run', 'pki.lock'), 'generating certificates', generate, { wait: 5 })
 
 async function generate(): Promise<void> {
+  if (Math.min(CA_DAYS, CERT_DAYS) <= CERT_RENEW_DAYS) {
+    throw new StepError('CA_DAYS and CERT_DAYS have to be more than CERT_RENEW_DAYS', {
+      hint: 'a new certificate would be due for renewal at once: change them in cluster.env',
+    })
+  }
+
   // 1. The folder is private whatever the umask. What other users could change is not used.
   await privateFolder(cluster.path('tls'))
   if ((await tls.accessOf(cluster, 'tls')) !== 'private') {
@@ -65,68 +69,53 @@ async function generate(): Promise<void> {
       hint: 'its file system has no permissions: move the project to one that has (on WSL: not below /mnt)',
     })
   }
-  const pairFilesOf = ({ name }: CertificateEntry) => Object.values(pairFiles(name))
-  const files = flags.force ? [] : [authorityEntry, ...entries].flatMap(pairFilesOf)
-  await tls.assertUnchanged(cluster, [...files, ...sshKeys.map(({ name }) => `tls/${name}`)])
+  const pairs = ['ca', ...leafNames].map(pairFiles)
+  const sshFiles = sshKeys.map(({ name }) => `tls/${name}`)
+  const used = flags.force ? [] : pairs.flatMap((files) => Object.values(files))
+  await tls.assertUnchanged(cluster, [...used, ...sshFiles])
 
   // 2. What exists and is right is kept; above all the authority, because what it has signed is
   //    worthless with another one.
-  const read = ({ name }: CertificateEntry) => tls.readPair(cluster, name)
-  const [authorityPair, pairs] = await Promise.all([
-    read(authorityEntry),
-    Promise.all(entries.map(read)),
-  ])
-  refuseEarly([authorityPair, ...pairs])
-  const present = usableAuthority(authorityPair)
-  const measure = { authority: authorityPair.certificate, renewDays: CERT_RENEW_DAYS }
-  const due = pairs.flatMap((pair, index) => {
-    const entry = entries[index] as CertificateEntry
-    const isWanted = flags.force || flags.renew === entry.name
-    const why = isWanted ? ['as requested'] : tls.problemsOf(pair, entry, measure)
-    return why.length > 0 ? { entry, pair, why: why.join('; ') } : []
+  const { authority, leaves } = await tls.inspectPairs(cluster)
+  refuseEarly([authority, ...leaves])
+  const present = usableAuthority(authority)
+  const due = leaves.flatMap((row) => {
+    const isWanted = flags.force || flags.renew === row.entry.name
+    const why = isWanted ? 'as requested' : row.problems.join('; ')
+    return why ? { ...row, why } : []
   })
-  const keptKeys = await Promise.all(sshKeys.map(keepSshKey))
-  for (const { name, isExposed } of [authorityPair, ...pairs]) {
-    if (isExposed) await chmod(cluster.path(pairFiles(name).key), 0o600)
+  for (const file of [...pairs.map(({ key }) => key), ...sshFiles]) {
+    if ((await tls.accessOf(cluster, file)) === 'readable') await chmod(cluster.path(file), 0o600)
   }
+  const keys = await Promise.all(sshKeys.map((key) => tls.readSshKey(cluster, key)))
+  const odd = keys.find(({ publicKey, isMissing }) => !publicKey && !isMissing)
+  // It may be needed to log in to a node.
+  const hint = 'restore it from a copy. If no node uses it, move it away to get a new one'
+  if (odd) throw new StepError(odd.problems.join('; '), { hint })
 
   // 3. The rest is generated, all at once: other threads and ssh-keygen find the numbers.
-  const kept = entries.length - due.length
-  const [{ authority, issued }, publicKeys] = await step(
-    `${kept} certificates kept, ${due.length} to issue`,
-    () =>
-      Promise.all([
-        issue(authorityPair, present, due),
-        Promise.all(sshKeys.map((entry, index) => keptKeys[index] ?? generateSshKey(entry))),
-      ]),
+  const [issued, publicKeys] = await step(
+    `${leaves.length - due.length} certificates kept, ${due.length} to issue`,
+    () => Promise.all([issue(authority, present, due), Promise.all(keys.map(repairSshKey))]),
   )
 
   // 4. The files, the authority first. After an interruption the next run continues: it finds that
   //    the authority has not signed the rest.
-  if (!present) {
-    await step('certificate authority', async () => {
-      // The old certificate never lies next to the new key, which would look like a mistake.
-      await rm(cluster.path(pairFiles('ca').certificate), { force: true })
-      await writePair('ca', authority)
-    })
-  }
-  for (const { entry, why, credential } of issued) {
-    await step(`${entry.name} · ${why}`, () => writePair(entry.name, credential))
+  for (const { name, title, credential } of issued) {
+    await step(title, () => writePair(name, credential))
   }
 
   // 5. How ssh finds the nodes, and verifies them from the first connection on.
   await step('tls/ssh_config and tls/known_hosts', async () => {
-    for (const [name, text] of Object.entries(sshFiles(publicKeys))) {
-      const file = cluster.path('tls', name)
-      const isOpen = (await tls.accessOf(cluster, `tls/${name}`)) === 'writable'
-      if (isOpen || (await readIfThere(file)) !== text) await writeFileAtomic(file, text)
+    for (const { name, text, problems } of await inspectSshFiles(publicKeys)) {
+      if (problems.length > 0) await writeFileAtomic(cluster.path('tls', name), text)
     }
   })
 }
 
 /** A clock that is behind makes good certificates invalid; renewing them would be wrong. */
-function refuseEarly(pairs: readonly tls.Pair[]): void {
-  for (const { name, certificate } of pairs) {
+function refuseEarly(findings: readonly tls.Finding[]): void {
+  for (const { name, certificate } of findings.map(({ pair }) => pair)) {
     const early = certificate && tls.startsLater(certificate)
     if (!early || flags.force || name === flags.renew) continue
     const renewal = name === 'ca' ? '--force' : `--renew ${name}`
@@ -144,12 +133,10 @@ function refuseEarly(pairs: readonly tls.Pair[]): void {
  *
  * @throws StepError for one that cannot be used: replacing it is left to the user
  */
-function usableAuthority(pair: tls.Pair): Credential | undefined {
-  const { certificate, pem, key } = pair
+function usableAuthority({ pair, problems }: tls.Finding): Credential | undefined {
+  const { certificate, key } = pair
   if (flags.force || (!certificate && pair.problems.length === 0)) return undefined
-  const measure = { authority: certificate, renewDays: CERT_RENEW_DAYS }
-  const problems = tls.problemsOf(pair, authorityEntry, measure)
-  if (problems.length === 0 && key && pem) return { certificate: pem, key }
+  if (certificate && key && problems.length === 0) return { certificate: `${certificate}`, key }
   throw new StepError(`the certificate authority cannot be used: ${problems.join('; ')}`, {
     hint:
       'restore tls/ca.pem and tls/ca-key.pem from a copy. Without one, replace the authority and all\n' +
@@ -157,86 +144,65 @@ function usableAuthority(pair: tls.Pair): Credential | undefined {
   })
 }
 
-/** Creates keys and certificates; no files. */
-async function issue(
-  authorityPair: tls.Pair,
-  present: Credential | undefined,
-  due: readonly { entry: CertificateEntry; pair: tls.Pair; why: string }[],
-) {
-  if (present && due.length === 0) return { authority: present, issued: [] }
+type Due = tls.Finding & { why: string }
+
+/** Creates keys and certificates, the authority's first; no files. */
+async function issue(authority: tls.Finding, present: Credential | undefined, due: Due[]) {
+  if (present && due.length === 0) return []
   // node-forge is loaded only if there is something to issue.
   const { generateRsaKey, selfSign, signCertificate } = await import('../lib/x509.mts')
-  const keyFor = (
-    { keepsKey }: CertificateEntry,
-    { key }: tls.Pair,
-  ): KeyObject | Promise<KeyObject> => (keepsKey && key && !flags.force ? key : generateRsaKey())
-  const createAuthority = async () => {
-    const key = await keyFor(authorityEntry, authorityPair)
-    return { key, certificate: selfSign({ ...authorityEntry, days: CA_DAYS }, key) }
-  }
-  const authority = present ?? createAuthority()
-  const issued = due.map(async ({ entry, pair, why }) => {
-    const key = await keyFor(entry, pair)
+  const keyFor = async ({ entry, pair }: tls.Finding) =>
+    (entry.keepsKey && !flags.force && pair.key) || generateRsaKey()
+  const ca =
+    present ??
+    keyFor(authority).then((key) => {
+      return { key, certificate: selfSign({ ...authority.entry, days: CA_DAYS }, key) }
+    })
+  const issued = due.map(async (row) => {
+    const { name } = row.entry
+    const key = await keyFor(row)
     // A row of the table and a public key are what a CSR would say.
-    const request = { ...entry, publicKey: createPublicKey(key), days: CERT_DAYS }
-    return {
-      entry,
-      why,
-      credential: { key, certificate: signCertificate(request, await authority) },
-    }
+    const request = { ...row.entry, publicKey: createPublicKey(key), days: CERT_DAYS }
+    const credential = { key, certificate: signCertificate(request, await ca) }
+    return { name, title: `${name} · ${row.why}`, credential }
   })
-  return { authority: await authority, issued: await Promise.all(issued) }
+  const first = { name: 'ca', title: 'certificate authority', credential: await ca }
+  return [...(present ? [] : [first]), ...(await Promise.all(issued))]
 }
 
-/** The key first: an interruption leaves at worst a pair that does not match, which is renewed. */
+/** The key first, never next to another key's certificate: what an interruption leaves is renewed. */
 async function writePair(name: string, { certificate, key }: Credential): Promise<void> {
   const files = pairFiles(name)
   const keyPem = key.export({ type: 'pkcs8', format: 'pem' })
-  await writeFileAtomic(cluster.path(files.key), keyPem.toString(), 0o600)
+  await rm(cluster.path(files.certificate), { force: true })
+  await writeFileAtomic(cluster.path(files.key), String(keyPem), 0o600)
   await writeFileAtomic(cluster.path(files.certificate), certificate)
 }
 
-/** Writes a new key, complete or not at all. @returns its public half */
-async function generateSshKey({ name, comment }: tls.SshKeyEntry): Promise<string> {
-  const temporary = `tls/.${name}.new`
-  for (const suffix of ['', '.pub']) await rm(cluster.path(temporary + suffix), { force: true })
+/** Writes the public half again, or a new key, complete or not at all. @returns its public half */
+async function repairSshKey({ name, comment, publicKey, problems }: tls.SshKey): Promise<string> {
+  const [file, temporary] = [`tls/${name}`, `tls/.${name}.new`]
+  if (publicKey) {
+    if (problems.length > 0) await writeFileAtomic(cluster.path(`${file}.pub`), `${publicKey}\n`)
+    return publicKey
+  }
+  await rm(cluster.path(temporary), { force: true })
   await $`ssh-keygen -q -t ed25519 -N '' -C ${comment} -f ${temporary}`
   for (const suffix of ['.pub', '']) {
-    await rename(cluster.path(temporary + suffix), cluster.path('tls', name + suffix))
+    await rename(cluster.path(temporary + suffix), cluster.path(file + suffix))
   }
-  return (await readIfThere(cluster.path('tls', `${name}.pub`))) ?? ''
-}
-
-/**
- * Keeps the key that exists, and corrects the mode and the public half of its files.
- *
- * @returns its public half; undefined if there is no key
- * @throws StepError if the file holds something else, which may be needed to log in to a node
- */
-async function keepSshKey(entry: tls.SshKeyEntry): Promise<string | undefined> {
-  const file = `tls/${entry.name}`
-  const access = await tls.accessOf(cluster, file)
-  if (access === 'missing') return undefined
-  if (access === 'readable') await chmod(cluster.path(file), 0o600)
-  const { publicKey, problems } = await tls.readSshKey(cluster, entry)
-  if (!publicKey) {
-    const hint = 'restore it from a copy. If no node uses it, move it away to get a new one'
-    throw new StepError(problems.join('; '), { hint })
-  }
-  if (problems.length > 0) await writeFileAtomic(cluster.path(`${file}.pub`), `${publicKey}\n`)
-  return publicKey
+  return (await readIfThere(cluster.path(`${file}.pub`))) ?? ''
 }
 
 /** What ssh needs to know of the nodes. Paths are relative: it runs in the project's root. */
-function sshFiles([, ...hostKeys]: readonly string[]) {
+async function inspectSshFiles([, ...hostKeys]: readonly string[]) {
   const { nodes } = cluster
   const pinned = nodes.map(({ sshPort }, index) => {
-    const [algorithm, key] = hostKeys[index]?.split(' ') ?? []
-    return `[127.0.0.1]:${sshPort} ${algorithm} ${key?.trim()}\n`
+    const [algorithm, key] = hostKeys[index]?.trim().split(' ') ?? []
+    return `[127.0.0.1]:${sshPort} ${algorithm} ${key}\n`
   })
-  const ports = nodes.map(({ name, sshPort }) => `Host ${name}\n  Port ${sshPort}\n`)
   const config = `# Generated by bin/generate-certs.mts. In the project's root: ssh -F tls/ssh_config ${nodes[0]?.name}
-${ports.join('')}
+${nodes.map(({ name, sshPort }) => `Host ${name}\n  Port ${sshPort}\n`).join('')}
 Host ${nodes.map(({ name }) => name).join(' ')}
   HostName 127.0.0.1
   User root
@@ -257,22 +223,64 @@ Host ${nodes.map(({ name }) => name).join(' ')}
   ControlPath run/%n.ssh
   ControlPersist 60
 `
-  return { known_hosts: pinned.join(''), ssh_config: config }
+  const usedBy = 'ssh, to find the nodes and to verify them'
+  const texts = Object.entries({ known_hosts: pinned.join(''), ssh_config: config })
+  return Promise.all(
+    texts.map(async ([name, text]) => {
+      const file = `tls/${name}`
+      const isRight = (await readIfThere(cluster.path(file))) === text
+      const isOpen = (await tls.accessOf(cluster, file)) === 'writable'
+      const problems = [
+        ...(isRight ? [] : [`${file} does not match the host keys and ports`]),
+        ...(isOpen ? [`${file} can be changed by other users`] : []),
+      ]
+      return { ...{ name, usedBy, text, problems }, publicKey: '' }
+    }),
+  )
 }
 
 /** --check: everything in tls/ as tables or as JSON. */
 async function check(): Promise<void> {
-  const { certificates } = await tls.inspectTls(cluster)
-  const ssh = await inspectSsh()
+  const { authority, leaves } = await tls.inspectPairs(cluster)
+  const isOpen = (await tls.accessOf(cluster, 'tls')) === 'writable'
+  if (isOpen) authority.problems.push('tls/ can be changed by other users')
+  const judge = (name: string, usedBy: string, problems: string[]) => {
+    return { name, usedBy, state: problems.length > 0 ? 'wrong' : 'ok', problems }
+  }
+  const certificateFindings = [authority, ...leaves].map(async ({ entry, pair, problems }) => {
+    const { certificate } = pair
+    const { key } = pairFiles(entry.name)
+    const isExposed = (await tls.accessOf(cluster, key)) === 'readable'
+    if (isExposed) problems.push(`${key} can be read by other users`)
+    const found = certificate && tls.contentOf(certificate)
+    return {
+      ...judge(entry.name, entry.usedBy, problems),
+      subject: found?.subject.join(', ') ?? '',
+      ...{ sans: found?.sans ?? [], usages: found?.usages ?? [] },
+      // Without a date both are null in JSON.
+      expires: new Date(certificate?.validTo ?? Number.NaN),
+      daysLeft: Math.floor(found?.daysLeft ?? Number.NaN),
+    }
+  })
+  const certificates = await Promise.all(certificateFindings)
+
+  const keys = await Promise.all(sshKeys.map((key) => tls.readSshKey(cluster, key)))
+  const files = await inspectSshFiles(keys.map(({ publicKey }) => publicKey))
+  const sshFindings = [...keys, ...files].map(async ({ name, usedBy, problems, publicKey }) => {
+    // "256 SHA256:… comment (ED25519)"
+    const { stdout } = await $({ input: publicKey, nothrow: true })`ssh-keygen -l -f -`
+    return { ...judge(name, usedBy, problems), fingerprint: stdout.split(' ')[1] ?? null }
+  })
+  const ssh = await Promise.all(sshFindings)
+
   process.exitCode = [...certificates, ...ssh].every(({ state }) => state === 'ok') ? 0 : 1
   if (flags.json) return console.log(JSON.stringify({ certificates, ssh }, null, 2))
   const rows = certificates.map(({ name, subject, sans, usages, expires, daysLeft, problems }) => [
     name,
     // What all subjects have in common is left out.
     subject.replaceAll(/\b(C|ST|L|OU)=[^,]*, /g, '').replaceAll(', ', '\n') || '-',
-    sans.join('\n') || '-',
-    usages.join('\n') || '-',
-    expires ? `${expires.slice(0, 10)}\n${daysLeft} days` : '-',
+    ...[sans.join('\n') || '-', usages.join('\n') || '-'],
+    Number.isNaN(daysLeft) ? '-' : `${expires.toISOString().slice(0, 10)}\n${daysLeft} days`,
     problems.join('\n') || 'ok',
   ])
   const sshRows = ssh.map(({ name, fingerprint, problems }) => [
@@ -280,29 +288,4 @@ async function check(): Promise<void> {
   ])
   console.log(formatTable(['NAME', 'SUBJECT', 'SANS', 'USAGES', 'EXPIRES', 'STATE'], rows))
   console.log(`\n${formatTable(['NAME', 'FINGERPRINT', 'STATE'], sshRows)}`)
-}
-
-async function inspectSsh() {
-  const keys = await Promise.all(sshKeys.map((entry) => tls.readSshKey(cluster, entry)))
-  const publicKeys = keys.map(({ publicKey }) => publicKey)
-  const findings = await Promise.all(
-    sshKeys.map(async ({ name, usedBy }, index) => {
-      const input = publicKeys[index] ?? ''
-      // "256 SHA256:… comment (ED25519)"
-      const { stdout } = await $({ input, nothrow: true })`ssh-keygen -l -f -`
-      const problems = keys[index]?.problems ?? []
-      return { name, usedBy, problems, fingerprint: stdout.split(' ')[1] ?? null }
-    }),
-  )
-  for (const [name, wanted] of Object.entries(sshFiles(publicKeys))) {
-    const file = `tls/${name}`
-    const problems: string[] = []
-    const isRight = (await readIfThere(cluster.path(file))) === wanted
-    const isOpen = (await tls.accessOf(cluster, file)) === 'writable'
-    if (!isRight) problems.push(`${file} does not match the host keys and ports`)
-    if (isOpen) problems.push(`${file} can be changed by other users`)
-    const usedBy = 'ssh, to find the nodes and to verify them'
-    findings.push({ name, usedBy, problems, fingerprint: null })
-  }
-  return findings.map((found) => ({ ...found, state: found.problems.length > 0 ? 'wrong' : 'ok' }))
 }

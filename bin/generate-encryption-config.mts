@@ -1,6 +1,7 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The key with which kube-apiserver encrypts Secrets before it writes them to etcd.
+import assert, { AssertionError } from 'node:assert/strict'
 import { randomBytes } from 'node:crypto'
 import { chmod } from 'node:fs/promises'
 import { parse, stringify } from 'yaml'
@@ -38,43 +39,30 @@ const known: Readonly<Record<string, { keySizes?: readonly number[]; weakness?: 
 }
 
 const lock = cluster.path('run', 'encryption-config.lock')
-await withLock(lock, `generating ${file}`, () => (flags.force ? generate() : keepOrGenerate()))
-
-async function keepOrGenerate(): Promise<void> {
-  const present = await readIfThere(cluster.path(file))
+await withLock(lock, `generating ${file}`, async () => {
+  const present = flags.force ? undefined : await readIfThere(cluster.path(file))
   if (present === undefined) return generate()
   await assertUnchanged(cluster, [file])
   const weaknesses = inspect(present)
   await step(`${file} is kept`, () => chmod(cluster.path(file), 0o600))
   for (const weakness of weaknesses) console.error(`! ${weakness}`)
-}
+})
 
 /** The first provider encrypts (XSalsa20 and Poly1305); identity reads what is not encrypted yet. */
 async function generate(): Promise<void> {
   const secret = randomBytes(32).toString('base64')
+  const providers = [{ secretbox: { keys: [{ name: 'key1', secret }] } }, { identity: {} }]
   const configuration = {
     apiVersion: 'apiserver.config.k8s.io/v1',
     kind: 'EncryptionConfiguration',
-    resources: [
-      {
-        resources: ['secrets'],
-        providers: [{ secretbox: { keys: [{ name: 'key1', secret }] } }, { identity: {} }],
-      },
-    ],
+    resources: [{ resources: ['secrets'], providers }],
   }
   await step(file, () => writeFileAtomic(cluster.path(file), stringify(configuration), 0o600))
 }
 
-interface Configuration {
-  apiVersion: string
-  kind: string
-  resources: { resources: string[]; providers: Record<string, Provider | null>[] }[]
-}
-interface Provider {
-  keys?: { name: string; secret: string }[]
-  name?: string
-  endpoint?: string
-}
+type Configuration = { apiVersion: string; kind: string; resources: Rule[] }
+type Rule = { resources: string[]; providers: Record<string, Provider | null>[] }
+type Provider = { keys?: { name: string; secret: string }[]; name?: string; endpoint?: string }
 
 /** What is weak about a configuration. @throws StepError if kube-apiserver would reject it */
 function inspect(text: string): string[] {
@@ -99,7 +87,7 @@ function inspect(text: string): string[] {
     ].filter(Boolean)
   } catch (error) {
     // The YAML parser's own messages would show lines of the file.
-    const reason = error instanceof StepError ? error.message : 'a part of it is missing'
+    const reason = error instanceof AssertionError ? error.message : 'a part of it is missing'
     throw new StepError(`${file} is not a valid EncryptionConfiguration: ${reason}`, {
       hint:
         'correct it, or restore it from a copy. --force replaces it: Secrets that a cluster has\n' +
@@ -112,18 +100,13 @@ function assertProvider(provider: Record<string, Provider | null>): void {
   const [[name, value] = ['', null], ...more] = Object.entries(provider)
   const names = Object.keys(known).join(', ')
   assert(known[name] && value && more.length === 0, `a provider is not one of ${names}`)
-  const isReachable = value?.name && value.endpoint?.startsWith('unix:')
-  if (name === 'kms') assert(isReachable, 'kms needs a name and an endpoint (unix://…)')
-  const { keySizes } = known[name] ?? {}
-  if (!keySizes) return
-  assert(value?.keys?.length, `${name} has no keys`)
-  for (const { name: keyName, secret } of value?.keys ?? []) {
+  const isReachable = value.name && value.endpoint?.startsWith('unix:')
+  assert(name !== 'kms' || isReachable, 'kms needs a name and an endpoint (unix://…)')
+  const { keySizes } = known[name]
+  assert(!keySizes || value.keys?.length, `${name} has no keys`)
+  for (const { name: keyName, secret } of (keySizes && value.keys) ?? []) {
     const size = /^[A-Za-z0-9+/]+={0,2}$/.test(secret) ? Buffer.from(secret, 'base64').length : 0
-    const wanted = `a key of ${name} needs a name and ${keySizes.join(', ')} bytes as base64`
-    assert(keyName && keySizes.includes(size), wanted)
+    const wanted = `a key of ${name} needs a name and ${keySizes?.join(', ')} bytes as base64`
+    assert(keyName && keySizes?.includes(size), wanted)
   }
-}
-
-function assert(condition: unknown, reason: string): void {
-  if (!condition) throw new StepError(reason)
 }

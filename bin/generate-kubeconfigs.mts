@@ -1,17 +1,17 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // A kubeconfig for each client of the API server: its address, the CA and the client certificate.
-import { chmod } from 'node:fs/promises'
+import { chmod, readFile } from 'node:fs/promises'
 import { isDeepStrictEqual } from 'node:util'
 import { parse, stringify } from 'yaml'
-import { authorityOf, certificatesOf } from '../lib/certificates.mts'
+import { pairFiles } from '../lib/certificates.mts'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { withLock } from '../lib/lock.mts'
 import { script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
-import { assertUnchanged, type Pair, problemsOf, readPair } from '../lib/tls.mts'
+import { assertUnchanged, inspectPairs } from '../lib/tls.mts'
 
 const { flags } = script({
   does:
@@ -27,17 +27,12 @@ const { flags } = script({
 })
 
 const cluster = loadCluster()
-const { API_PORT, CLUSTER_NAME, CERT_RENEW_DAYS } = cluster.settings
+const { API_PORT, CLUSTER_NAME } = cluster.settings
 
 // On this computer the API server's port is forwarded to 127.0.0.1; it is the same on the control
 // plane. The workers reach it at its LAN address.
-const local = `https://127.0.0.1:${API_PORT}`
-const servers = new Map([
-  ...['admin', 'kube-controller-manager', 'kube-scheduler'].map((name) => [name, local] as const),
-  ...['kube-proxy', ...cluster.workers.map(({ name }) => name)].map(
-    (name) => [name, cluster.apiServer] as const,
-  ),
-])
+const local = ['admin', 'kube-controller-manager', 'kube-scheduler']
+const names = [...local, 'kube-proxy', ...cluster.workers.map(({ name }) => name)]
 
 // The rules of Go's parser, for which an unquoted "on" is true; and no line breaks in long values.
 const yaml = { version: '1.1', lineWidth: 0 } as const
@@ -48,34 +43,24 @@ await withLock(lock, 'generating kubeconfigs', generate, { wait: 5 })
 
 async function generate(): Promise<void> {
   // 1. The certificates to embed: signed by the CA, valid, each with its own key.
-  const authority = await readPair(cluster, authorityOf(cluster).name)
-  const measure = { authority: authority.certificate, renewDays: CERT_RENEW_DAYS }
-  const problems = authority.problems.map((problem) => `ca: ${problem}`)
-  const clients: { user: string; pair: Pair }[] = []
-  for (const entry of certificatesOf(cluster).filter(({ name }) => servers.has(name))) {
-    const pair = await readPair(cluster, entry.name)
-    clients.push({ user: entry.subject.CN, pair })
-    const found = problemsOf(pair, entry, measure)
-    problems.push(...found.map((problem) => `${entry.name}: ${problem}`))
-  }
-  if (problems.length > 0) {
-    throw new StepError('certificates are missing or wrong', {
-      output: problems.join('\n'),
-      hint: './bin/generate-certs.mts',
-    })
-  }
+  const { authority, leaves } = await inspectPairs(cluster)
+  const clients = leaves.filter(({ entry }) => names.includes(entry.name))
+  const output = [
+    // Its key may be kept elsewhere.
+    ...authority.pair.problems.map((problem) => `ca: ${problem}`),
+    ...clients.flatMap(({ entry, problems }) => problems.map((text) => `${entry.name}: ${text}`)),
+  ].join('\n')
+  const hint = './bin/generate-certs.mts'
+  if (output) throw new StepError('certificates are missing or wrong', { output, hint })
 
   // 2. A file for each. It is a credential: mode 0600.
-  for (const { user, pair } of clients) {
-    const file = `configs/${pair.name}.kubeconfig`
-    const ours = kubeconfig(servers.get(pair.name) ?? '', user, authority, pair)
+  for (const { name, subject } of clients.map(({ entry }) => entry)) {
+    const file = `configs/${name}.kubeconfig`
+    const ours = await kubeconfig(name, subject.CN)
     const present = flags.force ? undefined : await readKubeconfig(file)
     const wanted = present ? merge(present, ours) : ours
     if (isDeepStrictEqual(present, wanted)) await chmod(cluster.path(file), 0o600)
-    else {
-      const text = stringify(wanted, yaml)
-      await step(file, () => writeFileAtomic(cluster.path(file), text, 0o600))
-    }
+    else await step(file, () => writeFileAtomic(cluster.path(file), stringify(wanted, yaml), 0o600))
   }
 }
 
@@ -85,25 +70,21 @@ interface Kubeconfig extends Record<'clusters' | 'users' | 'contexts', Entry[]> 
 type Entry = { name: string } & Partial<Record<'cluster' | 'user' | 'context', object>>
 
 /** Where the API server is, how to verify it and how to log in, all of it embedded. */
-function kubeconfig(server: string, user: string, authority: Pair, client: Pair): Kubeconfig {
-  const base64 = (pem = '') => Buffer.from(pem).toString('base64')
+async function kubeconfig(name: string, user: string): Promise<Kubeconfig> {
+  const embed = (file: string) => readFile(cluster.path(file), 'base64')
+  const files = pairFiles(name)
+  const server = {
+    server: local.includes(name) ? `https://127.0.0.1:${API_PORT}` : cluster.apiServer,
+    'certificate-authority-data': await embed(pairFiles('ca').certificate),
+  }
+  const credential = {
+    'client-certificate-data': await embed(files.certificate),
+    'client-key-data': await embed(files.key),
+  }
   return {
     ...{ apiVersion: 'v1', kind: 'Config', preferences: {} },
-    clusters: [
-      {
-        name: CLUSTER_NAME,
-        cluster: { server, 'certificate-authority-data': base64(authority.pem) },
-      },
-    ],
-    users: [
-      {
-        name: user,
-        user: {
-          'client-certificate-data': base64(client.pem),
-          'client-key-data': base64(client.keyPem),
-        },
-      },
-    ],
+    clusters: [{ name: CLUSTER_NAME, cluster: server }],
+    users: [{ name: user, user: credential }],
     contexts: [{ name: 'default', context: { cluster: CLUSTER_NAME, user } }],
     'current-context': 'default',
   }

@@ -31,7 +31,8 @@ node needs, in folders as on the machine. The installer and reconfig copy them t
 
 const cluster = loadCluster()
 const { settings } = cluster
-const proxy = machineProxy(cluster)
+const { caFile, ...proxy } = machineProxy(cluster)
+const [certs, kubernetes] = ['./bin/generate-certs.mts', '/var/lib/kubernetes']
 
 for (const node of chooseNodes(cluster, args)) {
   if (flags.list) list(node)
@@ -39,63 +40,41 @@ for (const node of chooseNodes(cluster, args)) {
 }
 
 interface StagedFile {
-  /** 0600 for secrets. Users that own files exist only on the machine, which sets the owners. */
-  mode: number
-  /** Path on this computer. */
-  from: string
-  /** Path on the machine. */
-  to: string
-  /** What creates a missing file. */
-  madeBy: string
-  /** Its name in the digests of cluster.json; none for what Nix itself reads. */
-  digest?: string
+  mode: number // 0600 for secrets; users that own files exist only on the machine, which sets them
+  from: string // path on this computer
+  to: string // path on the machine
+  madeBy: string // what creates a missing file
+  digest?: string | undefined // its name in the digests of cluster.json; none for what Nix reads
 }
 
 /** What a node gets, and nothing that only another one needs. */
 function filesOf(node: Node): StagedFile[] {
+  const isWorker = node.role === 'worker'
   const row = (mode: number, from: string, to: string, madeBy: string, digest?: string) => {
-    return { mode, from: resolve(cluster.root, from), to, madeBy, ...(digest ? { digest } : {}) }
+    return { mode, from: resolve(cluster.root, from), to, madeBy, digest }
   }
-  const [certs, kubernetes] = ['./bin/generate-certs.mts', '/var/lib/kubernetes']
+  const nix = (file: string) =>
+    row(0o644, `configs/${file}`, `/etc/nixos/${file}`, 'git checkout configs')
+  const ca = (file: string) =>
+    row(0o644, file, '/etc/nixos/proxy-ca.pem', 'correct PROXY_CA_FILE in cluster.env')
   const pki = (mode: number, file: string) =>
     row(mode, `tls/${file}`, `${kubernetes}/pki/${file}`, certs, `pki/${file}`)
-  const kubeconfig = (user: string) => {
-    const file = `${user}.kubeconfig`
-    const madeBy = './bin/generate-kubeconfigs.mts'
-    return row(0o600, `configs/${file}`, `${kubernetes}/${file}`, madeBy, `kubeconfigs/${file}`)
-  }
-  const encryption = 'encryption-config.yaml'
-  const makesKey = './bin/generate-encryption-config.mts'
+  const config = (file: string, script: string, digest = file) =>
+    row(0o600, `configs/${file}`, `${kubernetes}/${file}`, `./bin/${script}.mts`, digest)
+  const kubeconfig = (user: string) =>
+    config(`${user}.kubeconfig`, 'generate-kubeconfigs', `kubeconfigs/${user}.kubeconfig`)
   const [hostKey, onMachine] = [`tls/ssh_host_${node.name}_ed25519`, 'ssh/ssh_host_ed25519_key']
-
+  const users = isWorker ? [node.name] : ['kube-controller-manager', 'kube-scheduler']
+  if (isWorker && settings.KUBE_PROXY_MODE !== 'cilium') users.push('kube-proxy')
   return [
-    ...['configuration.nix', 'nixos-base.nix', `${node.role}.nix`].map((name) =>
-      row(0o644, `configs/${name}`, `/etc/nixos/${name}`, 'git checkout configs'),
-    ),
-    ...(proxy.caFile
-      ? [
-          row(
-            0o644,
-            proxy.caFile,
-            '/etc/nixos/proxy-ca.pem',
-            'correct PROXY_CA_FILE in cluster.env',
-          ),
-        ]
-      : []),
+    ...['configuration.nix', 'nixos-base.nix', `${node.role}.nix`].map(nix),
+    ...(caFile ? [ca(caFile)] : []),
     ...[authorityOf(cluster), ...certificatesOf(cluster)].flatMap(({ name, on, keyOn }) => [
       ...(on.includes(node.name) ? [pki(0o644, `${name}.pem`)] : []),
       ...(keyOn.includes(node.name) ? [pki(0o600, `${name}-key.pem`)] : []),
     ]),
-    ...(node.role === 'worker'
-      ? [kubeconfig(node.name)]
-      : [
-          kubeconfig('kube-controller-manager'),
-          kubeconfig('kube-scheduler'),
-          row(0o600, `configs/${encryption}`, `${kubernetes}/${encryption}`, makesKey, encryption),
-        ]),
-    ...(node.role === 'worker' && settings.KUBE_PROXY_MODE !== 'cilium'
-      ? [kubeconfig('kube-proxy')]
-      : []),
+    ...users.map(kubeconfig),
+    ...(isWorker ? [] : [config('encryption-config.yaml', 'generate-encryption-config')]),
     row(0o600, hostKey, `/etc/${onMachine}`, certs, onMachine),
     row(0o644, `${hostKey}.pub`, `/etc/${onMachine}.pub`, certs, `${onMachine}.pub`),
   ]
@@ -114,9 +93,7 @@ function clusterJson(node: Node, sshKey: string, digests: Record<string, string>
     name: settings.CLUSTER_NAME,
     role,
     node: { name, ip, mac, lanMac, podCidr },
-    nodes: cluster.nodes.map((each) => {
-      return { name: each.name, role: each.role, ip: each.ip, podCidr: each.podCidr ?? null }
-    }),
+    nodes: cluster.nodes.map(({ name, role, ip, podCidr = null }) => ({ name, role, ip, podCidr })),
     lanPrefixLength: Number(settings.LAN_CIDR.split('/')[1]),
     apiPort: settings.API_PORT,
     serviceCidr: settings.K8S_SERVICE_CIDR,
@@ -125,7 +102,7 @@ function clusterJson(node: Node, sshKey: string, digests: Record<string, string>
     clusterDomain: settings.K8S_CLUSTER_DOMAIN,
     kubeProxyMode: settings.KUBE_PROXY_MODE,
     logLevel: settings.KUBE_LOG_LEVEL,
-    proxy: { http: proxy.http, https: proxy.https, no: proxy.no, ca: Boolean(proxy.caFile) },
+    proxy: { ...proxy, ca: Boolean(caFile) },
     sshKeys: [sshKey],
     digests,
   }
@@ -135,13 +112,12 @@ function clusterJson(node: Node, sshKey: string, digests: Record<string, string>
 /** Writes a node's files to a new folder, which then replaces the old one as a whole. */
 async function stage(node: Node): Promise<void> {
   const files = filesOf(node)
-  const login = { from: cluster.path('tls', 'ssh_ed25519.pub'), madeBy: './bin/generate-certs.mts' }
-  const contents = await readAll(node, [login, ...files])
-  const sshKey = String(contents.get(login.from)).trim()
-  const digests = files.flatMap(({ from, digest }) =>
-    digest ? [[digest, digestOf(contents.get(from) ?? '')] as const] : [],
+  const login = { from: cluster.path('tls', 'ssh_ed25519.pub'), madeBy: certs }
+  const [sshKey, ...contents] = await readAll(node, [login, ...files])
+  const digests = files.flatMap(({ digest }, index) =>
+    digest ? [[digest, digestOf(contents[index] ?? '')] as const] : [],
   )
-  const json = clusterJson(node, sshKey, Object.fromEntries(digests))
+  const json = clusterJson(node, String(sshKey).trim(), Object.fromEntries(digests))
 
   const current = cluster.path('cloud-init', node.name, 'nixos')
   const [fresh, former] = [`${current}.new`, `${current}.former`]
@@ -149,35 +125,30 @@ async function stage(node: Node): Promise<void> {
   await rm(fresh, { recursive: true, force: true })
   // The machine gets these modes, also those of the folders: / and /etc are among them.
   process.umask(0o022)
-  for (const { from, to, mode } of files) await write(to, contents.get(from) ?? '', mode)
-  await write('/etc/nixos/cluster.json', json, 0o644)
+  const write = async (to: string, mode: number, data: string | Buffer) => {
+    await mkdir(dirname(join(fresh, to)), { recursive: true })
+    await writeFile(join(fresh, to), data, { mode })
+  }
+  for (const [index, { to, mode }] of files.entries()) await write(to, mode, contents[index] ?? '')
+  await write('/etc/nixos/cluster.json', 0o644, json)
 
   // A folder cannot be renamed over one that is not empty.
   await rm(former, { recursive: true, force: true })
   if (existsSync(current)) await rename(current, former)
   await rename(fresh, current)
   await rm(former, { recursive: true, force: true })
-
-  async function write(to: string, data: string | Buffer, mode: number): Promise<void> {
-    await mkdir(dirname(join(fresh, to)), { recursive: true })
-    await writeFile(join(fresh, to), data, { mode })
-  }
 }
 
-/** The contents by path. @throws StepError that names every missing file and what creates it */
-async function readAll(
-  node: Node,
-  files: readonly Pick<StagedFile, 'from' | 'madeBy'>[],
-): Promise<Map<string, Buffer>> {
-  const contents = new Map<string, Buffer>()
-  const missing: (typeof files)[number][] = []
-  for (const file of files) {
-    const data = await readFile(file.from).catch((error: NodeJS.ErrnoException) => {
-      if (error.code !== 'ENOENT') throw error
-    })
-    if (data) contents.set(file.from, data)
-    else missing.push(file)
-  }
+/** Their contents. @throws StepError that names every missing file and what creates it */
+async function readAll(node: Node, files: readonly Pick<StagedFile, 'from' | 'madeBy'>[]) {
+  const contents = await Promise.all(
+    files.map(({ from }) =>
+      readFile(from).catch((error: NodeJS.ErrnoException) => {
+        if (error.code !== 'ENOENT') throw error
+      }),
+    ),
+  )
+  const missing = files.filter((_, index) => !contents[index])
   if (missing.length === 0) return contents
   const count = missing.length === 1 ? 'a file is' : `${missing.length} files are`
   throw new StepError(`${node.name} cannot be staged: ${count} missing`, {

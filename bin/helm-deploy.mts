@@ -1,12 +1,15 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Any chart on this cluster, with Helm.
+import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
-import { basename, resolve } from 'node:path'
+import { mkdir, readFile, rename, rm } from 'node:fs/promises'
+import { basename, delimiter, join, resolve } from 'node:path'
+import { isDeepStrictEqual } from 'node:util'
+import { parse } from 'yaml'
 import { $, ProcessOutput } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { commandOf, lastLines, StepError } from '../lib/errors.mts'
-import { ensureHelm, usableRelease } from '../lib/helm.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { readyWorkers, useCluster } from '../lib/kubectl.mts'
 import { withLock } from '../lib/lock.mts'
@@ -27,21 +30,28 @@ that helm knows, an oci:// address, or with --repo a name in that repository.`,
     release: { value: 'NAME', help: "the release's name (the chart's)" },
     namespace: { value: 'NAME', help: "where to; created if it is missing (the release's name)" },
     values: { value: 'FILE', help: 'values in YAML' },
+    'keep-values': {
+      help: 'keep what the release has and FILE has not; do nothing if it has VERSION and FILE',
+    },
     delete: { help: 'uninstall the release' },
-    timeout: { value: 'SECONDS', number: true, help: 'how long to wait until it is ready (300)' },
+    timeout: {
+      ...{ value: 'SECONDS', number: true },
+      help: 'how long to wait until it is ready (300); 0: not at all, nor for workers',
+    },
   },
   examples: [
     './bin/helm-deploy.mts --repo https://charts.jetstack.io cert-manager',
     './bin/helm-deploy.mts --release web --namespace web --values my-values.yaml ./my-chart',
   ],
 })
-const { timeout = 300, repo, version, values } = flags
+const { timeout = 300, repo, version } = flags
 const [given = ''] = args
-const here = resolve(given)
 // Helm runs in the project's folder, so what is relative to the caller's needs its whole path.
-const chart = !repo && existsSync(here) ? here : given
-const chartName = basename(given).replace(/(-v?\d+\.\d+\.\d+.*)?\.tgz$/, '')
-const { release = chartName, namespace = release } = flags
+const values = flags.values && resolve(flags.values)
+const isLocal = !repo && existsSync(resolve(given))
+const chart = isLocal ? resolve(given) : given
+const { release = basename(given).replace(/(-v?\d+\.\d+\.\d+.*)?\.tgz$/, '') } = flags
+const { namespace = release } = flags
 const cluster = loadCluster()
 const signal = interruption()
 await useCluster(cluster)
@@ -49,39 +59,54 @@ await useCluster(cluster)
 await withLock(cluster.path('run', 'helm.lock'), 'running helm', async () => {
   if (flags.delete) {
     return step(`delete ${release}`, async () => {
-      await ensureHelm(cluster)
-      if (!(await usableRelease(release, namespace))) return
+      await ensureHelm()
+      if (!(await usableRelease())) return
       await $({ signal })`helm uninstall ${release} --namespace ${namespace} --wait`
     })
   }
-  await step('pods can start', () => readyWorkers(cluster))
-  await step('helm', () => ensureHelm(cluster))
+  if (timeout > 0) await step('pods can start', () => readyWorkers(cluster))
+  await step('helm', ensureHelm)
   const notes = await step(`${release} in namespace ${namespace}`, async (detail) => {
-    // Repairs what a helm that was killed has left behind.
-    await usableRelease(release, namespace)
+    const former = await usableRelease()
+    if (flags['keep-values'] && former?.status === 'deployed' && former.version === version) {
+      const changed = await changedValues()
+      if (changed.length === 0) {
+        detail('is there already')
+        return ''
+      }
+      detail(`changed: ${changed.join(', ')}`)
+    }
+    // Helm ignores --version for a folder or an archive.
+    if (isLocal && version) {
+      const { version: found } = parse((await $`helm show chart ${chart}`).stdout)
+      if (found !== version) {
+        throw new StepError(`${given} is version ${found} of the chart, not ${version}`)
+      }
+    }
     const options = [
       ...(repo ? ['--repo', repo] : []),
       ...(version ? ['--version', version] : []),
-      ...(values ? ['--values', resolve(values)] : []),
+      ...(values ? ['--values', values] : []),
+      ...(flags['keep-values'] ? ['--reset-then-reuse-values'] : []),
+      ...(timeout > 0 ? ['--wait', '--timeout', `${timeout}s`] : []),
     ]
     // By the label that charts usually give their pods.
-    const ofRelease = [
-      `--namespace=${namespace}`,
-      `--selector=app.kubernetes.io/instance=${release}`,
-    ]
+    const instance = `app.kubernetes.io/instance=${release}`
+    const ofRelease = [`--namespace=${namespace}`, `--selector=${instance}`]
     const pods = async () => (await $({ nothrow: true })`kubectl get pods ${ofRelease}`).stdout
-    const looking = setInterval(async () => {
+    const look = async () => {
       const waiting = (await pods()).split('\n').slice(1)
       detail(waiting.find((pod) => !/ (Running|Completed) /.test(pod)) ?? '')
-    }, 3000)
+    }
+    const looking = timeout > 0 ? setInterval(look, 3000) : undefined
     try {
       const helm = $({ signal, env: { ...$.env, ...(await hostEnvironment(cluster)) } })
-      return (
-        await helm`helm upgrade --install ${release} ${chart} ${options} --namespace ${namespace} --create-namespace --wait --timeout ${timeout}s`
-      ).stdout
+      const upgrade =
+        await helm`helm upgrade --install ${release} ${chart} ${options} --namespace ${namespace} --create-namespace`
+      return upgrade.stdout
     } catch (error) {
       signal.throwIfAborted()
-      const table = await pods()
+      const table = timeout > 0 && (await pods())
       if (!table || !(error instanceof ProcessOutput)) throw error
       const output = lastLines(`${error.stderr}\n${table}`)
       const hint = `kubectl describe pods ${ofRelease.join(' ')}`
@@ -92,6 +117,101 @@ await withLock(cluster.path('run', 'helm.lock'), 'running helm', async () => {
       clearInterval(looking)
     }
   })
-  console.log(notes.trim())
-  console.log(`\nTry: kubectl get all --namespace=${namespace}`)
+  if (notes) console.log(`${notes.trim()}\n\nTry: kubectl get all --namespace=${namespace}`)
 })
+
+/**
+ * Makes `helm …` work: with the one on the PATH if it is 3.14 or later (for
+ * --reset-then-reuse-values), else with HELM_VERSION in tools/, which is fetched if it is missing.
+ */
+async function ensureHelm(): Promise<void> {
+  const { stdout } = await $({ nothrow: true })`helm version --template '{{.Version}}'`
+  const [, major = 0, minor = 0] = (stdout.match(/^v(\d+)\.(\d+)\./) ?? []).map(Number)
+  if (major > 3 || (major === 3 && minor >= 14)) return
+
+  const wanted = cluster.settings.HELM_VERSION
+  const folder = cluster.path('tools', `helm-${wanted}`)
+  $.env = { ...$.env, PATH: `${folder}${delimiter}${$.env.PATH}` }
+  if (existsSync(join(folder, 'helm'))) return
+  const targets: Readonly<Record<string, string>> = {
+    'Linux x86_64': 'linux-amd64',
+    'Linux aarch64': 'linux-arm64',
+    'Darwin x86_64': 'darwin-amd64',
+    'Darwin arm64': 'darwin-arm64',
+  }
+  const computer = (await $`uname -sm`).stdout.trim()
+  const target = targets[computer]
+  if (!target) {
+    throw new StepError(`Helm is not released for ${computer}`, {
+      hint: 'install it (https://helm.sh/docs/intro/install/) so that helm is on the PATH',
+    })
+  }
+  const url = `https://get.helm.sh/helm-v${wanted}-${target}.tar.gz`
+  const partial = `${folder}.partial`
+  const [archive, checksum] = [join(partial, 'helm.tar.gz'), join(partial, 'helm.sha256sum')]
+  await rm(partial, { recursive: true, force: true })
+  await mkdir(partial, { recursive: true })
+  try {
+    const curl = $({ env: { ...$.env, ...(await hostEnvironment(cluster)) }, nothrow: true })
+    const { exitCode, stderr } =
+      await curl`curl -fsSL --retry 2 --fail-early -o ${checksum} ${url}.sha256sum -o ${archive} ${url}`
+    if (exitCode !== 0) {
+      throw new StepError(`Helm ${wanted} for ${target} could not be downloaded`, {
+        output: stderr.trim(),
+        command: `curl -fL ${url}`,
+        hint: 'is HELM_VERSION in cluster.env a released version, and the internet (PROXY_…) reachable?',
+      })
+    }
+    const hash = createHash('sha256').update(await readFile(archive))
+    if (!(await readFile(checksum, 'utf8')).startsWith(`${hash.digest('hex')} `)) {
+      throw new StepError(`the checksum of ${url} does not match, so it was deleted`)
+    }
+    await $`tar -xzf ${archive} -C ${partial} ${target}/helm`
+    await rename(join(partial, target), folder)
+  } finally {
+    await rm(partial, { recursive: true, force: true })
+  }
+}
+
+/** A release's latest revision; its status is deployed, failed, pending-upgrade, …; its chart's version. */
+type Release = { revision: number; status: string; version: string }
+
+/**
+ * The release, undefined if there is none. If a helm that was killed left it pending, so that every
+ * change is refused, it is repaired first: by a rollback to the interrupted revision itself, which
+ * completes it and deletes nothing.
+ */
+async function usableRelease(): Promise<Release | undefined> {
+  const metadata = async (): Promise<Release | undefined> => {
+    const helm = $({ nothrow: true })
+    const found = await helm`helm get metadata ${release} --namespace ${namespace} --output json`
+    if (found.exitCode === 0) return JSON.parse(found.stdout)
+    if (/release: not found/.test(found.stderr)) return undefined
+    throw found
+  }
+  const found = await metadata()
+  if (found?.status.startsWith('pending-')) {
+    // If this fails, the release counts as failed, which an upgrade repairs.
+    await $({ nothrow: true })`helm rollback ${release} ${found.revision} --namespace ${namespace}`
+  }
+  if (found?.status === 'uninstalling') {
+    await $`helm uninstall ${release} --namespace ${namespace}`
+  }
+  return found && metadata()
+}
+
+/** The names of values in FILE that the release was not given, or given differently. */
+async function changedValues(): Promise<string[]> {
+  const isMap = (value: unknown): value is Record<string, unknown> =>
+    typeof value === 'object' && value !== null && !Array.isArray(value)
+  const compare = (wanted: unknown, has: unknown, name: string): string[] =>
+    isMap(wanted)
+      ? Object.entries(wanted).flatMap(([key, value]) =>
+          compare(value, isMap(has) ? has[key] : undefined, name ? `${name}.${key}` : key),
+        )
+      : isDeepStrictEqual(wanted ?? null, has ?? null)
+        ? []
+        : [name]
+  const given = await $`helm get values ${release} --namespace ${namespace} --output json`
+  return compare(values ? parse(await readFile(values, 'utf8')) : {}, JSON.parse(given.stdout), '')
+}

@@ -33,6 +33,7 @@ if (flags.console && (flags.unit || flags.all)) {
   throw new StepError('a console has no units: --console without --unit and --all', { exitCode: 2 })
 }
 if (flags.unit && flags.all) throw new StepError('--unit or --all, not both', { exitCode: 2 })
+const { lines = 50 } = flags
 const cluster = loadCluster()
 const nodes = chooseNodes(cluster, args)
 const width = Math.max(...nodes.map(({ name }) => name.length))
@@ -45,36 +46,27 @@ const statuses = await Promise.all(
 process.exitCode = Math.max(...statuses)
 
 function journalOf(node: Node): ProcessPromise {
-  const services = servicesOf(cluster, node).map(({ unit }) => unit)
+  const services = servicesOf(cluster, node)
   const units = flags.all ? [] : flags.unit ? [flags.unit] : services
-  const journalctl = [
-    ...['journalctl', '--no-pager', `--lines=${flags.lines ?? 50}`],
-    // Quoted for the shell on the machine.
-    ...units.map((unit) => `--unit=${quote(unit)}`),
-    ...(flags.follow ? ['--follow'] : []),
-  ]
-  return run`ssh -F tls/ssh_config ${node.name} ${journalctl}`
+  // Quoted for the shell on the machine.
+  const options = units.map((unit) => `--unit=${quote(unit)}`)
+  if (flags.follow) options.push('--follow')
+  return run`ssh -F tls/ssh_config ${node.name} journalctl --no-pager --lines=${lines} ${options}`
 }
 
 function consoleOf({ name }: Node): ProcessPromise {
   // -F: each boot begins a new file.
-  const follow = flags.follow ? ['-F'] : []
-  return run`tail -n ${flags.lines ?? 50} ${follow} images/${name}-console.log`
+  return run`tail -n ${lines} ${flags.follow ? ['-F'] : []} images/${name}-console.log`
 }
 
 /** Prints a command's lines, each after the machine's name if there are several. @returns its status */
 async function print({ name }: Node, command: ProcessPromise): Promise<number> {
   const prefix = nodes.length > 1 ? `${name.padEnd(width)} | ` : ''
-  const copies = [
-    [command.stdout, process.stdout],
-    [command.stderr, process.stderr],
-  ] as const
-  await Promise.all(
-    copies.map(async ([from, to]) => {
-      if (!from) return
-      for await (const line of createInterface({ input: from })) to.write(`${prefix}${line}\n`)
-    }),
-  )
+  const copy = async (input: NodeJS.ReadableStream, to: NodeJS.WritableStream) => {
+    for await (const line of createInterface({ input })) to.write(`${prefix}${line}\n`)
+  }
+  const { stdout, stderr } = command
+  await Promise.all([copy(stdout, process.stdout), copy(stderr, process.stderr)])
   const { exitCode } = await command
   if (exitCode !== 255) return exitCode ?? 1
   console.error(`${prefix}does not answer ssh; --console shows its serial console`)

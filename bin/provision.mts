@@ -70,11 +70,10 @@ const signal = interruption()
 // Console output after which waiting is useless.
 const fatalPatterns = [
   { pattern: /Kernel panic - not syncing.*\n/, reason: 'the kernel panicked' },
-  {
-    pattern:
-      /(An error occurred in stage 1 of the boot|You are in emergency mode|Cannot open access to console|Timed out waiting for device).*\n/,
-    reason: 'the boot failed',
-  },
+  { pattern: /An error occurred in stage 1 of the boot.*\n/, reason: 'the boot failed' },
+  { pattern: /You are in emergency mode.*\n/, reason: 'the boot failed' },
+  { pattern: /Cannot open access to console.*\n/, reason: 'the boot failed' },
+  { pattern: /Timed out waiting for device.*\n/, reason: 'the boot failed' },
   { pattern: /Dependency failed for .*Serial Getty.*\n/, reason: 'the console got no login' },
 ]
 
@@ -98,9 +97,8 @@ if (installing) {
   const missing = nodes.filter((node) => !hasDisk(cluster, node)).map(({ name }) => name)
   if (missing.length > 0) {
     const have = missing.length > 1 ? 'have no disks' : 'has no disk'
-    throw new StepError(`${missing.join(' and ')} ${have}: not installed yet`, {
-      hint: `install: ./bin/provision.mts --iso ${missing.join(' ')}`,
-    })
+    const hint = `install: ./bin/provision.mts --iso ${missing.join(' ')}`
+    throw new StepError(`${missing.join(' and ')} ${have}: not installed yet`, { hint })
   }
   await assertPortsFree(cluster, nodes)
   if (host.warning) console.error(`! ${host.warning}`)
@@ -135,14 +133,12 @@ async function chooseIso(): Promise<string> {
 async function install(node: Node, iso: string, row: Row): Promise<void> {
   const found = await machineState(cluster, node)
   if (found.state === 'running') {
-    throw new StepError(`${node.name} is running (pid ${found.pid})`, {
-      hint: `shut it down first: ./bin/shutdown.mts ${node.name}`,
-    })
+    const hint = `shut it down first: ./bin/shutdown.mts ${node.name}`
+    throw new StepError(`${node.name} is running (pid ${found.pid})`, { hint })
   }
   if (!existsSync(cluster.path('cloud-init', node.name, 'nixos'))) {
-    throw new StepError(`${node.name} has no staged configuration`, {
-      hint: `./bin/generate-nocloud-iso.mts ${node.name}`,
-    })
+    const hint = `./bin/generate-nocloud-iso.mts ${node.name}`
+    throw new StepError(`${node.name} has no staged configuration`, { hint })
   }
   await rm(filesOf(cluster, node).installLog, { force: true })
   try {
@@ -215,9 +211,8 @@ async function type(node: Node, machine: Session, row: Row): Promise<void> {
   const release = (await shell.run('nixos-version')).trim()
   if (!release.startsWith(NIXOS_VERSION)) {
     const reason = `the ISO is NixOS ${release}, cluster.env says ${NIXOS_VERSION}`
-    throw new StepError(`${machine.name}: ${reason}`, {
-      hint: 'change NIXOS_VERSION, or run ./bin/download-iso.mts --force',
-    })
+    const hint = 'change NIXOS_VERSION, or run ./bin/download-iso.mts --force'
+    throw new StepError(`${machine.name}: ${reason}`, { hint })
   }
 
   step('partition the disk')
@@ -280,12 +275,8 @@ async function type(node: Node, machine: Session, row: Row): Promise<void> {
   ] as const) {
     const { status, output } = await shell.execute(command)
     if (status === 0) continue
-    throw new StepError(`${machine.name}: ${fault}`, {
-      command,
-      output: output.trim(),
-      hint: 'the log has the output of nixos-install',
-      log: filesOf(cluster, node).installLog,
-    })
+    const logged = { hint: 'the log has the output of nixos-install', log: machine.transcript.path }
+    throw new StepError(`${machine.name}: ${fault}`, { command, output: output.trim(), ...logged })
   }
 
   step('power off')
@@ -294,7 +285,7 @@ async function type(node: Node, machine: Session, row: Row): Promise<void> {
   const end = await machine.expectExit({ timeout: BOOT_TIMEOUT, what: 'power-off', signal })
   // A QEMU that was killed has not written all data to the disk.
   const how = endOf(end)
-  if (how !== 'with status 0') throw machine.error('exit', `QEMU ended ${how}`)
+  if (how !== 'with status 0') throw new ExpectError('exit', `QEMU ended ${how}`, machine)
 }
 
 /** Whether a second attempt may succeed: after a network failure, or if the machine was lost. */

@@ -5,15 +5,16 @@ import { createHash, X509Certificate } from 'node:crypto'
 import { readFile, stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
-import { describeError, StepError } from '../lib/errors.mts'
-import { isReady, waitForReady, waitForServices } from '../lib/health.mts'
+import { describeError, lastLines, StepError } from '../lib/errors.mts'
+import { quote } from '../lib/format.mts'
+import { probeApiServer, waitForReady, waitForServices } from '../lib/health.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock } from '../lib/lock.mts'
 import { runScript, script } from '../lib/script.mts'
-import { connect, remote, setClocks, waitForSsh } from '../lib/ssh.mts'
+import { connect, NoAnswer, remote, setClocks, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
-import { runUnit } from '../lib/unit.mts'
 import { isRunning } from '../lib/vm.mts'
+import { waitFor } from '../lib/wait.mts'
 
 const { flags } = script({
   does: `Applies changes of cluster.env, configs/*.nix and certificates to running machines: stages the
@@ -22,33 +23,41 @@ restarts the services concerned. The control plane first, then one worker after 
 the previous one is healthy. A machine that is not gets its former configuration back.
 
 For a switch by hand: --push-only, then nixos-rebuild switch (or boot, and a restart) on the
-machine; ./bin/reconfig.mts then checks it and finishes. --take-back undoes the push.`,
+machine; ./bin/reconfig.mts then checks it and finishes. --take-back undoes the push.
+./bin/rolling-upgrade.mts uses --build, --restart and --take-back for another release of NixOS.`,
   reads: ['cluster.env', 'configs/', 'tls/'],
   writes: ['configs/*.kubeconfig', 'cloud-init/NODE/nixos/', 'on the machines: /etc/nixos, keys'],
   flags: {
     'dry-run': { help: 'show what would change, and change nothing on the machines' },
     node: { value: 'NODES', help: 'only this node; several separated by commas' },
     'push-only': { help: 'copy the files to their places, but do not switch' },
-    'take-back': { help: 'put the files of before the last push back, and do not switch' },
+    build: { help: 'copy the files, and build the release NIXOS_VERSION with them' },
+    restart: { help: 'restart the machine with what was built, and wait until it is healthy' },
+    'take-back': { help: 'put files and release of before the last push back, do not switch' },
     timeout: { value: 'SECONDS', number: true, help: 'for services to be healthy (WAIT_TIMEOUT)' },
   },
   examples: ['./bin/reconfig.mts --dry-run', './bin/reconfig.mts --node sigma'],
 })
 
 const cluster = loadCluster()
+const { INSTALL_TIMEOUT, NIXOS_VERSION, STOP_TIMEOUT, WAIT_TIMEOUT, BOOT_TIMEOUT } =
+  cluster.settings
 const chosen = chooseNodes(cluster, flags.node?.split(',') ?? [])
 // The control plane first, in whatever order they were named.
 const nodes = cluster.nodes.filter((node) => chosen.includes(node))
 const names = nodes.map(({ name }) => name)
-const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
+const timeout = flags.timeout ?? WAIT_TIMEOUT
 const signal = interruption()
 /** The folder on the machine for the former files and for the state of a change. */
 const home = '/var/lib/reconfig'
 /** Below /. */
 const ourFiles = 'etc/nixos var/lib/kubernetes etc/ssh/ssh_host_ed25519_key{,.pub}'
+const bootId = 'cat /proc/sys/kernel/random/boot_id'
+const system = 'readlink -f /run/current-system'
 
 await withClusterLock(cluster, 'changing configurations', async () => {
   if (flags['take-back']) return void (await inParallel(names, (name) => putBack(name)))
+  if (flags.restart) return oneByOne(nodes, restart)
 
   // 1. A renewed certificate has to be in its kubeconfig, and both in the staged files.
   await runScript('generate-kubeconfigs')
@@ -74,17 +83,25 @@ await withClusterLock(cluster, 'changing configurations', async () => {
   await setClocks(cluster, signal)
 
   // 4. One after another: the others keep the pods running, and a mistake affects only one.
-  const concerned = found.filter(({ changes, unfinished }) => changes.length > 0 || unfinished)
-  for (const [index, { node, changes }] of concerned.entries()) {
-    const work = (_: string, row: Row) => change(node, changes.length > 0, row)
-    const [outcome] = await inParallel([node.name], work).catch((error) => {
-      const rest = concerned.slice(index + 1).map((other) => other.node.name)
+  const differ = found.filter(({ changes }) => changes.length > 0).map(({ node }) => node)
+  const concerned = found.filter((each) => flags.build || each.changes.length || each.unfinished)
+  await oneByOne(
+    concerned.map(({ node }) => node),
+    (node, row) => change(node, differ.includes(node), row),
+  )
+})
+
+/** @param work returns the outcome in words */
+async function oneByOne(all: Node[], work: (node: Node, row: Row) => Promise<string>) {
+  for (const [index, node] of all.entries()) {
+    const [outcome] = await inParallel([node.name], (_, row) => work(node, row)).catch((error) => {
+      const rest = all.slice(index + 1).map(({ name }) => name)
       if (rest.length > 0) console.error(`! not touched: ${rest.join(', ')}`)
       throw error
     })
     console.log(`${node.name}: ${outcome}`)
   }
-})
+}
 
 // ── What a machine has, and what it is to have ───────────────────────────────────────────────
 
@@ -92,9 +109,7 @@ await withClusterLock(cluster, 'changing configurations', async () => {
  * @returns how each changed file is shown, as a unified diff or a line of words; and whether an
  *   earlier change did not finish, which has to be made again whatever the files say
  */
-async function compare(
-  node: Node,
-): Promise<{ node: Node; changes: string[]; unfinished: boolean }> {
+async function compare(node: Node) {
   const { name } = node
   if (!(await isRunning(cluster, node))) throw new StepError(`${name} is not running`)
   await connect(cluster, node, { signal })
@@ -106,22 +121,21 @@ async function compare(
     if [ -e unfinished ]; then echo unfinished; fi
     if [ -e former-channel ]; then echo upgrading; fi`
   const lines = (await remote(node, look, { signal })).trim().split('\n')
-  if (lines.includes('busy')) throw stillRunning(name)
+  if (lines.includes('busy')) {
+    const hint = 'wait until it has finished, then try again'
+    throw new StepError(`the last change on ${name} is still running`, { hint })
+  }
   // A switch would bring the release of the new channel, which nobody has asked for here.
-  if (lines.includes('upgrading') && !flags['push-only']) {
-    throw new StepError(`an upgrade of ${name} has not finished`, {
-      hint: `make upgrade NAME=${name} finishes it`,
-    })
+  if (lines.includes('upgrading') && !flags['push-only'] && !flags.build) {
+    const hint = `make upgrade NAME=${name} finishes it`
+    throw new StepError(`an upgrade of ${name} has not finished`, { hint })
   }
   // "DIGEST  etc/nixos/cluster.json"
   const sums = lines.filter((line) => /^[0-9a-f]{64} /.test(line))
   const there = new Map(sums.map((line) => [line.slice(66), line.slice(0, 64)]))
-  const folder = `cloud-init/${name}/nixos/`
-  const { stdout } = await $`find ${folder} -type f`
-  const staged = stdout
-    .trim()
-    .split('\n')
-    .map((file) => file.slice(folder.length))
+  const folder = `cloud-init/${name}/nixos`
+  const { stdout } = await $`cd ${folder} && find * -type f`
+  const staged = stdout.trim().split('\n')
   const changes: string[] = []
   for (const path of [...new Set([...there.keys(), ...staged])].sort()) {
     if (!staged.includes(path)) changes.push(`/${path} is not needed any more\n`)
@@ -158,15 +172,14 @@ async function describe(name: string, path: string, known: boolean): Promise<str
 /** Copies the files, switches and checks; goes back if the machine is not healthy. */
 async function change(node: Node, copying: boolean, row: Row): Promise<string> {
   const { name } = node
-  const wasReady = node.role === 'worker' && (await isReady(cluster, node))
+  const wasReady = (await probeApiServer(cluster)).nodes?.get(name)?.ready
   row.step('copying the files')
   if (copying) await push(node)
   if (flags['push-only']) return 'the files are in place, nothing was switched to'
   try {
+    if (flags.build) return await build(node, row)
     const outcome = await switchTo(node, row, { guarded: true, signal })
-    row.step('waiting for Ready')
-    const detail = (text: string) => row.detail(text)
-    if (wasReady) await waitForReady(cluster, node, { timeout, detail, signal })
+    if (wasReady) await untilReady(node, row)
     await remote(node, `rm -f ${home}/unfinished`)
     return outcome
   } catch (error) {
@@ -175,12 +188,22 @@ async function change(node: Node, copying: boolean, row: Row): Promise<string> {
       await remote(node, `rm -f ${home}/guarded`).catch(() => {})
       throw new StepError(`interrupted: the change on ${name} continues in the background`, {
         ...(signal.reason as StepError).explanation,
-        hint: 'make reconfig looks how it ended, and finishes it',
+        hint: `make ${flags.build ? 'upgrade' : 'reconfig'} looks how it ended, and finishes it`,
       })
     }
     row.step('going back to the former configuration')
     throw await takingTime(() => goBack(node, row, error))
   }
+}
+
+/** How long to wait, where to show what is missing, and what ends the wait. */
+function limits(row: Row, signal?: AbortSignal) {
+  return { timeout, detail: (text: string) => row.detail(text), signal }
+}
+
+async function untilReady(node: Node, row: Row): Promise<void> {
+  row.step('waiting for Ready')
+  await waitForReady(cluster, node, limits(row, signal))
 }
 
 /**
@@ -197,7 +220,7 @@ async function push(node: Node): Promise<void> {
     mkdir -p ${home}
     cd ${home}
     exec 9>lock
-    flock --nonblock 9 || { echo busy >&2; exit 1; }
+    flock --timeout 60 9
     rm -rf new archive
     trap '[ $? = 0 ] || rm -rf new archive' EXIT
     cat >archive
@@ -220,12 +243,11 @@ async function push(node: Node): Promise<void> {
       fi
     done
     sync
-    [ -e ../unfinished ] || readlink -f /run/current-system >../unfinished
+    [ -e ../unfinished ] || ${system} >../unfinished
     ${move('new')}`
   try {
     await remote(node, receive, { input: archive, timeout: 300 })
   } catch (error) {
-    if (/^\s*\| busy$/m.test(describeError(error))) throw stillRunning(name)
     // It may have finished on the machine, and only the answer was lost.
     const outcome = await putBack(name).then(
       () => 'nothing was changed there',
@@ -250,7 +272,10 @@ function move(folder: 'new' | 'back'): string {
     sync`
 }
 
-/** Puts the former files back, unless they are in place. If nothing was switched to, that is all. */
+/**
+ * Puts the former files back, unless they are in place, and the former release unless the machine
+ * runs the new one. If nothing was switched to, that is all.
+ */
 async function putBack(name: string): Promise<void> {
   await waitForSsh(cluster, cluster.node(name))
   const back = `
@@ -259,11 +284,19 @@ async function putBack(name: string): Promise<void> {
     exec 9>lock
     # A push or a switch whose connection was lost continues to its end.
     flock --timeout 600 9
+    if [ -e former-channel ] && { read -r url; read -r generation; read -r former; } <former-channel &&
+      [ "$former" = "$(${system})" ]; then
+      nix-channel --add "$url" nixos
+      # channels-3-link
+      generation=\${generation#channels-}
+      nix-channel --rollback "\${generation%-link}"
+      rm -f former-channel result
+    fi
     [ -e unfinished ] || exit 0
     rm -rf back
     cp -a former back
     ${move('back')}
-    [ "$(cat unfinished)" != "$(readlink -f /run/current-system)" ] || rm unfinished`
+    [ "$(cat unfinished)" != "$(${system})" ] || rm unfinished`
   await remote(cluster.node(name), back, { timeout: 900 })
 }
 
@@ -279,24 +312,21 @@ async function switchTo(
   { guarded, signal }: { guarded: boolean; signal?: AbortSignal },
 ): Promise<string> {
   const { name } = node
-  const detail = (text: string) => row.detail(text)
   row.step('nixos-rebuild switch')
   const nixosRebuild = `
-    cd ${home}
     rm -f undone
     ${guarded ? 'touch' : 'rm -f'} guarded
     status=0
-    flock --nonblock lock nixos-rebuild switch || status=$?
+    nixos-rebuild switch || status=$?
     if [ -e guarded ]; then
       former=$(cat unfinished)
       systemd-run --unit=reconfig-undo --on-active=3min --setenv=PATH="$PATH" bash -c "
         nix-env --profile /nix/var/nix/profiles/system --set $former
         $former/bin/switch-to-configuration switch
-        touch ${home}/undone"
+        touch ${home}/undone" 9>&-
     fi
     exit $status`
-  const limits = { timeout: cluster.settings.INSTALL_TIMEOUT, detail, signal }
-  const { status, lines } = await runUnit(cluster, node, 'reconfig', nixosRebuild, limits)
+  const { status, lines } = await runUnit(node, row, nixosRebuild, signal)
   const confirm = `
     rm -f ${home}/guarded
     systemctl stop reconfig-undo.timer 2>/dev/null || true
@@ -307,21 +337,20 @@ async function switchTo(
   }
   // 4: a unit had failed at that moment; it may be between two attempts, as the scheduler is when
   // the API server has just been restarted.
-  if (status !== 0 && status !== 4) throw await switchFailed(node, status, lines)
+  if (status !== 0 && status !== 4) throw await switchFailed(name, status, lines)
   row.step('waiting for services')
-  await waitForServices(cluster, node, { timeout, detail, signal })
-  const failed = await remote(node, 'systemctl list-units --state=failed --plain --no-legend')
-  if (status === 4 && failed) throw new StepError(`units failed on ${name}`, { output: failed })
+  await waitForServices(cluster, node, limits(row, signal))
+  const output = await remote(node, 'systemctl list-units --state=failed --plain --no-legend')
+  if (status === 4 && output) throw new StepError(`units failed on ${name}`, { output })
   const units = lines.flatMap((line) => {
     const [, list] = line.match(/(?<!NOT )\b(?:re)?starting the following units: (.*)$/) ?? []
     return list?.replaceAll('.service', '').split(', ') ?? []
   })
-  return units.length > 0
-    ? `restarted ${[...new Set(units)].sort().join(', ')}`
-    : 'no unit restarted'
+  const restarted = [...new Set(units)].sort().join(', ')
+  return restarted ? `restarted ${restarted}` : 'no unit restarted'
 }
 
-async function switchFailed({ name }: Node, status: number, lines: string[]): Promise<StepError> {
+async function switchFailed(name: string, status: number, lines: string[]): Promise<StepError> {
   // Where it has no terminal, some versions of nixos-rebuild print nothing.
   const journal = 'journalctl --unit=nixos-rebuild-switch-to-configuration --lines=15 --output=cat'
   const { stdout } = await $({ nothrow: true })`ssh -F tls/ssh_config ${name} ${journal}`
@@ -339,26 +368,136 @@ ssh -F tls/ssh_config ${name} 'nixos-rebuild boot && reboot'
 }
 
 /** @returns the error to throw: what failed, and whether the machine has its former configuration */
-async function goBack(node: Node, row: Row, error: unknown): Promise<StepError> {
+async function goBack(node: Node, row: Row, error: unknown): Promise<unknown> {
   const { name } = node
   try {
     await putBack(name)
+    if (flags.build) return error
     await switchTo(node, row, { guarded: false })
     await remote(node, `rm -f ${home}/unfinished`)
     const reason = `${name} was not healthy and has its former configuration again`
     return new StepError(reason, { output: describeError(error), cause: error })
   } catch (second) {
-    return new StepError(`${name} is not healthy, nor with its former configuration`, {
+    const reason = flags.build
+      ? `${name} was not upgraded, and could not be put back as it was`
+      : `${name} is not healthy, nor with its former configuration`
+    const next = flags.build ? `upgrade NAME=${name} continues` : 'reconfig pushes again'
+    return new StepError(reason, {
       output: `${describeError(error)}\n${describeError(second)}`,
-      hint: `the former files are kept on it in ${home}/former; make reconfig pushes again`,
+      hint: `the former files are kept on it in ${home}/former; make ${next}`,
       cause: second,
     })
   }
 }
 
-function stillRunning(name: string): StepError {
-  const hint = 'wait until it has finished, then try again'
-  return new StepError(`the last change on ${name} is still running`, { hint })
+// ── Another release ──────────────────────────────────────────────────────────────────────────
+
+/** Takes NixOS from the channel of the release, and builds it. The former channel is kept. */
+async function build(node: Node, row: Row): Promise<string> {
+  const channel = `https://channels.nixos.org/nixos-${NIXOS_VERSION}`
+  const command = `
+    if [ ! -e former-channel ]; then
+      url=$(nix-channel --list | sed -n 's/^nixos //p')
+      echo "\${url:-${channel}}" >former-channel.new
+      readlink /nix/var/nix/profiles/per-user/root/channels >>former-channel.new
+      ${system} >>former-channel.new
+      mv former-channel.new former-channel
+    fi
+    nix-channel --add ${channel} nixos
+    nix-channel --update nixos
+    rm -f result
+    nixos-rebuild build`
+  const hint = `nothing was changed; ${channel} must exist, and ${node.name} must reach it`
+  row.step(`building NixOS ${NIXOS_VERSION}`)
+  const { status, lines } = await runUnit(node, row, command, signal)
+  if (status !== 0) throw failed(`the build of NixOS ${NIXOS_VERSION}`, node, status, lines, hint)
+  return `NixOS ${NIXOS_VERSION} is built, nothing was switched to`
+}
+
+/** Restarts with what was built, unless that runs. Not a switch: it cannot replace D-Bus or init. */
+async function restart(node: Node, row: Row): Promise<string> {
+  const { name, role } = node
+  await connect(cluster, node, { signal })
+  const ask = async (question: string) => (await remote(node, question, { signal })).trim()
+  const built = await ask(`readlink -f ${home}/result`)
+  if ((await ask(system)) !== built) {
+    row.step('nixos-rebuild boot')
+    const { status, lines } = await runUnit(node, row, 'nixos-rebuild boot', signal)
+    if (status !== 0) throw failed('nixos-rebuild boot', node, status, lines)
+    row.step('restarting')
+    const before = await ask(bootId)
+    await $({
+      nothrow: true,
+      timeout: '60s',
+    })`ssh -F tls/ssh_config ${name} systemctl reboot --no-block`
+    const wait = { ...limits(row, signal), timeout: BOOT_TIMEOUT + STOP_TIMEOUT }
+    await waitFor({ failure: `${name} has not restarted`, ...wait }, async () => {
+      await waitForSsh(cluster, node, { ...wait, timeout: BOOT_TIMEOUT })
+      return (await ask(bootId).catch(() => before)) === before ? 'it is shutting down' : undefined
+    })
+    const output = await ask(system)
+    const reason = `${name} has started another system than the new one`
+    if (output !== built) throw new StepError(reason, { output })
+  }
+  row.step('waiting for services')
+  await waitForServices(cluster, node, limits(row, signal))
+  if (role === 'worker') await untilReady(node, row)
+  await remote(node, `rm -f ${home}/unfinished`)
+  return 'healthy with what was built'
+}
+
+// ── A command of minutes ─────────────────────────────────────────────────────────────────────
+
+/**
+ * Runs shell text in our folder on a machine to its end, as a unit of systemd: a lost connection
+ * does not end it. After Ctrl-C only the wait ends.
+ *
+ * @returns its status, and the last lines, up to 200, of both outputs
+ * @throws StepError if it does not end: the machine was stopped or restarted, or time is up
+ */
+async function runUnit(node: Node, row: Row, command: string, signal?: AbortSignal) {
+  const { name } = node
+  const log = '/var/log/reconfig.log'
+  // --remain-after-exit keeps its exit status until the unit is stopped.
+  const start = `
+    mkdir -p ${home}
+    exec 9>${home}/lock
+    flock --timeout 5 9 || { echo 'the last change is still running' >&2; exit 75; }
+    systemctl stop reconfig 2>/dev/null || true
+    systemctl reset-failed reconfig 2>/dev/null || true
+    systemd-run --quiet --unit=reconfig --remain-after-exit --setenv=PATH="$PATH" --setenv=HOME=/root \\
+      --property=StandardOutput=truncate:${log} --property=StandardError=append:${log} \\
+      bash -euo pipefail -c ${quote(`cd ${home}; exec 9>lock; flock 9; ${command}`)} 9>&-
+    ${bootId}`
+  const boot = await remote(node, start)
+  const look = `${bootId}; systemctl show --property=SubState,ExecMainStatus reconfig
+    echo '== log'; tail -n 200 ${log}`
+  let ended = { status: 1, lines: [''] }
+  const wait = { ...limits(row, signal), timeout: INSTALL_TIMEOUT }
+  await waitFor({ failure: `a command on ${name} did not end`, ...wait }, async () => {
+    const isOn = await isRunning(cluster, node)
+    if (!isOn) throw new StepError(`${name} was switched off during a change`)
+    const answer = await remote(node, look).catch(async (error) => {
+      if (!(error instanceof NoAnswer)) throw error
+      // Its network or its sshd may be restarting.
+      await connect(cluster, node).catch(() => {})
+    })
+    if (!answer) return 'no answer'
+    const [head = '', text = ''] = answer.split('== log\n')
+    if (!head.startsWith(boot.trim())) {
+      throw new StepError(`${name} was restarted during a change`, { output: lastLines(text) })
+    }
+    const lines = text.trimEnd().split('\n')
+    if (/^SubState=(running|start.*)$/m.test(head)) return lines.at(-1) || 'running'
+    ended = { status: Number(head.match(/^ExecMainStatus=(\d+)$/m)?.[1] ?? 1), lines }
+    return undefined
+  })
+  return ended
+}
+
+function failed(what: string, { name }: Node, status: number, lines: string[], hint?: string) {
+  const output = lines.slice(-15).join('\n')
+  return new StepError(`${what} failed on ${name} (exit status ${status})`, { output, hint })
 }
 
 function sha256(data: Buffer): string {

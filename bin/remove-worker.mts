@@ -2,22 +2,22 @@
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // One worker less: its pods move to other nodes, then nothing of it is left but its disk.
 import { readFileSync } from 'node:fs'
-import { readdir, rename, rm } from 'node:fs/promises'
-import { basename } from 'node:path'
 import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
-import { withoutWorker } from '../lib/cluster-env.mts'
+import { parseEnvFile } from '../lib/env-file.mts'
 import { describeError, StepError } from '../lib/errors.mts'
 import { writeFileAtomic } from '../lib/files.mts'
 import { formatDuration, timestamp } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { type ApiObject, kubectlJson, useCluster } from '../lib/kubectl.mts'
+import { kubectlJson, printAndExit, useCluster } from '../lib/kubectl.mts'
 import { ensureLanSwitch, lanSwitchStatus } from '../lib/lan.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
+import { nodeVariable } from '../lib/nodes.mts'
 import { runScript, script } from '../lib/script.mts'
+import { perNodeVariables } from '../lib/settings.mts'
 import { connect } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
-import { filesOf, hasDisk, isRunning } from '../lib/vm.mts'
+import { hasDisk, isRunning } from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `Removes a worker: drains it, as far as disruption budgets allow, stops its machine, deletes its
@@ -29,6 +29,7 @@ in images/. Run again after an interruption, it continues.`,
     'on the other machines: /etc/nixos',
   ],
   flags: {
+    'dry-run': { help: 'print cluster.env without the worker, and do nothing' },
     force: {
       help: 'despite disruption budgets, pods without controller, local volumes or machines that do not answer; also the last worker',
     },
@@ -43,9 +44,9 @@ const began = performance.now()
 const signal = interruption()
 const cluster = loadCluster()
 const node = cluster.node(name)
-const files = filesOf(cluster, node)
 const remaining = cluster.workers.filter((worker) => worker !== node).map((worker) => worker.name)
 checkNode()
+if (flags['dry-run']) await printAndExit(settingsWithout())
 
 await withClusterLock(cluster, `removing the worker ${name}`, async () => {
   // 1. What speaks against it is found before anything is changed.
@@ -84,11 +85,6 @@ await withClusterLock(cluster, `removing the worker ${name}`, async () => {
   console.log(`${name} is gone (${formatDuration(performance.now() - began)})`)
   if (kept) console.log(`its disk, with its keys on it, is kept: ${kept}`)
 })
-
-/** Read again each time: its owner may have changed something meanwhile. */
-function settingsWithout(): string {
-  return withoutWorker(readFileSync(cluster.path('cluster.env'), 'utf8'), name)
-}
 
 // ── Checks ───────────────────────────────────────────────────────────────────────────────────
 
@@ -135,32 +131,26 @@ async function checkCluster(): Promise<string[]> {
   return others
 }
 
-interface Requirement {
-  key: string
-  operator: string
-  values?: string[]
-}
-
-interface PersistentVolume extends ApiObject {
+type Requirement = { key: string; operator: string; values?: string[] }
+type Term = { matchExpressions?: Requirement[]; matchFields?: Requirement[] }
+interface PersistentVolume {
   spec: {
     claimRef?: { namespace: string; name: string }
-    nodeAffinity?: {
-      required?: {
-        nodeSelectorTerms: { matchExpressions?: Requirement[]; matchFields?: Requirement[] }[]
-      }
-    }
+    nodeAffinity?: { required?: { nodeSelectorTerms: Term[] } }
   }
 }
 
 /** The claims whose volumes can be used on this node only, as "namespace/name". */
 async function localClaims(): Promise<string[]> {
-  const label = 'kubernetes.io/hostname'
-  const { items: nodes } = await kubectlJson<{ items: ApiObject[] }>('get', 'nodes')
-  const found = nodes.find(({ metadata }) => metadata.name === name)
   // Volumes refer to the node by its label, which need not be its name.
-  const value = { [label]: found?.metadata.labels?.[label] ?? name, 'metadata.name': name }
+  const { stdout: label } =
+    await $`kubectl get node ${name} --ignore-not-found --output='jsonpath={.metadata.labels.kubernetes\\.io/hostname}'`
+  const value = new Map([
+    ['kubernetes.io/hostname', label || name],
+    ['metadata.name', name],
+  ])
   const isHere = ({ key, operator, values = [] }: Requirement) =>
-    operator === 'In' && values.length === 1 && values[0] === value[key as keyof typeof value]
+    operator === 'In' && values.length === 1 && values[0] === value.get(key)
   const { items } = await kubectlJson<{ items: PersistentVolume[] }>('get', 'persistentvolumes')
   const claims = items.flatMap(({ spec: { claimRef, nodeAffinity } }) => {
     // Terms are alternatives, each with conditions that all have to hold.
@@ -168,8 +158,8 @@ async function localClaims(): Promise<string[]> {
     const isOnlyHere = terms.every(({ matchExpressions = [], matchFields = [] }) =>
       [...matchExpressions, ...matchFields].some(isHere),
     )
-    if (!claimRef || terms.length === 0 || !isOnlyHere) return []
-    return `${claimRef.namespace}/${claimRef.name}`
+    const isLocal = claimRef && terms.length > 0 && isOnlyHere
+    return isLocal ? `${claimRef.namespace}/${claimRef.name}` : []
   })
   return claims.sort()
 }
@@ -177,20 +167,20 @@ async function localClaims(): Promise<string[]> {
 // ── Parts ────────────────────────────────────────────────────────────────────────────────────
 
 async function drain(): Promise<void> {
-  const { spec } = await kubectlJson<{ spec: { unschedulable?: boolean } }>('get', 'node', name)
+  const { stdout: wasCordoned } =
+    await $`kubectl get node ${name} --output=jsonpath={.spec.unschedulable}`
   const force = flags.force ? ['--force', '--disable-eviction'] : []
-  const limit = `--timeout=${Math.ceil(flags.timeout ?? 300)}s`
+  const limits = [...force, `--timeout=${Math.ceil(flags.timeout ?? 300)}s`]
   try {
-    await $({
-      signal,
-    })`kubectl drain ${name} --ignore-daemonsets --delete-emptydir-data ${force} ${limit}`
+    const kubectl = $({ signal })
+    await kubectl`kubectl drain ${name} --ignore-daemonsets --delete-emptydir-data ${limits}`
   } catch (error) {
     if (flags.force && !signal.aborted) {
       console.error(`! ${describeError(error)}\n! its pods end with the machine`)
       return
     }
     // Without the signal: also after Ctrl-C.
-    if (spec.unschedulable !== true) await $({ nothrow: true })`kubectl uncordon ${name}`
+    if (!wasCordoned) await $({ nothrow: true })`kubectl uncordon ${name}`
     throw error
   }
 }
@@ -198,25 +188,61 @@ async function drain(): Promise<void> {
 /** Removes everything but the disk, which is renamed. @returns its new name, if there is one */
 async function removeFiles(): Promise<string | undefined> {
   if (await isRunning(cluster, node)) throw new StepError(`${name} was started meanwhile`)
-  const { disk, partialDisk, efiVars, consoleLog, installLog, qemuLog, lock } = files
-  const runFiles = (await readdir(cluster.path('run'))).filter(
-    (file) => file.startsWith(`${name}.`) || file === `${name}-install`,
-  )
-  const ours = [
-    ...['.pem', '-key.pem'].map((end) => cluster.path('tls', `${name}${end}`)),
-    ...['', '.pub'].map((end) => cluster.path('tls', `ssh_host_${name}_ed25519${end}`)),
-    ...[cluster.path('configs', `${name}.kubeconfig`), cluster.path('cloud-init', name)],
-    ...[partialDisk, efiVars, `${efiVars}.old`],
-    ...[consoleLog, `${consoleLog}.1`, installLog, qemuLog],
-    ...runFiles.map((file) => cluster.path('run', file)).filter((file) => !file.startsWith(lock)),
-  ]
-  for (const path of ours) await rm(path, { recursive: true, force: true })
+  await $`rm -rf cloud-init/${name} configs/${name}.kubeconfig logs/${name}-qemu.log`
+  await $`rm -f tls/${name}{,-key}.pem tls/ssh_host_${name}_ed25519{,.pub}`
+  await $`rm -f images/${name}{.qcow2.partial,-efivars.fd{,.old},-console.log{,.1},-install.log}`
+  // All but its lock, which is ours.
+  const ours = ['(', '-name', `${name}.*`, '-o', '-name', `${name}-install`, ')']
+  await $`find run -maxdepth 1 ${ours} ! -name ${name}.lock* -exec rm -rf {} +`
   if (!hasDisk(cluster, node)) return undefined
-  if (flags.purge) {
-    await rm(disk)
-    return undefined
+  const kept = `images/${name}.qcow2.removed-${timestamp()}`
+  if (flags.purge) await $`rm images/${name}.qcow2`
+  else await $`mv images/${name}.qcow2 ${kept}`
+  return flags.purge ? undefined : kept
+}
+
+/**
+ * cluster.env without the worker's block, or its lines and its name in WORKER_NODES; everything else
+ * as its owner wrote it, to the byte. Read again each time, as it may have changed.
+ */
+function settingsWithout(): string {
+  const text = readFileSync(cluster.path('cluster.env'), 'utf8')
+  const own = perNodeVariables.map((prefix) => nodeVariable(prefix, name)).join('|')
+  const itsLine = new RegExp(
+    `^(# ── Worker ${name},|WORKER_NODES="\\$WORKER_NODES ${name}"$|\\s*(export\\s+)?(${own})=)`,
+  )
+  const list = /^(\s*(?:export\s+)?WORKER_NODES=)(["']?)([^"'#]*?)(\2(?:\s.*)?)$/
+  const namesIn = (value: string) => value.split(/\s+/).filter(Boolean)
+  const shortened = (line: string, start: string, quote: string, value: string, rest: string) => {
+    if (!namesIn(value).includes(name)) return line
+    return (
+      start +
+      quote +
+      namesIn(value)
+        .filter((each) => each !== name)
+        .join(' ') +
+      rest
+    )
   }
-  const kept = `${disk}.removed-${timestamp()}`
-  await rename(disk, kept)
-  return `images/${basename(kept)}`
+  const kept: string[] = []
+  // One of the blank lines around its lines goes with them. A file without a line break at its end
+  // got one from the block.
+  let dropBlank = false
+  for (const line of text.split('\n')) {
+    if (itsLine.test(line)) {
+      dropBlank ||= kept.at(-1) === '' || line.startsWith('#')
+    } else {
+      if (!dropBlank || line !== '') kept.push(line.replace(list, shortened))
+      dropBlank = false
+    }
+  }
+  const { assignments } = parseEnvFile(kept.join('\n'))
+  const isLeft = assignments.some((each) => {
+    return each.name === 'WORKER_NODES' && namesIn(each.value).includes(name)
+  })
+  if (!isLeft) return kept.join('\n')
+  throw new StepError(`${name} cannot be taken out of WORKER_NODES`, {
+    output: text.match(/^.*\bWORKER_NODES=.*$/gm)?.join('\n') ?? '',
+    hint: 'write it as one list in quotes: WORKER_NODES="sigma gamma"',
+  })
 }

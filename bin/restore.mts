@@ -16,7 +16,6 @@ import { runScript, script } from '../lib/script.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
 import { freeBytes, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
-import { stopMachine } from '../lib/vm-stop.mts'
 import type { Snapshot } from './snapshot.mts'
 
 const { flags, args } = script({
@@ -39,7 +38,7 @@ const cluster = loadCluster()
 const names = cluster.nodes.map((node) => node.name)
 const marker = cluster.path('snapshots', '.restoring')
 
-await withClusterLock(cluster, 'restoring a snapshot', async () => {
+const restored = await withClusterLock(cluster, 'restoring a snapshot', async () => {
   // 1. Everything that prevents a restore is found before anything is changed.
   const snapshot = await find(args[0])
   await step(`check the snapshot ${snapshot.name}`, () => check(snapshot))
@@ -48,16 +47,14 @@ await withClusterLock(cluster, 'restoring a snapshot', async () => {
   // 2. The machines stop, and what is there now becomes a snapshot.
   // 3. Disks, keys and settings are put back. If that fails, the machines that ran run on.
   const saved = `before-restore-${timestamp()}`
-  const running: Node[] = []
-  for (const node of cluster.nodes) if (await isRunning(cluster, node)) running.push(node)
+  const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
+  const running = cluster.nodes.filter((_, index) => states[index])
   await syncGuests(cluster, signal)
   signal.throwIfAborted()
   await takingTime(async () => {
     try {
-      await inParallel(names, async (name, row) => {
-        row.step('stop')
-        await stopMachine(cluster, cluster.node(name), { atOnce: true })
-      })
+      // As if the plug were pulled: what is on their disks is of no use any more.
+      await runScript('shutdown', ['--now'])
       await withMachineLocks(cluster, cluster.nodes, 'restoring a snapshot', async () => {
         await runScript('snapshot', ['--automatic', saved])
         await step('put back disks, keys and settings', () => replace(snapshot, saved))
@@ -75,16 +72,16 @@ await withClusterLock(cluster, 'restoring a snapshot', async () => {
   console.log(`what was replaced is kept: make restore NAME=${saved}`)
 
   // 4. The machines start, with the cluster.env of the snapshot.
-  const restored = loadCluster()
+  const then = loadCluster()
   await inParallel(names, async (name, row) => {
     row.step('power on')
-    await startMachine(restored, restored.node(name), host)
+    await startMachine(then, then.node(name), host)
   })
+  return then
 })
 
 // 5. The cluster answers.
 if (!flags['start-only']) {
-  const restored = loadCluster()
   await inParallel(names, async (name, row) => {
     row.step('wait for ssh')
     await waitForSsh(restored, restored.node(name), { detail: (text) => row.detail(text), signal })
@@ -98,7 +95,7 @@ if (!flags['start-only']) {
 console.log(`restored in ${formatDuration(performance.now() - began)}`)
 
 async function allSnapshots(): Promise<Snapshot[]> {
-  return JSON.parse((await $`./bin/snapshot.mts --list --json`).stdout) as Snapshot[]
+  return JSON.parse((await $`./bin/snapshot.mts --list --json`).stdout)
 }
 
 /** The snapshot of that name; without a name the newest that was taken on purpose. */
@@ -106,40 +103,36 @@ async function find(name?: string): Promise<Snapshot> {
   const all = await allSnapshots()
   const found = all.findLast((each) => (name ? each.name === name : !each.automatic))
   if (found) return found
-  throw new StepError(name ? `there is no snapshot "${name}"` : 'there is no snapshot yet', {
-    hint: all.length > 0 ? `there are ${all.map((each) => each.name).join(', ')}` : 'make snapshot',
-    exitCode: 2,
-  })
+  const reason = name ? `there is no snapshot "${name}"` : 'there is no snapshot yet'
+  const others = all.map((each) => each.name).join(', ')
+  const hint = others ? `there are ${others}` : 'make snapshot'
+  throw new StepError(reason, { hint, exitCode: 2 })
 }
 
 /** @throws StepError with every reason why the snapshot cannot be restored */
 async function check({ name: snapshot, machines, files }: Snapshot): Promise<void> {
   const problems: string[] = []
-  const then = machines.map(({ name, role }) => `${name} (${role})`)
-  const now = cluster.nodes.map(({ name, role }) => `${name} (${role})`)
+  const title = ({ name, role }: Pick<Node, 'name' | 'role'>) => `${name} (${role})`
+  const [then, now] = [machines.map(title), cluster.nodes.map(title)]
   for (const each of now) if (!then.includes(each)) problems.push(`it does not contain ${each}`)
   for (const each of then) if (!now.includes(each)) problems.push(`it also contains ${each}`)
 
-  for (const node of cluster.nodes) {
-    const { name } = node
-    const disk = machines.find((machine) => machine.name === name)?.disk
-    if (!disk) continue
-    const found = await machineState(cluster, node)
+  for (const { name, disk } of machines.filter((each) => names.includes(each.name))) {
+    const found = await machineState(cluster, cluster.node(name))
+    const image = `images/${name}.qcow2`
     if (found.state === 'running' && found.mode === 'install') {
       problems.push(`${name} is being installed`)
-      continue
-    }
-    if (!hasDisk(cluster, node)) {
-      problems.push(`${name} has no disk: images/${name}.qcow2 is missing`)
-      continue
-    }
-    // -U: reading the list of snapshots is safe while a machine runs.
-    const info = JSON.parse((await $`qemu-img info -U --output=json images/${name}.qcow2`).stdout)
-    const same = (info.snapshots ?? []).find((each: { name: string }) => each.name === disk.name)
-    const time = same && same['date-sec'] + same['date-nsec'] / 1e9
-    if (!same) problems.push(`the disk of ${name} does not have it`)
-    else if (same.id !== disk.id || time !== disk.time) {
-      problems.push(`the disk of ${name} has another snapshot of that name`)
+    } else if (!hasDisk(cluster, cluster.node(name))) {
+      problems.push(`${name} has no disk: ${image} is missing`)
+    } else {
+      // -U: reading the list of snapshots is safe while a machine runs.
+      const info = JSON.parse((await $`qemu-img info -U --output=json ${image}`).stdout)
+      const same = info.snapshots?.find((each: { name: string }) => each.name === disk.name)
+      const time = same && same['date-sec'] + same['date-nsec'] / 1e9
+      if (!same) problems.push(`the disk of ${name} does not have it`)
+      else if (same.id !== disk.id || time !== disk.time) {
+        problems.push(`the disk of ${name} has another snapshot of that name`)
+      }
     }
   }
   for (const { path, sha256 } of files) {
@@ -148,29 +141,23 @@ async function check({ name: snapshot, machines, files }: Snapshot): Promise<voi
     problems.push(`snapshots/${snapshot}/${path} is missing or was changed`)
   }
   // As for a snapshot, which is about to be taken.
-  const needed = names.length * 2 ** 30
-  const free = await freeBytes(cluster.path('images'))
-  if (free < needed && process.platform !== 'darwin') {
-    problems.push(
-      `not enough disk space: ${formatBytes(needed)} are needed, ${formatBytes(free)} are free`,
-    )
-  }
+  const [needed, free] = [names.length * 2 ** 30, await freeBytes(cluster.path('images'))]
+  const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
+  const isShort = free < needed && process.platform !== 'darwin'
+  if (isShort) problems.push(`not enough disk space: ${amounts}`)
   if (problems.length === 0) return
   const later = cluster.workers.filter(({ name }) => !machines.some((each) => each.name === name))
   const removals = later.map(({ name }) => `make remove-worker NAME=${name}`).join(', ')
+  const remove = `remove the workers that were added after it: ${removals}`
   throw new StepError(`the snapshot "${snapshot}" cannot be restored; nothing was changed`, {
     output: problems.join('\n'),
-    hint: removals
-      ? `remove the workers that were added after it: ${removals}`
-      : './bin/snapshot.mts --list shows the others',
+    hint: removals ? remove : './bin/snapshot.mts --list shows the others',
   })
 }
 
 /**
- * Puts the snapshot in the place of what `saved` keeps. If that fails, that is put back.
- *
- * The marker names the last complete state while a restore is under way: after a restore that was
- * killed it is kept until one succeeds.
+ * Puts the snapshot in the place of what `saved` keeps; if that fails, that is put back. Meanwhile the
+ * marker names the last complete state: after a restore that was killed, until one succeeds.
  */
 async function replace(snapshot: Snapshot, saved: string): Promise<void> {
   const interrupted = (await readIfThere(marker))?.trim()
@@ -178,14 +165,13 @@ async function replace(snapshot: Snapshot, saved: string): Promise<void> {
   try {
     await putBack(snapshot)
   } catch (error) {
-    await find(saved)
-      .then(putBack)
-      .catch((second) => {
-        throw new StepError('some disks are restored, others are not', {
-          output: `${describeError(error)}\n${describeError(second)}`,
-          hint: `what was there before: make restore NAME=${saved}`,
-        })
-      })
+    try {
+      await putBack(await find(saved))
+    } catch (second) {
+      const output = `${describeError(error)}\n${describeError(second)}`
+      const hint = `what was there before: make restore NAME=${saved}`
+      throw new StepError('some disks are restored, others are not', { output, hint })
+    }
     if (!interrupted) await rm(marker, { force: true })
     throw error
   }

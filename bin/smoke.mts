@@ -6,7 +6,7 @@ import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
 import * as kubectl from '../lib/kubectl.mts'
-import { waitForPods, waitForRollout } from '../lib/pods.mts'
+import { execInPod, waitForPods, waitForRollout } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
 import { connect, remote } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
@@ -33,23 +33,16 @@ const signal = interruption()
 const manifest = (workers: readonly Node[]) => `\
 apiVersion: v1
 kind: Namespace
-metadata:
-  name: ${namespace}
-  labels:
-    pod-security.kubernetes.io/enforce: restricted
+metadata: {name: ${namespace}, labels: {pod-security.kubernetes.io/enforce: restricted}}
 ---
 apiVersion: apps/v1
 kind: Deployment
-metadata:
-  name: nginx
-  namespace: ${namespace}
+metadata: {name: nginx, namespace: ${namespace}}
 spec:
   replicas: ${workers.length}
-  selector:
-    matchLabels: {app: nginx}
+  selector: {matchLabels: {app: nginx}}
   template:
-    metadata:
-      labels: {app: nginx}
+    metadata: {labels: {app: nginx}}
     spec:
       automountServiceAccountToken: false
       terminationGracePeriodSeconds: 5
@@ -57,40 +50,25 @@ spec:
         - maxSkew: 1
           topologyKey: kubernetes.io/hostname
           whenUnsatisfiable: DoNotSchedule
-          labelSelector:
-            matchLabels: {app: nginx}
+          labelSelector: {matchLabels: {app: nginx}}
           matchLabelKeys: [pod-template-hash]
-      securityContext:
-        runAsNonRoot: true
-        runAsUser: 101
-        seccompProfile: {type: RuntimeDefault}
+      securityContext: {runAsNonRoot: true, runAsUser: 101, seccompProfile: {type: RuntimeDefault}}
       containers:
         - name: nginx
           image: ${cluster.settings.SMOKE_IMAGE}
           imagePullPolicy: IfNotPresent
-          ports:
-            - {name: http, containerPort: 8080}
-          readinessProbe:
-            httpGet: {path: /, port: http}
-            periodSeconds: 2
-            timeoutSeconds: 5
-          resources:
-            requests: {cpu: 50m, memory: 16Mi}
-            limits: {memory: 64Mi}
-          securityContext:
-            allowPrivilegeEscalation: false
-            capabilities: {drop: [ALL]}
+          ports: [{name: http, containerPort: 8080}]
+          readinessProbe: {httpGet: {path: /, port: http}, periodSeconds: 2, timeoutSeconds: 5}
+          resources: {requests: {cpu: 50m, memory: 16Mi}, limits: {memory: 64Mi}}
+          securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
 ---
 apiVersion: v1
 kind: Service
-metadata:
-  name: nginx
-  namespace: ${namespace}
+metadata: {name: nginx, namespace: ${namespace}}
 spec:
   type: NodePort
   selector: {app: nginx}
-  ports:
-    - {name: http, port: 80, targetPort: http}
+  ports: [{name: http, port: 80, targetPort: http}]
 `
 
 await kubectl.useCluster(cluster)
@@ -107,28 +85,23 @@ await step(`nginx on ${workers.map(({ name }) => name).join(' and ')}`, () =>
   kubectl.apply(manifest(workers), { manager: 'smoke', signal }),
 )
 const pods = await step('nginx is ready', async (detail) => {
-  await waitForRollout('deployment/nginx', { namespace, timeout, detail, signal })
+  const limits = { namespace, timeout, detail, signal }
+  await waitForRollout('deployment/nginx', limits)
   // Those of an earlier run may not have ended yet.
-  const all = await waitForPods('Ready', { namespace, timeout, detail, signal })
+  const all = await waitForPods('Ready', limits)
   return all.filter(({ metadata }) => !metadata.deletionTimestamp)
 })
-interface Service {
-  spec: { clusterIP: string; ports: { nodePort: number }[] }
-}
-const { spec } = await kubectl.kubectlJson<Service>(
-  'get',
-  'service/nginx',
-  `--namespace=${namespace}`,
-)
-const nodePort = spec.ports[0]?.nodePort ?? 0
+const address = 'jsonpath={.spec.clusterIP} {.spec.ports[0].nodePort}'
+const service = await $`kubectl get service nginx --namespace=${namespace} --output=${address}`
+const [serviceIp, nodePort] = service.stdout.split(' ')
 
 await step('every pod reaches every pod', async () => {
   for (const from of pods) {
     for (const to of pods) await fetchInPod(from.metadata.name, `${to.status.podIP}:8080`)
   }
 })
-await step(`every pod reaches the service at ${spec.clusterIP}`, async () => {
-  for (const { metadata } of pods) await fetchInPod(metadata.name, `${spec.clusterIP}:80`, tries)
+await step(`every pod reaches the service at ${serviceIp}`, async () => {
+  for (const { metadata } of pods) await fetchInPod(metadata.name, `${serviceIp}:80`, tries)
 })
 const coredns = await $`kubectl get deployment coredns --namespace=kube-system --ignore-not-found`
 if (coredns.stdout) {
@@ -155,11 +128,5 @@ console.log(
 /** Requests a page from inside a pod. */
 async function fetchInPod(pod: string, address: string, times = 1): Promise<void> {
   const fetch = `for i in $(seq ${times}); do wget -q -T 10 -O /dev/null http://${address}/; done`
-  try {
-    const exec = $({ timeout: '90s', signal })
-    await exec`kubectl exec --namespace=${namespace} ${pod} -- sh -ec ${fetch}`
-  } catch (error) {
-    signal.throwIfAborted()
-    throw kubectl.because(`${pod} gets no page from ${address}`, error)
-  }
+  await execInPod(pod, fetch, { namespace, signal }, `${pod} gets no page from ${address}`)
 }

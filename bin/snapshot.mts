@@ -44,13 +44,10 @@ if ([flags.list, flags.delete, args[0]].filter(Boolean).length > 1) {
 /** The record of a snapshot: snapshots/NAME/snapshot.json. */
 export interface Snapshot {
   name: string
-  /** ISO 8601. */
-  taken: string
-  /** Taken by a restore, of what it was about to overwrite. */
-  automatic: boolean
+  taken: string // ISO 8601
+  automatic: boolean // by a restore, of what it was about to overwrite
   nixos: string
-  /** Seconds for which the running machines were paused. */
-  pause: number
+  pause: number // seconds for which the running machines were paused
   /** `bytes`: what the disk took on this computer. */
   machines: (Pick<Node, 'name' | 'role'> & { running: boolean; bytes: number; disk: OnDisk })[]
   /** Paths in the project, and in snapshots/NAME/; the mode is that of the original. */
@@ -60,7 +57,6 @@ export interface Snapshot {
 type OnDisk = { name: string; id: string; time: number }
 /** `qmp`: the machine runs, so only its QEMU may change its image. */
 type Machine = { node: Node; image: string; qmp?: Qmp }
-type Running = Machine & { qmp: Qmp }
 
 const cluster = loadCluster()
 // From here on, Ctrl-C cuts off nothing that does not get this signal.
@@ -72,10 +68,9 @@ else await take(args[0] ?? timestamp())
 async function take(name: string): Promise<void> {
   // An image takes a number for a snapshot's id. A leading dot means unfinished.
   if (!/^(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(name)) {
-    throw new StepError(`a snapshot cannot be named "${name}"`, {
-      hint: 'up to 63 letters, digits, dots, dashes and underscores; a letter or digit first; not only digits',
-      exitCode: 2,
-    })
+    const hint =
+      'up to 63 letters, digits, dots, dashes and underscores; a letter or digit first; not only digits'
+    throw new StepError(`a snapshot cannot be named "${name}"`, { hint, exitCode: 2 })
   }
   const snapshot = await withMachines(`taking the snapshot ${name}`, cluster.nodes, (machines) =>
     step(`snapshot ${name}`, (detail) => takeSnapshot(name, machines, detail)),
@@ -92,11 +87,7 @@ async function take(name: string): Promise<void> {
 }
 
 /** In the end the snapshot is complete or nothing of it is left, and the machines run. */
-async function takeSnapshot(
-  name: string,
-  machines: readonly Machine[],
-  detail: (text: string) => void,
-): Promise<Snapshot> {
+async function takeSnapshot(name: string, machines: Machine[], detail: (text: string) => void) {
   await removeUnfinished(machines)
   await assertPossible(name, machines)
   // From now on a snapshot of this name on a disk belongs to this folder.
@@ -104,8 +95,11 @@ async function takeSnapshot(
   await privateFolder(cluster.path('snapshots'))
   await privateFolder(cluster.path(partial))
   try {
-    // 1. Keys, settings and UEFI variables.
-    const settings = await settingsFiles()
+    // 1. cluster.env, certificates, keys and kubeconfigs (a dot first: it is being written), and
+    // UEFI variables.
+    const found =
+      await $`{ ls -dp cluster.env tls/* configs/*.kubeconfig configs/encryption-config.yaml 2>/dev/null || true; } | grep -v '/$'`
+    const settings = found.stdout.trim().split('\n')
     await $`tar -cf - ${settings} | tar -xpf - -C ${partial}`
     const copied = Date.now()
     const variables = await copyVariables(partial)
@@ -122,9 +116,8 @@ async function takeSnapshot(
 
     // 3. The disks of running machines, and those UEFI variables that have changed since 1, which
     // is rare: they are 64 MB each on arm64. (A second less, for file systems with coarse times.)
-    const running = machines.filter((machine): machine is Running => machine.qmp !== undefined)
     const pause = await takingTime(() =>
-      atOneMoment(running, name, () => copyVariables(partial, copied - 1000)),
+      atOneMoment(name, machines, () => copyVariables(partial, copied - 1000)),
     )
 
     // 4. The record, and with it the name.
@@ -137,8 +130,8 @@ async function takeSnapshot(
       const { bytes, snapshots } = await inspect(image)
       const disk = snapshots.find((each) => each.name === name)
       if (!disk) throw new StepError(`the disk of ${node.name} does not list the new snapshot`)
-      const { name: machine, role } = node
-      record.machines.push({ name: machine, role, running: qmp !== undefined, bytes, disk })
+      const running = qmp !== undefined
+      record.machines.push({ name: node.name, role: node.role, running, bytes, disk })
     }
     for (const path of [...settings, ...variables]) {
       const mode = (await stat(cluster.path(path))).mode & 0o777
@@ -157,30 +150,23 @@ async function takeSnapshot(
 }
 
 /** Takes the snapshot on all disks while all machines are paused. @returns seconds of the pause */
-async function atOneMoment(
-  machines: readonly Running[],
-  name: string,
-  whilePaused: () => Promise<unknown>,
-): Promise<number> {
-  const limit = { timeout: 60 }
+async function atOneMoment(name: string, machines: Machine[], whilePaused: () => Promise<unknown>) {
+  // Of those that run.
+  const all = (command: string, args = {}) =>
+    Promise.allSettled(machines.map(({ qmp }) => qmp?.execute(command, args, { timeout: 60 })))
   const began = performance.now()
-  let resumed: PromiseSettledResult<unknown>[] = []
-  try {
-    await Promise.all(machines.map(({ qmp }) => qmp.execute('stop', {}, limit)))
-    const disk = { device: 'disk', name }
-    const taken = await Promise.allSettled([
-      ...machines.map(({ qmp }) => qmp.execute('blockdev-snapshot-internal-sync', disk, limit)),
-      whilePaused(),
-    ])
-    for (const result of taken) if (result.status === 'rejected') throw result.reason
-  } finally {
-    // Whatever happened.
-    resumed = await Promise.allSettled(machines.map(({ qmp }) => qmp.execute('cont', {}, limit)))
-    const stuck = machines.filter((_, index) => resumed[index]?.status === 'rejected')
-    for (const { node } of stuck)
-      console.error(`! ${node.name} may still be paused: make up resumes it`)
+  const outcomes = await all('stop')
+  if (outcomes.every(({ status }) => status === 'fulfilled')) {
+    const disks = all('blockdev-snapshot-internal-sync', { device: 'disk', name })
+    outcomes.push(...(await Promise.allSettled([whilePaused()])), ...(await disks))
   }
-  for (const result of resumed) if (result.status === 'rejected') throw result.reason
+  const resumed = await all('cont') // Whatever happened.
+  const stuck = machines.filter((_, index) => resumed[index]?.status === 'rejected')
+  for (const { node } of stuck) {
+    console.error(`! ${node.name} may still be paused: make up resumes it`)
+  }
+  const failed = [...outcomes, ...resumed].find(({ status }) => status === 'rejected')
+  if (failed?.status === 'rejected') throw failed.reason
   return (performance.now() - began) / 1000
 }
 
@@ -236,17 +222,13 @@ async function readSnapshots(): Promise<Snapshot[]> {
 }
 
 /** Works while no other script changes the cluster, and none starts or stops a machine. */
-function withMachines<T>(
-  purpose: string,
-  nodes: readonly Node[],
-  work: (machines: readonly Machine[]) => Promise<T>,
-): Promise<T> {
-  const locked = async () => {
+function withMachines<T>(purpose: string, nodes: Node[], work: (of: Machine[]) => Promise<T>) {
+  const opened = async () => {
     const machines = await Promise.all(nodes.map(open))
     return work(machines).finally(() => machines.map(({ qmp }) => qmp?.close()))
   }
-  const { nodes: all } = cluster
-  return withClusterLock(cluster, purpose, () => withMachineLocks(cluster, all, purpose, locked))
+  const locked = () => withMachineLocks(cluster, cluster.nodes, purpose, opened)
+  return withClusterLock(cluster, purpose, locked)
 }
 
 async function open(node: Node): Promise<Machine> {
@@ -263,7 +245,7 @@ async function open(node: Node): Promise<Machine> {
   return { node, image, qmp: await Qmp.connect(filesOf(cluster, node).qmp) }
 }
 
-async function assertPossible(name: string, machines: readonly Machine[]): Promise<void> {
+async function assertPossible(name: string, machines: Machine[]): Promise<void> {
   // Not every file system distinguishes case.
   const names = await readdir(cluster.path('snapshots')).catch(() => [])
   const taken = names.find((other) => other.toLowerCase() === name.toLowerCase())
@@ -277,10 +259,10 @@ async function assertPossible(name: string, machines: readonly Machine[]): Promi
     throw new StepError(`the disk of ${node.name} has a snapshot "${name}" of its own`, { hint })
   }
   // What the machines change after a snapshot takes new space in their images.
-  const free = await freeBytes(cluster.path('images'))
-  const needed = machines.length * 2 ** 30
+  const [needed, free] = [machines.length * 2 ** 30, await freeBytes(cluster.path('images'))]
   if (free >= needed) return
-  const reason = `not enough disk space: ${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
+  const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
+  const reason = `not enough disk space: ${amounts}`
   const hint = 'free space where images/ is, or remove a snapshot: ./bin/snapshot.mts --list'
   if (process.platform !== 'darwin') throw new StepError(reason, { hint })
   console.error(`! ${reason}; macOS may free more by itself`)
@@ -289,38 +271,30 @@ async function assertPossible(name: string, machines: readonly Machine[]): Promi
 /** The size of an image on this computer and its snapshots. -U: its machine may run. */
 async function inspect(image: string): Promise<{ bytes: number; snapshots: OnDisk[] }> {
   const info = JSON.parse((await $`qemu-img info -U --output=json ${image}`).stdout)
-  const snapshots = (info.snapshots ?? []).map((each: Record<string, number>) => {
-    const { name, id } = each
-    return { name, id, time: Number(each['date-sec']) + Number(each['date-nsec']) / 1e9 }
-  })
+  const snapshots: OnDisk[] = []
+  for (const { name, id, 'date-sec': seconds, 'date-nsec': nano } of info.snapshots ?? []) {
+    snapshots.push({ name, id, time: seconds + nano / 1e9 })
+  }
   return { bytes: info['actual-size'] ?? 0, snapshots }
 }
 
-async function removeFromDisks(machines: readonly Machine[], name: string): Promise<void> {
+async function removeFromDisks(machines: Machine[], name: string): Promise<void> {
   for (const { image, qmp } of machines) {
     if (!(await inspect(image)).snapshots.some((each) => each.name === name)) continue
-    const disk = { device: 'disk', name }
     const command = 'blockdev-snapshot-delete-internal-sync'
-    if (qmp) await qmp.execute(command, disk, { timeout: 60 })
+    if (qmp) await qmp.execute(command, { device: 'disk', name }, { timeout: 60 })
     else await $`qemu-img snapshot -q -d ${name} ${image}`
   }
 }
 
 /** Of a snapshot that failed, or was interrupted by force or by the end of this computer. */
-async function removeUnfinished(machines: readonly Machine[]): Promise<void> {
+async function removeUnfinished(machines: Machine[]): Promise<void> {
   for (const folder of await readdir(cluster.path('snapshots')).catch(() => [])) {
     const [, name] = folder.match(/^\.(.+)\.partial$/) ?? []
     if (!name) continue
     await removeFromDisks(machines, name)
     await rm(cluster.path('snapshots', folder), { recursive: true })
   }
-}
-
-/** cluster.env, certificates, keys and kubeconfigs. (A dot first: it is being written.) */
-async function settingsFiles(): Promise<string[]> {
-  const found =
-    await $`{ ls -dp cluster.env tls/* configs/*.kubeconfig configs/encryption-config.yaml 2>/dev/null || true; } | grep -v '/$'`
-  return found.stdout.trim().split('\n')
 }
 
 /** Copies UEFI variables that were written after a time, in ms since 1970. @returns all of them */

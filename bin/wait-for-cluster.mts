@@ -3,22 +3,14 @@
 // The dashboard of a cluster that starts: a row for each component, until all are active.
 import { setTimeout as sleep } from 'node:timers/promises'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
-import { findBootFailure, lastConsoleLines } from '../lib/console-log.mts'
-import { StepError } from '../lib/errors.mts'
+import { lastConsoleLines } from '../lib/console-log.mts'
 import { formatDuration } from '../lib/format.mts'
-import {
-  type ApiState,
-  clockProbe,
-  clockTrouble,
-  probeApiServer,
-  type ServiceState,
-  serviceProbe,
-} from '../lib/health.mts'
+import { clockProbe, clockTrouble, probeApiServer, serviceProbe } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
-import { connect, noAnswer, runProbes } from '../lib/ssh.mts'
+import { assertStarting, connect, NoAnswer, runProbes } from '../lib/ssh.mts'
 import { isLive } from '../lib/steps.mts'
-import { filesOf, isRunning } from '../lib/vm.mts'
+import { filesOf } from '../lib/vm.mts'
 import { waitFor } from '../lib/wait.mts'
 
 const { flags, args } = script({
@@ -30,9 +22,7 @@ machine does not run or its boot has failed.`,
   writes: [],
   flags: {
     timeout: { value: 'SECONDS', number: true, help: 'give up after this time (WAIT_TIMEOUT)' },
-    ready: {
-      help: 'wait until the workers are Ready for pods too, as they are after make network',
-    },
+    ready: { help: 'wait until the workers are Ready for pods, as they are after make network' },
     json: { help: 'print the rows at the end, as JSON' },
   },
   args: '[NODE...]',
@@ -51,17 +41,16 @@ const started = Date.now()
 const hint = 'make logs shows the journals of the services, make status the whole cluster'
 
 /** What was measured last. Without an entry: nothing yet. */
-let api: ApiState | undefined
-const machines = new Map<Node, { services: ServiceState[]; clock: number } | { silent: string }>()
+let api: Awaited<ReturnType<typeof probeApiServer>> | undefined
+const machines = new Map<Node, Awaited<ReturnType<typeof askMachine>>>()
 const notAskedYet = 'not asked yet'
 
+const service = (unit: string) => () => serviceMissing(controlPlane, unit)
 const rows = [
   row('API server', controlPlane, apiServerMissing),
-  row('etcd', controlPlane, () => serviceMissing(controlPlane, 'etcd')),
-  row('controller-manager', controlPlane, () =>
-    serviceMissing(controlPlane, 'kube-controller-manager'),
-  ),
-  row('scheduler', controlPlane, () => serviceMissing(controlPlane, 'kube-scheduler')),
+  row('etcd', controlPlane, service('etcd')),
+  row('controller-manager', controlPlane, service('kube-controller-manager')),
+  row('scheduler', controlPlane, service('kube-scheduler')),
   ...cluster.workers.map((node) => row(node.name, node, () => workerMissing(node))),
 ].filter(({ node }) => nodes.includes(node))
 const width = Math.max(...rows.map(({ name }) => name.length))
@@ -75,11 +64,7 @@ const loops = [
   repeat(async () => {
     api = await probeApiServer(cluster, { signal })
   }),
-  ...nodes.map((node) =>
-    repeat(async () => {
-      machines.set(node, await askMachine(node))
-    }),
-  ),
+  ...nodes.map((node) => repeat(async () => machines.set(node, await askMachine(node)))),
 ]
 try {
   await waitFor({ failure: 'not active', timeout, signal, every: 200, hint }, async () => {
@@ -94,7 +79,7 @@ try {
 }
 console.error(`✓ all are active (${formatDuration(Date.now() - started)})`)
 
-async function repeat(measure: () => Promise<void>): Promise<void> {
+async function repeat(measure: () => Promise<unknown>): Promise<void> {
   while (!signal.aborted) {
     await measure().catch((error) => {
       hopeless ??= error
@@ -110,16 +95,9 @@ async function askMachine(node: Node) {
     const probes = { services: serviceProbe(cluster, node), clock: clockProbe }
     return await runProbes(node, probes, 20, signal)
   } catch (error) {
-    if (!noAnswer(error)) throw error
-    const log = filesOf(cluster, node).consoleLog
-    const stopped = (await isRunning(cluster, node)) ? undefined : 'its QEMU is not running'
-    const failure = (await findBootFailure(log)) ?? stopped
-    if (!failure) return { silent: (error as Error).message }
-    throw new StepError(`${node.name} will not start: ${failure}`, {
-      output: (await lastConsoleLines(log)).join('\n'),
-      hint: `make boot-${node.name}`,
-      log,
-    })
+    if (!(error instanceof NoAnswer)) throw error
+    await assertStarting(cluster, node, `${node.name} will not start`, `make boot-${node.name}`)
+    return { silent: error.message }
   }
 }
 
@@ -161,8 +139,14 @@ function update(): void {
     if (row.active !== (reason === '')) row.since = Date.now()
     row.active = reason === ''
   }
-  if (isLive()) draw()
-  else printChanges()
+  if (isLive()) return void draw()
+  // Without a terminal: a line for each row whose state or reason has changed.
+  for (const row of rows) {
+    const shown = row.active ? 'active' : row.reason
+    if (shown === notAskedYet || shown === row.shown) continue
+    row.shown = shown
+    console.error(textOf(row, started))
+  }
 }
 
 function draw(): void {
@@ -171,16 +155,6 @@ function draw(): void {
   const up = drawn > 0 ? `\x1b[${drawn}A` : ''
   process.stderr.write(`${up}${lines.map((line) => `\x1b[2K${line}\n`).join('')}`)
   drawn = lines.length
-}
-
-/** Without a terminal: a line for each row whose state or reason has changed. */
-function printChanges(): void {
-  for (const row of rows) {
-    const shown = row.active ? 'active' : row.reason
-    if (shown === notAskedYet || shown === row.shown) continue
-    row.shown = shown
-    console.error(textOf(row, started))
-  }
 }
 
 function textOf({ name, active, reason }: (typeof rows)[number], since: number): string {
@@ -202,14 +176,11 @@ async function missing(): Promise<string> {
 }
 
 function printJson(): void {
-  const components = rows.map(({ name, node, active, since, reason }) => ({
-    name,
-    machine: node.name,
-    state: active ? 'active' : 'waiting',
-    seconds: Math.round((Date.now() - since) / 1000),
-    reason,
-  }))
+  const seconds = (since: number) => Math.round((Date.now() - since) / 1000)
+  const components = rows.map(({ name, node, active, since, reason }) => {
+    const state = active ? 'active' : 'waiting'
+    return { name, machine: node.name, state, seconds: seconds(since), reason }
+  })
   const ready = rows.every(({ active }) => active)
-  const seconds = Math.round((Date.now() - started) / 1000)
-  console.log(JSON.stringify({ ready, seconds, components }, null, 2))
+  console.log(JSON.stringify({ ready, seconds: seconds(started), components }, null, 2))
 }

@@ -115,8 +115,32 @@ in
   };
   security.pki.certificateFiles = lib.optional proxy.ca ./proxy-ca.pem;
 
-  # Certificates and leases are invalid on a machine whose clock is wrong.
+  # Certificates and leases are invalid on a machine whose clock is wrong. After the host was asleep
+  # a machine's clock lags; QEMU's real-time clock does not, and needs no internet. (The drop-in, as
+  # the option for it has another name in each release.)
   services.timesyncd.enable = true;
+  environment.etc."systemd/timesyncd.conf.d/10-poll.conf".text = ''
+    [Time]
+    PollIntervalMaxSec=64
+  '';
+  systemd.timers.clock-from-rtc = {
+    description = "Compare the clock with the real-time clock";
+    wantedBy = [ "timers.target" ];
+    timerConfig = {
+      OnBootSec = "30s";
+      OnUnitInactiveSec = "30s";
+      AccuracySec = "5s";
+    };
+  };
+  systemd.services.clock-from-rtc = {
+    description = "Set the clock if it is more than two seconds off";
+    unitConfig.ConditionPathExists = "/sys/class/rtc/rtc0/since_epoch";
+    serviceConfig = {
+      Type = "oneshot";
+      # systemd reads $$ as $, and %% as %.
+      ExecStart = "${pkgs.runtimeShell} -c 'rtc=$$(cat /sys/class/rtc/rtc0/since_epoch); off=$$(($$(date +%%s) - rtc)); [ $${off#-} -le 2 ] || date --utc --set=@$$rtc'";
+    };
+  };
   time.timeZone = "UTC";
 
   # ── Access ─────────────────────────────────────────────────────────────────────────────────
@@ -175,6 +199,14 @@ in
   ];
   # A renewed key needs its owner set as well, although its rule has not changed.
   systemd.services.systemd-tmpfiles-resetup.restartTriggers = lib.attrValues cluster.digests;
+
+  # ── Disk space ─────────────────────────────────────────────────────────────────────────────
+  # Every reconfig keeps the generation before it, and a disk is small.
+  nix.gc = {
+    automatic = true;
+    dates = "weekly";
+    options = "--delete-older-than 30d";
+  };
 
   # ── The rest ───────────────────────────────────────────────────────────────────────────────
   environment.systemPackages = [

@@ -19,6 +19,9 @@ in
 {
   # ── containerd ─────────────────────────────────────────────────────────────────────────────
   virtualisation.containerd.enable = true;
+  # The names of plugins below are those of version 2. Should NixOS write another version, these two
+  # lines conflict, instead of a block that containerd ignores without a word.
+  virtualisation.containerd.settings.version = 2;
   virtualisation.containerd.settings.plugins."io.containerd.grpc.v1.cri" = {
     # The container that holds a pod's network namespace, in the version of Kubernetes 1.36.
     sandbox_image = "registry.k8s.io/pause:3.10.2";
@@ -132,6 +135,13 @@ in
     volumePluginDir = "/var/lib/kubelet/volume-plugins";
   };
 
+  # Containers cannot load modules, as they have no /lib/modules: Cilium needs the first two, and
+  # kube-proxy the third.
+  boot.kernelModules = [
+    "xt_socket"
+    "xfrm_user"
+  ]
+  ++ lib.optional kubeProxy "nf_conntrack";
   boot.kernel.sysctl = {
     "vm.overcommit_memory" = 1;
     "vm.panic_on_oom" = 0;

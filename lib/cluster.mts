@@ -3,17 +3,10 @@ import { readFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { type Assignment, parseEnvFile } from './env-file.mts'
 import { StepError } from './errors.mts'
-import { type Node, nodesFrom, type Role } from './nodes.mts'
-import {
-  caFileProblem,
-  perNodeVariables,
-  proxyProblem,
-  type Settings,
-  SettingsReader,
-  variables,
-} from './settings.mts'
+import { checkTogether, type Node, nodeVariable, readNode } from './nodes.mts'
+import { perNodeVariables, type Settings, SettingsReader, variables } from './settings.mts'
 
-export type { Node, Role }
+export type { Node }
 
 export interface Cluster {
   /** The project's folder, absolute. */
@@ -31,6 +24,8 @@ export interface Cluster {
   /** The API server as the workers reach it: https://192.168.100.10:6443. */
   apiServer: string
 }
+
+let overridesShown = process.env.CLUSTER_LOCKS !== undefined
 
 /**
  * Reads cluster.env, lets variables of the environment win, and checks all of it.
@@ -50,10 +45,12 @@ export function loadCluster(
   const reader = new SettingsReader(assignments, options.env ?? process.env)
   for (const { line, reason } of problems) reader.problems.push(`cluster.env:${line}: ${reason}`)
   const settings = reader.readAll()
-  const nodes = nodesFrom(settings, reader)
-  checkNames(assignments, settings, nodes, reader)
-  checkProxy(root, settings, reader)
+  // A list that is wrong is missing here, whatever its type says.
+  const names = [settings.CONTROL_PLANE_NODE ?? [], settings.WORKER_NODES ?? []].flat()
+  const nodes = [...new Set(names)].map((name) => readNode(name, settings, reader))
   const [controlPlane, ...workers] = nodes
+  checkTogether(root, names, nodes, settings, reader)
+  checkNames(assignments, settings, nodes, reader)
   if (reader.problems.length > 0 || !controlPlane) {
     const count = reader.problems.length
     throw new StepError(`cluster.env has ${count === 1 ? 'a mistake' : `${count} mistakes`}`, {
@@ -61,17 +58,22 @@ export function loadCluster(
       hint: 'each variable is explained in cluster.env itself; the environment wins over the file',
     })
   }
-  if (!options.env && !options.root && !options.text) showOverridden(reader)
-  return {
-    root,
-    path: (...parts) => join(root, ...parts),
-    settings,
-    nodes,
-    controlPlane,
-    workers,
-    node: (name) => findNode(nodes, name),
-    apiServer: `https://${controlPlane.ip}:${settings.API_PORT}`,
+  // Once a command: a script that another one runs leaves it to that. Names only, no passwords.
+  if (Object.keys(options).length === 0 && !overridesShown && reader.overridden.length > 0) {
+    overridesShown = true
+    console.error(`! from the environment instead of cluster.env: ${reader.overridden.join(', ')}`)
   }
+  const apiServer = `https://${controlPlane.ip}:${settings.API_PORT}`
+  const path = (...parts: string[]) => join(root, ...parts)
+  const node = (name: string) => {
+    const found = nodes.find((each) => each.name === name)
+    if (found) return found
+    throw new StepError(`there is no node "${name}"`, {
+      hint: `the nodes of cluster.env are ${nodes.map((each) => each.name).join(', ')}`,
+      exitCode: 2,
+    })
+  }
+  return { root, path, settings, nodes, controlPlane, workers, node, apiServer }
 }
 
 /**
@@ -82,16 +84,6 @@ export function loadCluster(
  */
 export function chooseNodes(cluster: Cluster, names: readonly string[]): Node[] {
   return names.length === 0 ? cluster.nodes : [...new Set(names)].map(cluster.node)
-}
-
-function findNode(nodes: readonly Node[], name: string): Node {
-  const found = nodes.find((node) => node.name === name)
-  if (found) return found
-  const names = nodes.map((node) => node.name).join(', ')
-  throw new StepError(`there is no node "${name}"`, {
-    hint: `the nodes of cluster.env are ${names}`,
-    exitCode: 2,
-  })
 }
 
 function readSettingsFile(root: string): string {
@@ -112,40 +104,24 @@ function checkNames(
   nodes: readonly Node[],
   reader: SettingsReader,
 ): void {
-  // Without the list of nodes, which is a mistake already, every one would be unknown.
-  const nodesKnown = settings.CONTROL_PLANE_NODE && settings.WORKER_NODES
   // Nodes that the file names stay known when the environment names others.
-  const known = assignments
+  const inFile = assignments
     .filter(({ name }) => name === 'CONTROL_PLANE_NODE' || name === 'WORKER_NODES')
     .flatMap(({ value }) => value.split(/\s+/))
-    .concat(nodes.map(({ name }) => name))
-    .map((name) => name.replaceAll('-', '_'))
+  const known = new Set(
+    [...nodes.map(({ name }) => name), ...inFile].flatMap((name) =>
+      perNodeVariables.map((prefix) => nodeVariable(prefix, name)),
+    ),
+  )
+  // Without the list of nodes, which is a mistake already, every one would be unknown.
+  const nodesKnown = settings.CONTROL_PLANE_NODE && settings.WORKER_NODES
   for (const { name, line } of assignments) {
-    if (Object.hasOwn(variables, name)) continue
-    const prefix = perNodeVariables.find((candidate) => name.startsWith(`${candidate}_`))
-    const suffix = prefix && name.slice(prefix.length + 1)
-    if (suffix && (!nodesKnown || known.includes(suffix))) continue
+    if (Object.hasOwn(variables, name) || known.has(name)) continue
+    const suffix = name.match(`^(?:${perNodeVariables.join('|')})_(.+)`)?.[1]
+    if (suffix && !nodesKnown) continue
     const reason = suffix
-      ? `${name} belongs to a node "${suffix}", which CONTROL_PLANE_NODE and WORKER_NODES do not name`
-      : `${name} is not a variable of this project`
-    reader.problems.push(`cluster.env:${line}: ${reason}`)
+      ? `belongs to a node "${suffix}", which CONTROL_PLANE_NODE and WORKER_NODES do not name`
+      : 'is not a variable of this project'
+    reader.problems.push(`cluster.env:${line}: ${name} ${reason}`)
   }
-}
-
-function checkProxy(root: string, settings: Settings, reader: SettingsReader): void {
-  for (const name of ['PROXY_HTTP', 'PROXY_HTTPS'] as const) {
-    const problem = settings[name] && proxyProblem(settings[name])
-    if (problem) reader.problem(name, problem)
-  }
-  const problem = settings.PROXY_CA_FILE && caFileProblem(root, settings.PROXY_CA_FILE)
-  if (problem) reader.problem('PROXY_CA_FILE', problem)
-}
-
-let shown = process.env.CLUSTER_LOCKS !== undefined
-
-/** Once a command: a script that another one runs leaves it to that. Names only, no passwords. */
-function showOverridden({ overridden }: SettingsReader): void {
-  if (shown || overridden.length === 0) return
-  shown = true
-  console.error(`! from the environment instead of cluster.env: ${overridden.join(', ')}`)
 }

@@ -1,6 +1,8 @@
 // The serial console that QEMU writes to images/NODE-console.log: what a machine printed last, and
 // whether its boot has failed.
-import { open } from 'node:fs/promises'
+import { createReadStream } from 'node:fs'
+import { stat } from 'node:fs/promises'
+import { text } from 'node:stream/consumers'
 import { plainText } from './terminal.mts'
 
 /** Lines of a machine that will never answer, however long one waits. */
@@ -18,42 +20,22 @@ const bootStart = /BdsDxe: (loading|starting) Boot/
 // Far more than follows a panic: with panic=5 and -no-reboot QEMU ends soon after it.
 const tailBytes = 128 * 1024
 
-/**
- * The last lines of a console log that are not blank, as text without control sequences.
- *
- * @returns oldest first; none if there is no log yet
- */
+/** The last lines of a console log that are not blank, without control sequences, oldest first. */
 export async function lastConsoleLines(path: string, count = 15): Promise<string[]> {
-  return (await tailOf(path)).slice(-count)
+  const { size } = await stat(path).catch(() => ({ size: 0 }))
+  if (size === 0) return []
+  const start = Math.max(0, size - tailBytes)
+  const raw = await text(createReadStream(path, { start }))
+  // Of a line that was overwritten, only the text that came last could still be read.
+  const lines = plainText(raw.replace(/\r+\n/g, '\n').replace(/^.*\r/gm, '')).split('\n')
+  // The first line of a part is half a line.
+  const whole = lines.slice(start > 0 ? 1 : 0)
+  return whole.filter((line) => line.trim() !== '').slice(-count)
 }
 
 /** The line with which the present boot failed; undefined if none did so far. */
 export async function findBootFailure(path: string): Promise<string | undefined> {
-  const lines = await tailOf(path)
+  const lines = await lastConsoleLines(path, tailBytes)
   const boot = lines.slice(lines.findLastIndex((line) => bootStart.test(line)) + 1)
-  const failed = boot.flatMap((line) =>
-    bootFailures.flatMap((pattern) => line.match(pattern)?.[0] ?? []),
-  )
-  return failed[0]
-}
-
-async function tailOf(path: string): Promise<string[]> {
-  const file = await open(path).catch((error: NodeJS.ErrnoException) => {
-    if (error.code !== 'ENOENT') throw error
-  })
-  if (!file) return []
-  const { size } = await file.stat()
-  const start = Math.max(0, size - tailBytes)
-  const { buffer, bytesRead } = await file.read({
-    buffer: Buffer.alloc(tailBytes),
-    position: start,
-  })
-  await file.close()
-  // Of a line that was overwritten, only the text that came last could still be read.
-  const raw = buffer.toString('utf8', 0, bytesRead).replace(/\r+\n/g, '\n').replace(/^.*\r/gm, '')
-  // The first line of a part is half a line.
-  const lines = plainText(raw)
-    .split('\n')
-    .slice(start > 0 ? 1 : 0)
-  return lines.filter((line) => line.trim() !== '')
+  return boot.flatMap((line) => bootFailures.flatMap((one) => line.match(one)?.[0] ?? []))[0]
 }

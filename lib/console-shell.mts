@@ -2,31 +2,21 @@
 // appears on the console, and files that are sent through it.
 import { createHash, randomBytes } from 'node:crypto'
 import { lastLines, StepError } from './errors.mts'
-import { ExpectError, type Session, sendLimit } from './expect.mts'
-import type { Transcript } from './terminal.mts'
+import { ExpectError, type Session, sendLimit, type WaitOptions } from './expect.mts'
 
 export interface CommandOptions {
-  /** Seconds; 300 by default. */
-  timeout?: number
-  /** What transcript and errors show instead of a command that contains a secret. */
-  shown?: string
-  /** Gets each line of output as it arrives, blank ones left out. */
-  onLine?: (line: string) => void
-  /** Gets the part of a long command that has been sent, 0 to 1. */
-  onSent?: (part: number) => void
+  timeout?: number // seconds; 300 by default
+  shown?: string // what transcript and errors show instead of a command with a secret
+  onLine?: (line: string) => void // gets each line of output as it arrives, blank ones left out
+  onSent?: ((part: number) => void) | undefined // gets the part of a long command sent, 0 to 1
 }
 
 /** A command on the machine that failed. */
 export class CommandError extends StepError {
-  /** All that the command printed. */
-  readonly output: string
+  readonly output: string // all that the command printed
 
-  constructor(name: string, command: string, status: number, output: string, log: Transcript) {
-    const explanation = {
-      command,
-      output: lastLines(output, 25),
-      ...(log.path ? { log: log.path } : {}),
-    }
+  constructor({ name, transcript }: Session, command: string, status: number, output: string) {
+    const explanation = { command, output: lastLines(output, 25), log: transcript.path }
     super(`${name}: a command failed (exit status ${status})`, explanation)
     this.output = output
   }
@@ -44,38 +34,31 @@ const framing = 110
  * Waits for a prompt. Kernel messages may damage it, and a login may have to be woken up: the Enter
  * key, every few seconds, produces another one.
  */
-export async function waitForPrompt(
-  session: Session,
-  prompt: RegExp,
-  options: { what: string; timeout?: number; signal?: AbortSignal | undefined },
-): Promise<void> {
+export async function waitForPrompt(session: Session, prompt: RegExp, wait: Partial<WaitOptions>) {
   const retry = setInterval(() => session.room > 0 && session.send('\n'), retryAfter * 1000)
-  const wait = { timeout: defaultTimeout, ...options }
-  await session.expect(prompt, wait).finally(() => clearInterval(retry))
+  const awaited = session.expect(prompt, { timeout: defaultTimeout, ...wait })
+  await awaited.finally(() => clearInterval(retry))
 }
 
 export class ConsoleShell {
   private readonly session: Session
   private readonly signal: AbortSignal | undefined
 
-  private constructor(session: Session, signal: AbortSignal | undefined) {
+  private constructor(session: Session, signal?: AbortSignal) {
     this.session = session
     this.signal = signal
   }
 
   /**
    * Takes over the root shell that has just shown its prompt: a plain bash without prompts, echo
-   * and history.
+   * and history. `signal` ends every command.
    *
    * @param silence command that stops others from writing to the console. It is repeated until its
    *   own markers arrive undamaged.
-   * @param signal ends every command
    * @throws ExpectError; StepError if the console still echoes
    */
-  static async open(
-    session: Session,
-    { silence, signal }: { silence: string; signal?: AbortSignal | undefined },
-  ): Promise<ConsoleShell> {
+  static async open(session: Session, options: { silence: string; signal?: AbortSignal }) {
+    const { silence, signal } = options
     const shell = new ConsoleShell(session, signal)
     const bash = String.raw`exec env TERM=dumb PS1='\s-\v\$ ' bash --noprofile --norc --noediting`
     session.send(`${bash}\n`)
@@ -106,15 +89,11 @@ export class ConsoleShell {
   async run(command: string, options: CommandOptions = {}): Promise<string> {
     const { status, output } = await this.execute(command, options)
     if (status === 0) return output
-    const { name, transcript } = this.session
-    throw new CommandError(name, options.shown ?? command, status, output.trimEnd(), transcript)
+    throw new CommandError(this.session, options.shown ?? command, status, output.trimEnd())
   }
 
   /** The same for a command that may fail. */
-  async execute(
-    command: string,
-    options: CommandOptions = {},
-  ): Promise<{ status: number; output: string }> {
+  async execute(command: string, options: CommandOptions = {}) {
     const { timeout = defaultTimeout, shown = command, onLine, onSent } = options
     const deadline = performance.now() + timeout * 1000
     const what = `the end of "${shown.split('\n')[0]?.slice(0, 100)}"`
@@ -153,7 +132,6 @@ export class ConsoleShell {
    * 60 KB take three seconds. Nothing of it is recorded.
    *
    * @param path absolute, without characters that are special to a shell
-   * @param onSent gets the part that has been sent, 0 to 1
    */
   async upload(data: Uint8Array, path: string, onSent?: (part: number) => void): Promise<void> {
     const { transcript } = this.session
@@ -161,7 +139,7 @@ export class ConsoleShell {
     const command = `(umask 077; base64 -d > ${path}) <<'end'\n${base64}\nend`
     transcript.recording = false
     try {
-      await this.run(command, { shown: `upload ${path}`, ...(onSent ? { onSent } : {}) })
+      await this.run(command, { shown: `upload ${path}`, onSent })
     } finally {
       transcript.recording = true
     }
@@ -176,8 +154,8 @@ function piecesOf(command: string): string[] {
   for (const character of command) {
     const quoted = character === "'" ? String.raw`'\''` : character
     const longer = pieces.at(-1) + quoted
-    if (Buffer.byteLength(longer) > sendLimit - framing) pieces.push(quoted)
-    else pieces[pieces.length - 1] = longer
+    const fits = Buffer.byteLength(longer) <= sendLimit - framing
+    pieces.splice(fits ? -1 : pieces.length, 1, fits ? longer : quoted)
   }
   return pieces
 }

@@ -1,57 +1,48 @@
 // A conversation with a program in a terminal: send what a person would type, wait for what a
 // person would read. After Don Libes's expect, on top of node-pty.
 import { type IPty, spawn as spawnPty } from 'node-pty'
-import { type Explanation, StepError } from './errors.mts'
+import { StepError } from './errors.mts'
 import { formatDuration } from './format.mts'
 import { PlainTextStream, Transcript } from './terminal.mts'
 
 export interface SpawnOptions {
-  /** What the program is called in errors; its file name by default. */
-  name?: string
+  name?: string // of the program in errors; its file by default
   cwd?: string
   env?: Record<string, string | undefined>
-  /** File to which all output is appended as plain text. */
-  transcript?: string
-  /** Lines that errors leave out, such as our own markers. */
-  hidden?: RegExp
+  transcript?: string // file to which all output is appended as plain text
+  hidden?: RegExp // lines that errors leave out, such as our own markers
   /** Output that ends every wait at once, and what it means. */
   fatalPatterns?: readonly { pattern: RegExp; reason: string }[]
 }
 
 export interface WaitOptions {
-  /** Seconds. */
-  timeout: number
-  /** What is awaited, for errors: "the root prompt". The patterns by default. */
-  what?: string
+  timeout: number // seconds
+  what?: string // what is awaited, for errors: "the root prompt"; the patterns by default
   /** Ends the wait with its reason. The program keeps running until `close`. */
   signal?: AbortSignal | undefined
 }
 
 export interface Match {
-  /** Index of the pattern in the list. */
-  index: number
-  /** The matching text, then the pattern's groups. */
-  texts: [string, ...string[]]
-  /** The output between the last match and this one. */
-  before: string
+  index: number // of the pattern in the list
+  texts: [string, ...string[]] // the matching text, then the pattern's groups
+  before: string // the output between the last match and this one
 }
 
 export interface Exit {
-  /** 0 also if a signal ended the program. */
-  exitCode: number
+  exitCode: number // 0 also if a signal ended the program
   signal: number
 }
 
 /** A wait that failed for any reason but an abort. */
 export class ExpectError extends StepError {
   readonly kind: 'timeout' | 'exit' | 'fatal'
-  /** How the program ended, if it did. */
-  readonly exit: Exit | undefined
+  readonly exit: Exit | undefined // how the program ended, if it did
 
-  constructor(kind: ExpectError['kind'], reason: string, explanation: Explanation, exit?: Exit) {
-    super(reason, explanation)
+  /** With the last output and the path of the transcript. */
+  constructor(kind: ExpectError['kind'], reason: string, { name, transcript, ended }: Session) {
+    super(`${name}: ${reason}`, { output: transcript.lastLines(), log: transcript.path })
     this.kind = kind
-    this.exit = exit
+    this.exit = ended
   }
 }
 
@@ -62,33 +53,27 @@ export class ExpectError extends StepError {
 export const sendLimit = 900
 // More than the output of any command. Output that nothing waited for is dropped beyond it.
 const unreadLimit = 1024 * 1024
-const killAfter = 5000
 
 /** Starts a program in a terminal of its own. */
-export function spawn(file: string, args: readonly string[], options: SpawnOptions = {}): Session {
-  return new Session(file, args, options)
-}
+export const spawn = (...program: ConstructorParameters<typeof Session>) => new Session(...program)
 
 export class Session {
-  /** The beginning of error messages. May change with the current step. */
-  name: string
+  name: string // the beginning of error messages; may change with the current step
   readonly pid: number
   readonly transcript: Transcript
-  /** Resolves when the program has ended and its last output has been read. */
-  readonly exit: Promise<Exit>
+  readonly exit: Promise<Exit> // resolves when the program's last output has been read, too
+  ended: Exit | undefined
 
   private readonly pty: IPty
-  private readonly fatalPatterns: NonNullable<SpawnOptions['fatalPatterns']>
+  private readonly fatalPatterns: SpawnOptions['fatalPatterns']
   private readonly plain = new PlainTextStream()
   private unread = ''
   private sent = 0
-  private ended: Exit | undefined
-  /** Checks whether the current wait is over. */
-  private check: (() => void) | undefined
+  private check: (() => void) | undefined // whether the current wait is over
 
-  constructor(file: string, args: readonly string[], options: SpawnOptions) {
+  constructor(file: string, args: readonly string[], options: SpawnOptions = {}) {
     this.name = options.name ?? file
-    this.fatalPatterns = options.fatalPatterns ?? []
+    this.fatalPatterns = options.fatalPatterns
     this.transcript = new Transcript(options.transcript, options.hidden)
     const { cwd = process.cwd(), env = process.env } = options
     this.pty = spawnPty(file, [...args], { cols: 200, rows: 50, cwd, env })
@@ -97,7 +82,6 @@ export class Session {
     this.exit = new Promise((resolve) => {
       this.pty.onExit(({ exitCode, signal = 0 }) => {
         this.ended = { exitCode, signal }
-        this.transcript.close()
         this.check?.()
         resolve(this.ended)
       })
@@ -129,8 +113,17 @@ export class Session {
    */
   expect(wanted: string | RegExp | (string | RegExp)[], options: WaitOptions): Promise<Match> {
     const list = [wanted].flat()
-    const patterns = list.map((each) => (typeof each === 'string' ? literal(each) : each))
-    return this.wait({ what: list.join(' or '), ...options }, () => this.take(patterns))
+    const literal = (text: string) => text.replaceAll(/[\\^$.*+?()[\]{}|]/g, '\\$&')
+    const patterns = list.map((one) => (typeof one === 'string' ? new RegExp(literal(one)) : one))
+    return this.wait({ what: list.join(' or '), ...options }, () => {
+      const index = patterns.findIndex((pattern) => pattern.test(this.unread))
+      const found = patterns[index]?.exec(this.unread)
+      if (!found) return undefined
+      const before = this.unread.slice(0, found.index)
+      this.unread = this.unread.slice(found.index + found[0].length)
+      this.sent = 0
+      return { index, texts: [...found] as [string, ...string[]], before }
+    })
   }
 
   /** Waits for the program's end. @throws as `expect`, except for the end */
@@ -142,7 +135,7 @@ export class Session {
   async close(): Promise<Exit> {
     if (this.ended) return this.ended
     this.pty.kill('SIGHUP')
-    const force = setTimeout(() => this.pty.kill('SIGKILL'), killAfter)
+    const force = setTimeout(() => this.pty.kill('SIGKILL'), 5000)
     return this.exit.finally(() => clearTimeout(force))
   }
 
@@ -155,59 +148,34 @@ export class Session {
     this.check?.()
   }
 
-  private take(patterns: readonly RegExp[]): Match | undefined {
-    for (const [index, pattern] of patterns.entries()) {
-      const found = pattern.exec(this.unread)
-      if (!found) continue
-      const before = this.unread.slice(0, found.index)
-      this.unread = this.unread.slice(found.index + found[0].length)
-      this.sent = 0
-      return { index, texts: [...found] as [string, ...string[]], before }
-    }
-    return undefined
-  }
-
   /** Waits for one of: result, fatal output, end, abort, timeout; leaves no timer or listener. */
   private wait<T>(options: WaitOptions & { what: string }, poll: () => T | undefined): Promise<T> {
     if (this.check) throw new Error('a session waits for one thing at a time')
     const { what, timeout, signal } = options
     return new Promise((resolve, reject) => {
-      const settle = (result: { value: T } | { error: unknown }) => {
+      const settle = (end: () => void) => {
         clearTimeout(timer)
         signal?.removeEventListener('abort', check)
         this.check = undefined
-        if ('value' in result) resolve(result.value)
-        else reject(result.error)
+        end()
       }
       const fail = (kind: ExpectError['kind'], reason: string) =>
-        settle({ error: this.error(kind, reason) })
+        settle(() => reject(new ExpectError(kind, reason, this)))
       const check = () => {
-        if (signal?.aborted) return settle({ error: signal.reason })
-        const fatal = this.fatalPatterns.find(({ pattern }) => pattern.test(this.unread))
+        if (signal?.aborted) return settle(() => reject(signal.reason))
+        const fatal = this.fatalPatterns?.find(({ pattern }) => pattern.test(this.unread))
         if (fatal) return fail('fatal', `${fatal.reason} while waiting for ${what}`)
         const value = poll()
-        if (value !== undefined) return settle({ value })
+        if (value !== undefined) return settle(() => resolve(value))
         if (this.ended) fail('exit', `ended ${endOf(this.ended)} while waiting for ${what}`)
       }
-      const timer = setTimeout(() => {
-        fail('timeout', `timed out after ${formatDuration(timeout * 1000)} waiting for ${what}`)
-      }, timeout * 1000)
+      const late = `timed out after ${formatDuration(timeout * 1000)} waiting for ${what}`
+      const timer = setTimeout(() => fail('timeout', late), timeout * 1000)
       this.check = check
       signal?.addEventListener('abort', check)
       check()
     })
   }
-
-  /** An error with the last output and the path of the transcript. */
-  error(kind: ExpectError['kind'], reason: string): ExpectError {
-    const { path } = this.transcript
-    const explanation = { output: this.transcript.lastLines(), ...(path ? { log: path } : {}) }
-    return new ExpectError(kind, `${this.name}: ${reason}`, explanation, this.ended)
-  }
-}
-
-function literal(text: string): RegExp {
-  return new RegExp(text.replaceAll(/[\\^$.*+?()[\]{}|]/g, '\\$&'))
 }
 
 /** An end in words: "with status 1", "by signal 9". */

@@ -1,6 +1,6 @@
 // Files that are complete or absent: written next to their place, then renamed over it.
 import { randomBytes } from 'node:crypto'
-import { chmod, mkdir, open, readFile, rename, rm } from 'node:fs/promises'
+import { chmod, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 
 /**
@@ -19,13 +19,8 @@ export async function writeFileAtomic(
   const suffix = `${process.pid}-${randomBytes(4).toString('hex')}`
   const temporary = join(dirname(path), `.${basename(path)}.tmp-${suffix}`)
   try {
-    const file = await open(temporary, 'wx', mode)
-    try {
-      await file.chmod(mode)
-      await file.writeFile(data)
-    } finally {
-      await file.close()
-    }
+    await writeFile(temporary, data, { mode, flag: 'wx' })
+    await chmod(temporary, mode)
     await rename(temporary, path)
   } catch (error) {
     await rm(temporary, { force: true })
@@ -33,11 +28,7 @@ export async function writeFileAtomic(
   }
 }
 
-/**
- * The text of a file; undefined if it does not exist.
- *
- * @throws the file system's error for a file that exists and cannot be read
- */
+/** The text of a file; undefined if it does not exist. One that cannot be read is an error. */
 export async function readIfThere(path: string): Promise<string | undefined> {
   try {
     return await readFile(path, 'utf8')

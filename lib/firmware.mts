@@ -1,23 +1,17 @@
 // The UEFI firmware of the machines: a read-only code image and a template of the variables, the
 // two halves of pflash. They belong together: a 2 MB half does not fit a 4 MB one.
-import { existsSync, realpathSync } from 'node:fs'
-import { open, readdir, readFile, stat } from 'node:fs/promises'
+import { createReadStream, existsSync, realpathSync } from 'node:fs'
+import { readdir, readFile, stat } from 'node:fs/promises'
 import { homedir } from 'node:os'
 import { basename, dirname, join } from 'node:path'
+import { buffer } from 'node:stream/consumers'
 import { StepError } from './errors.mts'
 
 export type Architecture = 'x86_64' | 'aarch64'
 
-export interface FlashImage {
-  path: string
-  format: 'raw' | 'qcow2'
-}
-
-export interface Firmware {
-  code: FlashImage
-  /** The template: each machine gets a copy. */
-  vars: FlashImage
-}
+type FlashImage = { path: string; format: 'raw' | 'qcow2' }
+/** `vars` is the template: each machine gets a copy. */
+export type Firmware = { code: FlashImage; vars: FlashImage }
 
 /** Where packages put the pair, for systems that do not describe it in share/qemu/firmware. */
 const knownPlaces: Record<Architecture, readonly string[]> = {
@@ -44,14 +38,17 @@ const builtByQemu: Record<Architecture, string> = {
 /** Names of images for Secure Boot, which would refuse the boot loader of NixOS: it is not signed. */
 const secureNames = /sec(ure|boot)|snakeoil|[-._](ms|smm|suse|opensuse)[-._]/i
 
+/** Paths of the two halves, by a descriptor or by a known place. */
+interface Pair {
+  code: string
+  vars: string
+  secure: boolean
+}
+
 /**
- * Finds the firmware: cluster.env's own, else one that a descriptor of QEMU's interop format
- * (docs/interop/firmware.json) describes, else one in a known place.
- *
- * @param search.qemu path of the QEMU program, whose package often contains firmware
- * @param search.code, search.vars QEMU_FIRMWARE_CODE and QEMU_FIRMWARE_VARS, or empty
- * @param search.root used as "/"; another in tests
- * @throws StepError with the places searched, or why cluster.env's own cannot be used
+ * Finds the firmware: cluster.env's own (`code` and `vars`, if not empty), else one that a descriptor
+ * of QEMU's interop format (docs/interop/firmware.json) describes, else one in a known place, such as
+ * the package of the program `qemu`. In tests, `root` is another "/".
  */
 export async function findFirmware(search: {
   arch: Architecture
@@ -75,11 +72,10 @@ export async function findFirmware(search: {
   })
   if (code || vars) return chosenFirmware(code && at(code), vars && at(vars), described)
 
-  const places = [
+  const known = [
     ...knownPlaces[arch].map(at),
     ...shares.map((share) => join(share, builtByQemu[arch])),
-  ]
-  const known = places.map((place) => {
+  ].map((place): Pair => {
     const [first = '', second = ''] = place.split(/ (?=\S+$)/)
     return { code: first, vars: join(dirname(first), second), secure: false }
   })
@@ -94,54 +90,43 @@ export async function findFirmware(search: {
 
 async function chosenFirmware(code: string, vars: string, described: Pair[]): Promise<Firmware> {
   const fail = (reason: string, hint = 'remove both variables, and a firmware is searched') => {
-    throw new StepError(reason, { hint })
+    throw new StepError(`QEMU_FIRMWARE_${reason}`, { hint })
   }
   for (const [name, path] of Object.entries({ CODE: code, VARS: vars })) {
-    const variable = `QEMU_FIRMWARE_${name}`
-    if (!path) fail(`${variable} is not set`, 'CODE and VARS belong together: set both, or neither')
+    if (!path) fail(`${name} is not set`, 'CODE and VARS belong together: set both, or neither')
     const found = await stat(path).catch(() => undefined)
-    if (!found) fail(`${variable} names a file that is not there: ${path}`)
-    if (!found?.isFile()) fail(`${variable} is not a file: ${path}`)
+    if (!found) fail(`${name} names a file that is not there: ${path}`)
+    if (!found?.isFile()) fail(`${name} is not a file: ${path}`)
     const pairs = described.filter((pair) => pair.code === path || pair.vars === path)
     const bySecureName = [path, realpathSync(path)].some((file) => secureNames.test(basename(file)))
     if (bySecureName || (pairs.length > 0 && pairs.every(({ secure }) => secure))) {
-      fail(`${variable} is for Secure Boot, with which the machines do not start: ${path}`)
+      fail(`${name} is for Secure Boot, with which the machines do not start: ${path}`)
     }
   }
   const image = await imageAt(code)
   const start = await firstBytes(code)
   // A firmware volume has this signature; one of variables has this type (UEFI PI, volume 3).
   const isCode = start.includes('_FVH') && start.toString('hex', 16, 20) !== '8d2bf1ff'
-  if (image.format === 'raw' && !isCode) {
-    fail(`QEMU_FIRMWARE_CODE is not the code of a UEFI firmware: ${code}`)
-  }
+  if (image.format === 'raw' && !isCode) fail(`CODE is not the code of a UEFI firmware: ${code}`)
   return { code: image, vars: await imageAt(vars) }
-}
-
-interface Pair {
-  code: string
-  vars: string
-  secure: boolean
 }
 
 /** By the order of the descriptors' names; one in an earlier folder hides those of its name. */
 async function describedPairs(folders: readonly string[], arch: Architecture): Promise<Pair[]> {
   const files = new Map<string, string>()
-  for (const folder of folders) {
-    for (const name of await readdir(folder).catch(() => [])) {
-      if (name.endsWith('.json') && !files.has(name)) files.set(name, join(folder, name))
-    }
+  for (const folder of folders.toReversed()) {
+    for (const name of await readdir(folder).catch(() => [])) files.set(name, join(folder, name))
   }
-  const sorted = [...files.keys()].sort().map((name) => files.get(name) ?? '')
-  const pairs = await Promise.all(sorted.map((file) => pairIn(file, arch)))
-  return pairs.filter((pair) => pair !== undefined)
+  const names = [...files.keys()].filter((name) => name.endsWith('.json')).sort()
+  const pairs = await Promise.all(names.map((name) => pairIn(files.get(name) ?? '', arch)))
+  return pairs.flat()
 }
 
-/** An empty file hides another's descriptor; a broken one is ignored. */
-async function pairIn(file: string, arch: Architecture): Promise<Pair | undefined> {
+/** None if the descriptor is for others; an empty file hides another's; a broken one is ignored. */
+async function pairIn(file: string, arch: Architecture): Promise<Pair[]> {
   try {
     const { mapping, targets, features } = JSON.parse(await readFile(file, 'utf8'))
-    if (mapping.device !== 'flash' || (mapping.mode ?? 'split') !== 'split') return undefined
+    if (mapping.device !== 'flash' || (mapping.mode ?? 'split') !== 'split') return []
     const prefix = arch === 'x86_64' ? 'pc-q35-' : 'virt-'
     const fits = targets.some(
       (target: { architecture: string; machines: string[] }) =>
@@ -149,9 +134,9 @@ async function pairIn(file: string, arch: Architecture): Promise<Pair | undefine
     )
     const secure = /secure-boot|requires-smm|enrolled/.test(features.join())
     const [code, vars] = [mapping.executable.filename, mapping['nvram-template'].filename]
-    return fits && code && vars ? { code, vars, secure } : undefined
+    return fits && code && vars ? [{ code, vars, secure }] : []
   } catch {
-    return undefined
+    return []
   }
 }
 
@@ -161,8 +146,6 @@ async function imageAt(path: string): Promise<FlashImage> {
   return { path, format: start.toString('latin1', 0, 4) === 'QFI\xfb' ? 'qcow2' : 'raw' }
 }
 
-async function firstBytes(path: string): Promise<Buffer> {
-  const file = await open(path)
-  const { buffer, bytesRead } = await file.read(Buffer.alloc(8192)).finally(() => file.close())
-  return buffer.subarray(0, bytesRead)
+function firstBytes(path: string): Promise<Buffer> {
+  return buffer(createReadStream(path, { end: 8191 }))
 }

@@ -1,29 +1,19 @@
 // Tables, amounts, durations and moments as text.
 
-/**
- * Lays out rows below a header line, two spaces between the columns.
- *
- * @param rows cells; a line break in a cell gives the row another line
- */
+/** Rows below a header line, in columns; a line break in a cell gives its row another line. */
 export function formatTable(
   header: readonly string[],
   rows: readonly (readonly string[])[],
 ): string {
-  const all = [header, ...rows].map((row) => row.map((cell) => cell.split('\n')))
-  const widths = header.map((_, column) =>
-    Math.max(...all.flatMap((row) => (row[column] ?? ['']).map((line) => line.length))),
-  )
-  return all
-    .flatMap((row) => {
-      const height = Math.max(...row.map((lines) => lines.length))
-      return Array.from({ length: height }, (_, index) =>
-        widths
-          .map((width, column) => (row[column]?.[index] ?? '').padEnd(width))
-          .join('  ')
-          .trimEnd(),
-      )
-    })
-    .join('\n')
+  const lines = [header, ...rows].flatMap((row) => {
+    const cells = row.map((cell) => cell.split('\n'))
+    const height = Math.max(...cells.map(({ length }) => length))
+    return Array.from({ length: height }, (_, line) => cells.map((cell) => cell[line] ?? ''))
+  })
+  const width = (column: number) => Math.max(...lines.map((line) => line[column]?.length ?? 0))
+  const widths = header.map((_, column) => width(column))
+  const padded = lines.map((line) => line.map((cell, column) => cell.padEnd(widths[column] ?? 0)))
+  return padded.map((line) => line.join('  ').trimEnd()).join('\n')
 }
 
 const units = ['B', 'kB', 'MB', 'GB', 'TB'] as const
@@ -50,10 +40,8 @@ export function formatDuration(milliseconds: number): string {
 
 /** Local time to the second, as part of a file name that sorts by time: "2026-11-22-164503". */
 export function timestamp(moment = new Date()): string {
-  const two = (value: number) => String(value).padStart(2, '0')
-  const date = [moment.getFullYear(), two(moment.getMonth() + 1), two(moment.getDate())]
-  const time = [moment.getHours(), moment.getMinutes(), moment.getSeconds()].map(two)
-  return `${date.join('-')}-${time.join('')}`
+  const local = new Date(moment.getTime() - moment.getTimezoneOffset() * 60_000)
+  return local.toISOString().slice(0, 19).replace('T', '-').replaceAll(':', '')
 }
 
 /** A word that any POSIX shell reads back as this text. */

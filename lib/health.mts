@@ -2,37 +2,27 @@
 // nodes by kubectl, and waits for them.
 import { $, ProcessOutput } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
-import { lastLines, StepError } from './errors.mts'
+import { knownProblem, lastLines, StepError, wrongEncryptionKey } from './errors.mts'
 import { type ApiNode, notReady, useCluster } from './kubectl.mts'
-import { knownProblem, wrongEncryptionKey } from './problems.mts'
-import { connect, noAnswer, type Probe, remote, runProbes } from './ssh.mts'
+import { connect, type Limits, NoAnswer, type Probe, remote, runProbes } from './ssh.mts'
 import { waitFor } from './wait.mts'
 
-/** A systemd service of the cluster, and the URL of its health endpoint on the machine. */
-export interface Service {
-  unit: string
-  health?: string
+/** Health endpoints on the machines. kube-apiserver is asked from outside, as its clients reach it. */
+const endpoints: Readonly<Record<string, string>> = {
+  etcd: 'http://127.0.0.1:2381/health', // its listener that requires no client certificate
+  'kube-controller-manager': 'https://127.0.0.1:10257/healthz',
+  'kube-scheduler': 'https://127.0.0.1:10259/readyz',
+  kubelet: 'http://127.0.0.1:10248/healthz',
+  'kube-proxy': 'http://127.0.0.1:10256/healthz',
 }
 
-const controlPlaneServices: readonly Service[] = [
-  // etcd's listener for health and metrics, which requires no client certificate.
-  { unit: 'etcd', health: 'http://127.0.0.1:2381/health' },
-  // Its health is asked for from outside, the way its clients reach it: probeApiServer.
-  { unit: 'kube-apiserver' },
-  { unit: 'kube-controller-manager', health: 'https://127.0.0.1:10257/healthz' },
-  { unit: 'kube-scheduler', health: 'https://127.0.0.1:10259/readyz' },
-]
-const workerServices: readonly Service[] = [
-  { unit: 'containerd' },
-  { unit: 'kubelet', health: 'http://127.0.0.1:10248/healthz' },
-]
-const kubeProxy: Service = { unit: 'kube-proxy', health: 'http://127.0.0.1:10256/healthz' }
-
-/** The cluster's services on a machine, in the order in which they start. */
-export function servicesOf(cluster: Cluster, node: Node): readonly Service[] {
-  if (node.role === 'control-plane') return controlPlaneServices
-  const cilium = cluster.settings.KUBE_PROXY_MODE === 'cilium'
-  return cilium ? workerServices : [...workerServices, kubeProxy]
+/** The systemd units of the cluster on a machine, in the order in which they start. */
+export function servicesOf({ settings }: Cluster, { role }: Node): string[] {
+  if (role === 'control-plane') {
+    return ['etcd', 'kube-apiserver', 'kube-controller-manager', 'kube-scheduler']
+  }
+  const proxy = settings.KUBE_PROXY_MODE === 'cilium' ? [] : ['kube-proxy']
+  return ['containerd', 'kubelet', ...proxy]
 }
 
 export interface ServiceState {
@@ -47,24 +37,22 @@ export interface ServiceState {
 /** The states of the cluster's services on a machine, by one systemctl and one curl. */
 export function serviceProbe(cluster: Cluster, node: Node): Probe<ServiceState[]> {
   const services = servicesOf(cluster, node)
-  const units = services.map(({ unit }) => `${unit}.service`).join(' ')
-  const urls = services.flatMap(({ health }) => health ?? []).join(' ')
   return {
     // Early in the boot sshd answers, but systemd does not yet.
     // -k: the programs issue these certificates themselves, and the connection is loopback.
     command: `
-      systemctl show --property=LoadState,ActiveState,SubState,Result,ExecMainStatus,NRestarts ${units} || true
+      systemctl show --property=LoadState,ActiveState,SubState,Result,ExecMainStatus,NRestarts \\
+        ${services.map((unit) => `${unit}.service`).join(' ')} || true
       echo '== health'
-      curl -sk -m 3 -w '\\n== %{http_code} %{url} %{errormsg}\\n' ${urls} || true`,
+      curl -sk -m 3 -w '\\n== %{http_code} %{url} %{errormsg}\\n' \\
+        ${services.flatMap((unit) => endpoints[unit] ?? []).join(' ')} || true`,
     read(output) {
       const [shown = '', printed = ''] = output.split('== health\n')
       const blocks = shown.trim().split(/\n\n+/)
-      const errors = endpointErrors(printed)
-      return services.map(({ unit, health }, index) => {
+      return services.map((unit, index) => {
         const lines = (blocks[index] ?? '').split('\n')
         const properties = Object.fromEntries(lines.map((line) => line.split(/=(.*)/s)))
-        const error = health ? (errors.get(health) ?? 'no answer') : ''
-        const reason = unitReason(unit, properties) || (error && `${unit} is not healthy: ${error}`)
+        const reason = unitReason(unit, properties) || endpointReason(unit, printed)
         return { unit, healthy: reason === '', reason, restarts: Number(properties.NRestarts ?? 0) }
       })
     },
@@ -82,23 +70,23 @@ function unitReason(unit: string, properties: Record<string, string | undefined>
   return `${unit} is ${ActiveState} (${SubState}${Result === 'success' ? '' : `, ${Result}`})`
 }
 
-/** Errors of health endpoints by URL, from curl's output; empty for a healthy one. */
-function endpointErrors(printed: string): Map<string, string> {
-  const answers = printed.matchAll(/([\s\S]*?)\n== (\d{3}) (\S+) ?(.*)\n/g)
-  return new Map(
-    [...answers].map(([, body = '', status = '', url = '', message = '']) => {
-      if (status === '200') return [url, '']
-      const response = `HTTP ${status} ${body.replaceAll('\n', ' ').trim()}`
-      // The duration differs each time, and would make every line a new one.
-      return [url, status === '000' ? message.replace(/ after \d+ ms/, '') : response.slice(0, 200)]
-    }),
-  )
+/** Why a unit's endpoint is not healthy, from the output of curl; empty if it is, or has none. */
+function endpointReason(unit: string, printed: string): string {
+  if (!endpoints[unit]) return ''
+  const answers = [...printed.matchAll(/([\s\S]*?)\n== (\d{3}) (\S+) ?(.*)\n/g)]
+  const [, body = '', status = '', , message = 'no answer'] =
+    answers.find(([, , , url]) => url === endpoints[unit]) ?? []
+  if (status === '200') return ''
+  const response = `HTTP ${status} ${body.replaceAll('\n', ' ').trim()}`.slice(0, 200)
+  // The duration differs each time, and would make every line a new one.
+  const error = message.replace(/ after \d+ ms/, '')
+  return `${unit} is not healthy: ${/[1-9]/.test(status) ? response : error}`
 }
 
-/** What serviceProbe finds. @param timeout seconds @throws NoAnswer */
-export async function probeServices(cluster: Cluster, node: Node, timeout = 20) {
-  await connect(cluster, node, { timeout })
-  return (await runProbes(node, { services: serviceProbe(cluster, node) }, timeout)).services
+/** What serviceProbe finds. @throws NoAnswer */
+export async function probeServices(cluster: Cluster, node: Node) {
+  await connect(cluster, node)
+  return (await runProbes(node, { services: serviceProbe(cluster, node) }, 20)).services
 }
 
 /** How many seconds a machine's clock is ahead of this computer's; negative: behind. */
@@ -116,31 +104,18 @@ export function clockTrouble(name: string, ahead: number): string {
   return `the clock of ${name} is ${time} ${ahead > 0 ? 'ahead of' : 'behind'} this computer's`
 }
 
-/** A node as the API server reports it. */
-export interface NodeState {
-  ready: boolean
-  reason: string
-  /** Takes no new pods. */
-  cordoned: boolean
-  address: string
-  kubelet: string
-  runtime: string
-}
-
 export interface ApiState {
   ready: boolean
   reason: string
   /** Registered nodes by name; undefined if they could not be listed. */
-  nodes?: Map<string, NodeState>
+  nodes?: Map<string, ReturnType<typeof nodeState>[1]>
 }
 
-interface Limits {
-  /** Seconds; 10 by default. */
-  timeout?: number
-  signal?: AbortSignal | undefined
-}
-
-/** Whether the API server is ready, and its nodes. No answer is a state, not an error. */
+/**
+ * Whether the API server is ready, and its nodes. No answer is a state, not an error.
+ *
+ * @param limits.timeout for each answer; 10 s by default
+ */
 export async function probeApiServer(cluster: Cluster, limits: Limits = {}): Promise<ApiState> {
   let ready = false
   try {
@@ -151,7 +126,14 @@ export async function probeApiServer(cluster: Cluster, limits: Limits = {}): Pro
   } catch (error) {
     const reason = apiError(error, limits)
     if (ready) return { ready, reason: `nodes cannot be listed: ${reason}` }
-    return { ready, reason: await whyNotReady(cluster, reason, limits) }
+    // "[-]etcd failed: reason withheld"
+    const checks = [...reason.matchAll(/\[-\](\S+) failed/g)].map(([, name]) => name)
+    // For informer-sync it reads all Secrets. A limit is answered by etcd itself.
+    const secrets = checks.includes('informer-sync')
+      ? await get(cluster, '/api/v1/secrets?limit=100', limits).catch((e) => apiError(e, limits))
+      : ''
+    const why = secrets === wrongEncryptionKey ? secrets : checks.join(', ')
+    return { ready, reason: why ? `not ready: ${why}` : reason }
   }
 }
 
@@ -159,8 +141,7 @@ export async function probeApiServer(cluster: Cluster, limits: Limits = {}): Pro
 async function get(cluster: Cluster, path: string, limits: Limits): Promise<string> {
   await useCluster(cluster)
   const { timeout = 10, signal } = limits
-  const run = $({ timeout: timeout * 1000, ...(signal ? { signal } : {}) })
-  return (await run`kubectl get --raw ${path}`).stdout
+  return (await $({ timeout: timeout * 1000, signal })`kubectl get --raw ${path}`).stdout
 }
 
 /**
@@ -174,23 +155,8 @@ export function apiError(error: unknown, { timeout = 10, signal }: Limits = {}):
   if (!(error instanceof ProcessOutput)) throw error
   // zx ended it.
   if (error.exitCode === null) return `the API server did not answer within ${timeout} s`
-  return (
-    knownProblem('kubectl', error.stderr)?.reason ??
-    lastLines(error.stderr, 1).replace(/^error: /, '')
-  )
-}
-
-/** Names the checks that failed, as in "[-]etcd failed: reason withheld". */
-async function whyNotReady(cluster: Cluster, reason: string, limits: Limits): Promise<string> {
-  const checks = [...reason.matchAll(/\[-\](\S+) failed/g)].map(([, name]) => name)
-  if (checks.length === 0) return reason
-  // It reads all Secrets when it starts, and is not ready before. A limit is answered by etcd itself.
-  const secrets = checks.includes('informer-sync')
-    ? await get(cluster, '/api/v1/secrets?limit=100', limits).catch((error) =>
-        apiError(error, limits),
-      )
-    : ''
-  return `not ready: ${secrets === wrongEncryptionKey ? secrets : checks.join(', ')}`
+  const known = knownProblem('kubectl', error.stderr)
+  return known?.reason ?? lastLines(error.stderr, 1).replace(/^error: /, '')
 }
 
 interface ListedNode extends ApiNode {
@@ -201,23 +167,19 @@ interface ListedNode extends ApiNode {
   }
 }
 
-function nodeState(node: ListedNode): [string, NodeState] {
+function nodeState(node: ListedNode) {
   const { addresses = [], nodeInfo } = node.status
   const reason = notReady(node) ?? ''
   const state = {
     ready: reason === '',
     reason,
+    /** Takes no new pods. */
     cordoned: node.spec?.unschedulable ?? false,
     address: addresses.find(({ type }) => type === 'InternalIP')?.address ?? '',
     kubelet: nodeInfo.kubeletVersion,
     runtime: nodeInfo.containerRuntimeVersion,
   }
-  return [node.metadata.name, state]
-}
-
-/** Whether a node is Ready now; false also if the API server does not answer. */
-export async function isReady(cluster: Cluster, node: Node): Promise<boolean> {
-  return (await probeApiServer(cluster)).nodes?.get(node.name)?.ready ?? false
+  return [node.metadata.name, state] as const
 }
 
 type Wait = Pick<Parameters<typeof waitFor>[0], 'timeout' | 'detail' | 'signal'>
@@ -238,9 +200,9 @@ export async function waitForServices(
   const { check, ...wait } = options
   let first: ServiceState[] | undefined
   await waitFor({ failure: `${node.name} is not healthy`, ...wait }, async () => {
-    const services = await probeServices(cluster, node).catch((error: Error) => {
+    const services = await probeServices(cluster, node).catch((error) => {
       // It may be restarting its network.
-      if (noAnswer(error)) return error.message
+      if (error instanceof NoAnswer) return error.message
       throw error
     })
     if (typeof services === 'string') return services
@@ -264,36 +226,23 @@ export async function waitForServices(
   })
 }
 
-/** Waits until a kubelet has registered the node. */
-export async function waitForNode(cluster: Cluster, node: Node, wait: Wait): Promise<void> {
-  await waitFor({ failure: `${node.name} has not registered`, ...wait }, async () => {
-    const found = await registered(cluster, node, wait)
-    return typeof found === 'string' ? found : undefined
-  })
-}
-
 /**
  * Waits until the node is Ready and its kubelet has renewed its lease since the wait began: for 40 s
  * the API server reports a node as Ready that it does not hear from.
  */
 export async function waitForReady(cluster: Cluster, node: Node, wait: Wait): Promise<void> {
+  const { name } = node
   const { signal } = wait
-  const path = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${node.name}`
+  const path = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${name}`
   const leaseTime = async (): Promise<string | undefined> =>
     JSON.parse(await get(cluster, path, { signal }).catch(() => '{}')).spec?.renewTime
   const before = await leaseTime()
-  await waitFor({ failure: `${node.name} is not Ready`, ...wait }, async () => {
-    const found = await registered(cluster, node, wait)
-    if (typeof found === 'string') return found
+  await waitFor({ failure: `${name} is not Ready`, ...wait }, async () => {
+    const { nodes, reason } = await probeApiServer(cluster, { signal })
+    if (!nodes) return `the API server does not list its nodes: ${reason}`
+    const found = nodes.get(name)
+    if (!found) return `${name} has not registered with the API server`
     if (!found.ready) return found.reason
-    const renewed = (await leaseTime()) !== before
-    return renewed ? undefined : 'the kubelet has not renewed its lease yet'
+    return (await leaseTime()) === before ? 'the kubelet has not renewed its lease yet' : undefined
   })
-}
-
-/** The node's state, or why there is none. */
-async function registered(cluster: Cluster, node: Node, wait: Wait): Promise<NodeState | string> {
-  const { nodes, reason } = await probeApiServer(cluster, { signal: wait.signal })
-  if (!nodes) return `the API server does not list its nodes: ${reason}`
-  return nodes.get(node.name) ?? `${node.name} has not registered with the API server`
 }

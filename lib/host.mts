@@ -1,11 +1,10 @@
 // This computer as far as QEMU is concerned: system, processor, accelerator, firmware, program.
-import { closeSync, openSync } from 'node:fs'
+import { open } from 'node:fs/promises'
 import { arch as nodeArch } from 'node:os'
 import { $, which } from 'zx/core'
 import type { Cluster } from './cluster.mts'
 import { lastLines, StepError } from './errors.mts'
 import { type Architecture, type Firmware, findFirmware } from './firmware.mts'
-import { systemProgram } from './processes.mts'
 
 export type System = 'linux' | 'darwin'
 export type Accelerator = 'hvf' | 'kvm' | 'tcg'
@@ -56,11 +55,7 @@ export async function detectArchitecture(os: System): Promise<Architecture> {
   return os === 'darwin' && (await sysctl('hw.optional.arm64')) === '1' ? 'aarch64' : 'x86_64'
 }
 
-/**
- * The QEMU for an architecture, from PATH.
- *
- * @throws StepError if there is none, or it is older than `leastQemuVersion`
- */
+/** The QEMU for an architecture, from PATH. @throws StepError if there is none, or it is too old */
 export async function detectQemu(arch: Architecture): Promise<Platform['qemu']> {
   const program = `qemu-system-${arch}`
   const path = await which(program, { nothrow: true })
@@ -83,45 +78,40 @@ export function isOlder(version: string, than: string): boolean {
 
 /** QEMU's -machine, -accel and -cpu. */
 export function platformArguments({ os, arch, accel, qemu }: Platform): string[] {
+  const intel = arch === 'x86_64'
   // In-kernel interrupt controller, the default from 11.1 on: Linux guests stall with it.
-  const irqchip = accel === 'hvf' && arch === 'aarch64' && !isOlder(qemu.version, '11.1')
+  const irqchip = accel === 'hvf' && !intel && !isOlder(qemu.version, '11.1')
+  let cpu = 'host'
+  // Flags that Intel Macs announce and Hypervisor.framework does not accept.
+  if (os === 'darwin' && intel) cpu = 'host,-avx512vl,-pdpe1gb'
+  // QEMU 7.2 with kernel 6.12: cmpxchg16b ends in a double fault half a minute into the boot. On
+  // arm64, the architecture's own pointer authentication is slow to emulate; this hash is not.
+  if (accel === 'tcg') cpu = intel ? 'max,-cx16' : 'max,pauth-impdef=on'
   return [
-    ...['-machine', arch === 'x86_64' ? 'q35' : 'virt'],
+    ...['-machine', intel ? 'q35' : 'virt'],
     ...['-accel', irqchip ? 'hvf,kernel-irqchip=off' : accel],
-    ...['-cpu', cpuModel({ os, arch, accel })],
+    ...['-cpu', cpu],
   ]
 }
 
-/** QEMU's -cpu. */
-export function cpuModel({ os, arch, accel }: Omit<Platform, 'qemu'>): string {
-  // QEMU 7.2 with kernel 6.12: cmpxchg16b ends in a double fault half a minute into the boot.
-  if (accel === 'tcg' && arch === 'x86_64') return 'max,-cx16'
-  // The architecture's own pointer authentication is slow to emulate; this hash is not.
-  if (accel === 'tcg') return 'max,pauth-impdef=on'
-  // Flags that Intel Macs announce and Hypervisor.framework does not accept.
-  return os === 'darwin' && arch === 'x86_64' ? 'host,-avx512vl,-pdpe1gb' : 'host'
-}
-
-const slow = 'QEMU emulates the processor, ten times slower or more'
+/** The accelerator of each system, and why it cannot be used. */
+const natives = { linux: 'kvm', darwin: 'hvf' } as const
+type Obstacle = { reason: string; hint: string } | undefined
 
 /**
  * The accelerator of this computer, and a warning where it is the slow one. QEMU itself is asked,
  * because a device that can be opened need not work.
- *
- * @throws StepError if QEMU_ACCEL asks for one that is not available
  */
 export async function detectAccelerator(
   setting: Accelerator | 'auto',
   os: System,
 ): Promise<{ accel: Accelerator; warning?: string }> {
+  const slow = 'QEMU emulates the processor, ten times slower or more'
   if (setting === 'tcg') return { accel: 'tcg', warning: `QEMU_ACCEL=tcg: ${slow}` }
   const obstacle = await obstacleTo(os)
   const accel = chooseAccelerator(setting, os, obstacle)
   return obstacle ? { accel, warning: `${obstacle.reason}: ${slow}; ${obstacle.hint}` } : { accel }
 }
-
-/** Why this computer's own accelerator (kvm, hvf) cannot be used. */
-type Obstacle = { reason: string; hint: string } | undefined
 
 /** The accelerator for a value of QEMU_ACCEL. @throws StepError if that is not available */
 export function chooseAccelerator(
@@ -129,26 +119,27 @@ export function chooseAccelerator(
   os: System,
   obstacle: Obstacle,
 ): Accelerator {
-  const native = os === 'darwin' ? 'hvf' : 'kvm'
-  if (setting === 'tcg') return 'tcg'
-  if (setting === 'auto') return obstacle ? 'tcg' : native
+  const native = natives[os]
+  if (setting === 'tcg' || (setting === 'auto' && obstacle)) return 'tcg'
+  if (setting === 'auto' || (setting === native && !obstacle)) return native
   if (setting !== native) {
     throw new StepError(`QEMU_ACCEL=${setting} is not for this system: it has ${native}`)
   }
-  if (!obstacle) return native
-  throw new StepError(`QEMU_ACCEL=${setting}, but ${obstacle.reason}`, { hint: obstacle.hint })
+  throw new StepError(`QEMU_ACCEL=${setting}, but ${obstacle?.reason}`, { hint: obstacle?.hint })
 }
 
 async function obstacleTo(os: System): Promise<Obstacle> {
   if (os === 'darwin' && (await sysctl('kern.hv_support')) !== '1') {
     return { reason: 'this Mac has no Hypervisor.framework', hint: 'QEMU_ACCEL=tcg is slow' }
   }
-  if (os === 'linux' && !canOpen('/dev/kvm')) {
+  const device = os === 'linux' && (await open('/dev/kvm', 'r+').catch(() => undefined))
+  if (os === 'linux' && !device) {
     return {
       reason: '/dev/kvm cannot be opened',
       hint: 'enable virtualization in the firmware, load the module kvm, join the group kvm: sudo usermod -aG kvm "$USER", then log in again',
     }
   }
+  if (device) await device.close()
   const arch = await detectArchitecture(os)
   // Without QEMU nothing can be tried; detectQemu reports it.
   const qemu = await detectQemu(arch).catch(() => undefined)
@@ -160,36 +151,22 @@ async function obstacleTo(os: System): Promise<Obstacle> {
       hint: 'brew upgrade qemu',
     }
   }
-  return tryAccelerator({ os, arch, accel: os === 'darwin' ? 'hvf' : 'kvm', qemu })
-}
-
-function canOpen(device: string): boolean {
-  try {
-    closeSync(openSync(device, 'r+'))
-    return true
-  } catch {
-    return false
-  }
-}
-
-/** Lets QEMU set up a machine and quit: where the accelerator does not work, it fails or aborts. */
-async function tryAccelerator(platform: Platform): Promise<Obstacle> {
+  // QEMU sets up a machine and quits: where the accelerator does not work, it fails or aborts.
+  const platform = platformArguments({ os, arch, accel: natives[os], qemu })
   const idle = ['-m', '64', '-S', '-nodefaults', '-no-user-config', '-display', 'none']
-  // A here-string: writing to a pipe would fail when QEMU ends first.
   const options = { quiet: true, nothrow: true, timeout: 20_000 }
+  // A here-string: writing to a pipe would fail when QEMU ends first.
   const { exitCode, stderr } = await $(
     options,
-  )`${platform.qemu.path} ${platformArguments(platform)} ${idle} -monitor stdio <<< quit`
+  )`${qemu.path} ${platform} ${idle} -monitor stdio <<< quit`
   if (exitCode === 0) return undefined
   return {
-    reason: `QEMU fails with ${platform.accel} here (${lastLines(stderr, 1) || 'no message'})`,
+    reason: `QEMU fails with ${natives[os]} here (${lastLines(stderr, 1) || 'no message'})`,
     hint: 'often a virtual machine in a virtual machine, or a QEMU too old for this processor',
   }
 }
 
-/** A value of macOS's sysctl; undefined if it has none of that name. */
-async function sysctl(name: string): Promise<string | undefined> {
-  const program = await systemProgram('sysctl')
-  const { exitCode, stdout } = await $({ quiet: true, nothrow: true })`${program} -n ${name}`
-  return exitCode === 0 ? stdout.trim() : undefined
+/** A value of macOS's sysctl; empty if it has none of that name. */
+async function sysctl(name: string): Promise<string> {
+  return (await $({ quiet: true, nothrow: true })`sysctl -n ${name}`).stdout.trim()
 }

@@ -7,11 +7,7 @@ let controller: AbortController | undefined
 let endCommands = () => {}
 let undoing = 0
 
-/**
- * Installs the handlers. Without `interruption`, a signal ends the running commands and the script.
- *
- * @param end ends the commands that the script is running
- */
+/** Without `interruption`, a signal ends the script and, by `end`, the commands that it is running. */
 export function handleSignals(end: () => void): void {
   endCommands = end
   process.off('SIGINT', stop).on('SIGINT', stop)
@@ -53,9 +49,5 @@ function stop(signal: 'SIGINT' | 'SIGTERM'): void {
     process.exit(exitCode)
   }
   controller.abort(new StepError(`interrupted by ${signal}`, { exitCode }))
-  const end = () => {
-    if (undoing === 0) process.exit(exitCode)
-    setTimeout(end, gracePeriod).unref()
-  }
-  setTimeout(end, gracePeriod).unref()
+  setInterval(() => undoing === 0 && process.exit(exitCode), gracePeriod).unref()
 }

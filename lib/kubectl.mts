@@ -1,9 +1,8 @@
 // kubectl (and helm) on this cluster and no other, and what the scripts that deploy something share.
-import { readFile } from 'node:fs/promises'
-import { parse, stringify } from 'yaml'
-import { $, ProcessOutput } from 'zx/core'
+import { parseDocument, stringify } from 'yaml'
+import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
-import { explain, lastLines, StepError } from './errors.mts'
+import { StepError } from './errors.mts'
 import { privateFolder, readIfThere, writeFileAtomic } from './files.mts'
 import type { Flag } from './script.mts'
 import { step } from './steps.mts'
@@ -11,8 +10,7 @@ import { step } from './steps.mts'
 /** The part of a kubeconfig that is read here (client-go's api/v1 types). */
 interface Kubeconfig {
   clusters?: { name: string; cluster: Record<string, unknown> }[]
-  users?: { name: string; user: Record<string, unknown> }[]
-  contexts?: { name: string; context: Record<string, unknown> }[]
+  contexts?: { name: string; context: { cluster: string } }[]
 }
 
 /**
@@ -24,45 +22,27 @@ interface Kubeconfig {
  */
 export async function useCluster(cluster: Cluster): Promise<void> {
   const file = 'configs/admin.kubeconfig'
+  const hint = 'make kubeconfigs'
   const text = await readIfThere(cluster.path(file))
-  if (text === undefined) throw new StepError(`${file} is missing`, { hint: 'make kubeconfigs' })
-  const ours = defaultContext(text)
+  if (text === undefined) throw new StepError(`${file} is missing`, { hint })
+  const authority = await readIfThere(cluster.path('tls', 'ca.pem'))
+  if (authority === undefined) throw new StepError('tls/ca.pem is missing', { hint: 'make certs' })
+  const config: Kubeconfig = parseDocument(text).toJS() ?? {}
+  const contexts = config.contexts?.filter(({ name }) => name === 'default')
+  const used = contexts?.[0]?.context.cluster
+  const found = config.clusters?.find(({ name }) => name === used)?.cluster
   const server = `https://127.0.0.1:${cluster.settings.API_PORT}`
-  const authority = await readFile(cluster.path('tls', 'ca.pem')).catch((cause) => {
-    throw new StepError('tls/ca.pem is missing', { hint: 'make certs', cause })
-  })
-  const { server: found, 'certificate-authority-data': trusted } =
-    ours?.clusters?.[0]?.cluster ?? {}
-  if (!ours || found !== server) {
-    throw new StepError(`the context "default" of ${file} does not lead to ${server}`, {
-      hint: 'make kubeconfigs',
-    })
+  if (found?.server !== server) {
+    throw new StepError(`the context "default" of ${file} does not lead to ${server}`, { hint })
   }
-  if (trusted !== authority.toString('base64')) {
-    throw new StepError(`${file} trusts another CA than tls/ca.pem`, { hint: 'make kubeconfigs' })
+  if (found['certificate-authority-data'] !== Buffer.from(authority).toString('base64')) {
+    throw new StepError(`${file} trusts another CA than tls/ca.pem`, { hint })
   }
   const copy = cluster.path('run', 'admin.kubeconfig')
-  const fresh = stringify(ours)
+  const fresh = stringify({ ...config, contexts, 'current-context': 'default' })
   await privateFolder(cluster.path('run'))
   if ((await readIfThere(copy)) !== fresh) await writeFileAtomic(copy, fresh, 0o600)
   $.env = { ...$.env, KUBECONFIG: copy }
-}
-
-function defaultContext(text: string): Kubeconfig | undefined {
-  try {
-    const config = parse(text) as Kubeconfig
-    const named = <T extends { name: string }>(list: T[] | undefined, name: unknown) =>
-      (list ?? []).filter((each) => each.name === name)
-    const contexts = named(config.contexts, 'default')
-    const { cluster, user } = contexts[0]?.context ?? {}
-    return {
-      ...{ apiVersion: 'v1', kind: 'Config', 'current-context': 'default', contexts },
-      clusters: named(config.clusters, cluster),
-      users: named(config.users, user),
-    }
-  } catch {
-    return undefined
-  }
 }
 
 /** An object of the API, as far as all of them are alike. */
@@ -74,7 +54,6 @@ export interface ApiObject {
     namespace?: string
     labels?: Record<string, string>
     annotations?: Record<string, string>
-    creationTimestamp?: string
     /** Set while the object is being deleted. */
     deletionTimestamp?: string
   }
@@ -82,7 +61,7 @@ export interface ApiObject {
 
 /** The answer of `kubectl ARGS --output=json`, typed by the caller. @throws ProcessOutput */
 export async function kubectlJson<T>(...args: string[]): Promise<T> {
-  return JSON.parse((await $({ timeout: 60_000 })`kubectl ${args} --output=json`).stdout) as T
+  return JSON.parse((await $({ timeout: 60_000 })`kubectl ${args} --output=json`).stdout)
 }
 
 /**
@@ -91,32 +70,27 @@ export async function kubectlJson<T>(...args: string[]): Promise<T> {
  *
  * @param manifest YAML of any number of documents, or objects (sent as one List: kubectl 1.32 does
  *   not read several JSON documents)
- * @param options.manager the owner's name of the fields
- * @param options.forceConflicts takes over fields that have another owner
  * @throws StepError if another owner has a field of the manifest; ProcessOutput
  */
 export async function apply(
   manifest: string | readonly object[],
   options: { manager: string; forceConflicts?: boolean; signal?: AbortSignal | undefined },
 ): Promise<void> {
-  const { manager, forceConflicts = false, signal } = options
   const list = { apiVersion: 'v1', kind: 'List', items: manifest }
   const input = typeof manifest === 'string' ? manifest : JSON.stringify(list)
-  const kubectl = $({ input, timeout: 120_000, ...(signal ? { signal } : {}) })
-  const command = ['apply', '--server-side', `--field-manager=${manager}`, '--filename=-']
-  if (!forceConflicts) {
-    // Other refusals of a dry run may be due to the dry run: a namespace that does not exist yet.
-    const { stderr } = await kubectl({ nothrow: true })`kubectl ${command} --dry-run=server`
-    const owner = stderr.match(/conflicts? with "([^"]+)"/)?.[1]
-    const advice = stderr.indexOf('Please review the fields above')
-    if (owner) {
-      throw new StepError(`a part of it exists already, owned by "${owner}"`, {
-        output: stderr.slice(0, advice === -1 ? undefined : advice).trim(),
-        hint: 'nothing was changed; --force-conflicts takes it over',
-      })
-    }
+  const kubectl = $({ input, timeout: 120_000, signal: options.signal })
+  const command = ['apply', '--server-side', `--field-manager=${options.manager}`, '--filename=-']
+  if (options.forceConflicts) return void (await kubectl`kubectl ${command} --force-conflicts`)
+  // Other refusals of a dry run may be due to the dry run: a namespace that does not exist yet.
+  const { stderr } = await kubectl({ nothrow: true })`kubectl ${command} --dry-run=server`
+  const owner = stderr.match(/conflicts? with "([^"]+)"/)?.[1]
+  if (owner) {
+    throw new StepError(`a part of it exists already, owned by "${owner}"`, {
+      output: stderr.split('Please review the fields above')[0]?.trim() ?? '',
+      hint: 'nothing was changed; --force-conflicts takes it over',
+    })
   }
-  await kubectl`kubectl ${command} ${forceConflicts ? ['--force-conflicts'] : []}`
+  await kubectl`kubectl ${command}`
 }
 
 export const addOnFlags = {
@@ -127,30 +101,29 @@ export const addOnFlags = {
 } as const satisfies Record<string, Flag>
 
 /**
- * Does what --print and --delete say and ends the script; returns if neither is given.
+ * Does what --print and --delete say and ends the script. If neither is given, it returns, and
+ * kubectl talks to our cluster.
  *
- * @param name as the user calls the add-on
- * @param remove for what --delete has to do: `deleteManifest`, and more if need be
+ * @param first what else --delete has to do, before it deletes the manifest
  */
 export async function printOrDelete(
+  cluster: Cluster,
   name: string,
   manifest: string,
   flags: { print: boolean; delete: boolean },
-  remove: () => Promise<unknown>,
+  first: () => Promise<unknown> = async () => {},
 ): Promise<void> {
   if (flags.print && flags.delete) {
     throw new StepError('only one of --print and --delete at a time', { exitCode: 2 })
   }
   if (flags.print) await printAndExit(manifest)
+  await useCluster(cluster)
   if (!flags.delete) return
-  await step(`delete ${name}`, remove)
+  await first()
+  const kubectl = $({ input: manifest, timeout: '210s' })
+  const command = ['delete', '--ignore-not-found', '--filename=-', '--timeout=180s']
+  await step(`delete ${name}`, () => kubectl`kubectl ${command}`)
   process.exit(0)
-}
-
-/** Deletes what a manifest describes and waits until it is gone. Missing objects are no error. */
-export async function deleteManifest(manifest: string, timeout = 180): Promise<void> {
-  const kubectl = $({ input: manifest, timeout: (timeout + 30) * 1000 })
-  await kubectl`kubectl delete --ignore-not-found --filename=- --timeout=${timeout}s`
 }
 
 /** Writes a text to stdout to its end, and ends the script. */
@@ -165,16 +138,26 @@ export interface ApiNode extends ApiObject {
   status: { conditions?: { type: string; status: string; message?: string }[] }
 }
 
-/** All nodes of the API. */
-export async function getNodes(): Promise<ApiNode[]> {
-  return (await kubectlJson<{ items: ApiNode[] }>('get', 'nodes')).items
+/** All nodes of the API, by name. */
+export async function getNodes(): Promise<Map<string, ApiNode>> {
+  const { items } = await kubectlJson<{ items: ApiNode[] }>('get', 'nodes')
+  return new Map(items.map((node) => [node.metadata.name, node]))
 }
+
+const unregistered = 'it has not registered'
 
 /** Why a node is not Ready; undefined if it is. */
 export function notReady(node: ApiNode | undefined): string | undefined {
-  if (!node) return 'it has not registered'
+  if (!node) return unregistered
   const ready = node.status.conditions?.find(({ type }) => type === 'Ready')
-  return ready?.status === 'True' ? undefined : (ready?.message ?? 'no condition yet')
+  return ready?.status === 'True' ? undefined : ready?.message || 'no condition yet'
+}
+
+/** Why each of our workers that is not Ready is not, by name. */
+export async function unreadyWorkers({ workers }: Cluster): Promise<Map<string, string>> {
+  const nodes = await getNodes()
+  const reasons = workers.map(({ name }) => [name, notReady(nodes.get(name)) ?? ''] as const)
+  return new Map(reasons.filter(([, reason]) => reason !== ''))
 }
 
 /**
@@ -188,29 +171,14 @@ export async function readyWorkers(cluster: Cluster): Promise<Node[]> {
       hint: 'WORKER_NODES in cluster.env is empty: make add-worker NAME=sigma',
     })
   }
-  const nodes = await getNodes()
-  const reasons = cluster.workers.map((worker) => {
-    return { worker, reason: notReady(nodes.find(({ metadata }) => metadata.name === worker.name)) }
-  })
-  const ready = reasons.filter(({ reason }) => reason === undefined)
-  if (ready.length > 0) return ready.map(({ worker }) => worker)
-  throw new StepError(
-    nodes.length === 0 ? 'no worker has registered yet' : 'no worker is Ready, so no pod can start',
-    {
-      output: reasons.map(({ worker, reason }) => `${worker.name}: ${reason}`).join('\n'),
-      hint: nodes.length === 0 ? 'make wait' : 'the pod network is missing: make network',
-    },
-  )
-}
-
-/** The error of a failed command, with another reason in front. */
-export function because(reason: string, error: unknown, hint?: string): unknown {
-  if (!(error instanceof ProcessOutput) && !(error instanceof StepError)) return error
-  const { reason: inner, explanation } = explain(error)
-  return new StepError(reason, {
-    ...explanation,
-    output: lastLines([inner, explanation.output].filter(Boolean).join('\n')),
-    ...(hint ? { hint } : {}),
-    cause: error,
+  const unready = await unreadyWorkers(cluster)
+  const ready = cluster.workers.filter(({ name }) => !unready.has(name))
+  if (ready.length > 0) return ready
+  if ([...unready.values()].every((reason) => reason === unregistered)) {
+    throw new StepError('no worker has registered yet', { hint: 'make wait' })
+  }
+  throw new StepError('no worker is Ready, so no pod can start', {
+    output: [...unready].map(([name, reason]) => `${name}: ${reason}`).join('\n'),
+    hint: 'the pod network is missing: make network',
   })
 }

@@ -1,8 +1,8 @@
 // The machines' Ethernet switch: frames come and go as UDP datagrams on loopback, each machine known
 // by the port its QEMU sends from. lib/lan.mts starts and stops it as a process.
-import { createSocket } from 'node:dgram'
+import { createSocket, type Socket } from 'node:dgram'
 import { rm } from 'node:fs/promises'
-import { type Cluster, loadCluster } from './cluster.mts'
+import { loadCluster } from './cluster.mts'
 import { describeError } from './errors.mts'
 import { writeFileAtomic } from './files.mts'
 import { pidFileOf, type SwitchStatus, statusQuery } from './lan.mts'
@@ -16,47 +16,42 @@ const maxAddresses = 4096
 
 /**
  * A switch as IEEE 802.1D describes it: it learns the port of an address from the frames that come
- * from it, and sends a frame for an unknown address to every other port. It decides; the caller
- * sends.
+ * from it, and a frame for an unknown one goes to every other port. It decides; the caller sends.
  */
 export class LearningSwitch {
   readonly counters = { received: 0, forwarded: 0, flooded: 0, refused: 0, dropped: 0 }
-  private ports: ReadonlySet<number>
+  private ports: readonly number[]
   /** By MAC address in hexadecimal; `seen` in seconds. */
   private readonly table = new Map<string, { port: number; seen: number }>()
 
-  constructor(ports: Iterable<number>) {
-    this.ports = new Set(ports)
+  constructor(ports: readonly number[]) {
+    this.ports = ports
   }
 
   /** Replaces the ports; what was learned about removed ones is forgotten. */
-  setPorts(ports: Iterable<number>): void {
-    this.ports = new Set(ports)
-    for (const [address, { port }] of this.table) {
-      if (!this.ports.has(port)) this.table.delete(address)
-    }
+  setPorts(ports: readonly number[]): void {
+    this.ports = ports
+    this.forget(({ port }) => !ports.includes(port))
   }
 
   /**
-   * Takes a frame.
-   *
-   * @param from the port it came from
-   * @param now in seconds, by a clock that never goes back
+   * Takes a frame that came from a port, at a time in seconds by a clock that never goes back.
    * @returns the ports to send it to; none for a frame that is dropped
    */
   forward(frame: Buffer, from: number, now: number): number[] {
-    if (!this.ports.has(from)) return this.count('refused')
+    if (!this.ports.includes(from)) return this.count('refused')
     this.counters.received += 1
     // The lowest bit of an address's first byte: a group's, broadcast or multicast.
     const [toGroup, fromGroup] = [0, 6].map((offset) => ((frame[offset] ?? 0) & 1) === 1)
     if (frame.length < headerLength || fromGroup) return this.count('dropped')
-    this.learn(frame.toString('hex', 6, 12), from, now)
+    const source = frame.toString('hex', 6, 12)
+    const isFull = () => this.table.size >= maxAddresses && !this.table.has(source)
+    if (isFull()) this.forget(({ seen }) => now - seen > ageing)
+    if (!isFull()) this.table.set(source, { port: from, seen: now })
     const known = this.table.get(frame.toString('hex', 0, 6))
     if (toGroup || !known || now - known.seen > ageing) {
-      return this.count(
-        'flooded',
-        [...this.ports].filter((port) => port !== from),
-      )
+      const others = this.ports.filter((port) => port !== from)
+      return this.count('flooded', others)
     }
     return known.port === from ? this.count('dropped') : this.count('forwarded', [known.port])
   }
@@ -69,12 +64,8 @@ export class LearningSwitch {
     return all.filter(({ age }) => age <= ageing)
   }
 
-  private learn(address: string, port: number, now: number): void {
-    if (this.table.size >= maxAddresses && !this.table.has(address)) {
-      for (const [old, { seen }] of this.table) if (now - seen > ageing) this.table.delete(old)
-      if (this.table.size >= maxAddresses) return
-    }
-    this.table.set(address, { port, seen: now })
+  private forget(which: (entry: { port: number; seen: number }) => boolean): void {
+    for (const [address, entry] of this.table) if (which(entry)) this.table.delete(address)
   }
 
   private count(what: keyof typeof this.counters, ports: number[] = []): number[] {
@@ -87,22 +78,19 @@ export class LearningSwitch {
 function serve(): void {
   const address = '127.0.0.1'
   let cluster = loadCluster()
+  const { root } = cluster
   const { LAN_SWITCH_PORT: port } = cluster.settings
   const pidFile = pidFileOf(cluster)
-  const portsOf = ({ nodes }: Cluster) => nodes.map(({ lanPort }) => lanPort)
-  const lan = new LearningSwitch(portsOf(cluster))
+  const ports = () => cluster.nodes.map(({ lanPort }) => lanPort)
+  const lan = new LearningSwitch(ports())
   const seconds = () => performance.now() / 1000
   const log = (text: string) => console.log(`${new Date().toISOString()} ${text}`)
   const describe = () => cluster.nodes.map(({ name, lanPort }) => `${name} (${lanPort})`).join(', ')
-  const status = (): SwitchStatus => ({
-    pid: process.pid,
-    root: cluster.root,
-    port,
-    ports: portsOf(cluster),
-    counters: lan.counters,
+  const status = (): SwitchStatus => {
     // As many as fit into a datagram.
-    addresses: lan.addresses(seconds()).slice(0, 64),
-  })
+    const addresses = lan.addresses(seconds()).slice(0, 64)
+    return { pid: process.pid, root, port, ports: ports(), counters: lan.counters, addresses }
+  }
 
   const socket = createSocket({
     type: 'udp4',
@@ -129,24 +117,23 @@ function serve(): void {
   process.on('SIGHUP', () => {
     try {
       cluster = loadCluster()
-      lan.setPorts(portsOf(cluster))
+      lan.setPorts(ports())
       log(`read cluster.env again: ${describe()}`)
     } catch (error) {
       log(`keeps the machines it had: ${describeError(error)}`)
     }
   })
-  for (const signal of ['SIGTERM', 'SIGINT'] as const) {
-    process.on(signal, async () => {
-      await rm(pidFile, { force: true })
-      log(`ended by ${signal}; ${JSON.stringify(lan.counters)}`)
-      process.exit(0)
-    })
+  const end = async (signal: NodeJS.Signals) => {
+    await rm(pidFile, { force: true })
+    log(`ended by ${signal}; ${JSON.stringify(lan.counters)}`)
+    process.exit(0)
   }
+  process.on('SIGTERM', end).on('SIGINT', end)
 }
 
 /** Gives a socket room for the frames that all machines send at once. It also works without. */
 export function enlargeBuffers(
-  socket: { setRecvBufferSize(bytes: number): void; setSendBufferSize(bytes: number): void },
+  socket: Pick<Socket, 'setRecvBufferSize' | 'setSendBufferSize'>,
   log: (text: string) => void,
 ): void {
   try {

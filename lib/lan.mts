@@ -1,6 +1,7 @@
 // Starting, asking and stopping the LAN switch, which carries the machines' own network. There is
 // one process a cluster, in the background, which outlives the script that starts it.
 import { createSocket } from 'node:dgram'
+import { once } from 'node:events'
 import { mkdir, readFile } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import type { Cluster } from './cluster.mts'
@@ -26,38 +27,33 @@ export interface SwitchStatus {
 /** A datagram with this text is answered with the status; as a frame it would be too short. */
 export const statusQuery = Buffer.from('lan-status?')
 
-const startTimeout = 30
-const stopTimeout = 10
+/** Seconds. */
+const [startTimeout, stopTimeout] = [30, 10]
 
 type Place = Pick<Cluster, 'path'>
-
-export function pidFileOf(cluster: Place): string {
-  return cluster.path('run', 'lan-switch.pid')
-}
+export const pidFileOf = ({ path }: Place) => path('run', 'lan-switch.pid')
+/** Its absolute path tells our switch from another checkout's. */
+const programOf = ({ path }: Place) => path('lib', 'lan-switch.mts')
+const runningPid = (cluster: Place) => pidFrom(pidFileOf(cluster), [programOf(cluster)])
 
 /**
- * Makes sure that the switch runs, on the port and with the machines of cluster.env. A running one
- * reads them again.
- *
- * @throws StepError if its port is taken, or it ends at once
+ * Makes sure that the switch runs, on the port and with the machines of cluster.env; a running one
+ * reads them again. Throws a StepError if its port is taken, or it ends at once.
  */
 export async function ensureLanSwitch(
   cluster: Cluster,
 ): Promise<{ pid: number; alreadyRunning: boolean }> {
-  const lock = cluster.path('run', 'lan-switch.lock')
   const ensure = async () => {
-    const running = await runningPid(cluster)
-    if (running !== undefined) {
-      // A switch on another port, or one that hangs, is restarted; machines do not notice.
-      const isOnPort = !(await isPortFree('udp', cluster.settings.LAN_SWITCH_PORT))
-      if (isOnPort) process.kill(running, 'SIGHUP')
-      if (isOnPort && (await becomes(() => isUpToDate(cluster, running), 3))) {
-        return { pid: running, alreadyRunning: true }
-      }
-      await endSwitch(cluster, running)
+    const pid = await runningPid(cluster)
+    // A switch on another port, or one that hangs, is restarted; machines do not notice.
+    if (pid !== undefined && !(await isPortFree('udp', cluster.settings.LAN_SWITCH_PORT))) {
+      process.kill(pid, 'SIGHUP')
+      if (await becomes(() => isUpToDate(cluster, pid), 3)) return { pid, alreadyRunning: true }
     }
+    await stopLanSwitch(cluster)
     return { pid: await startSwitch(cluster), alreadyRunning: false }
   }
+  const lock = cluster.path('run', 'lan-switch.lock')
   return withLock(lock, 'starting the LAN switch', ensure, { wait: startTimeout })
 }
 
@@ -65,11 +61,12 @@ async function startSwitch(cluster: Cluster): Promise<number> {
   const port = cluster.settings.LAN_SWITCH_PORT
   await assertFree([{ transport: 'udp', port, variable: 'LAN_SWITCH_PORT' }])
   await mkdir(cluster.path('logs'), { recursive: true })
-  const log = 'logs/lan-switch.log'
+  const log = cluster.path('logs', 'lan-switch.log')
   const command = [process.execPath, 'lib/launch.mjs', programOf(cluster)]
   // In a process group of its own, so that no Ctrl-C reaches it.
   const shell = $({ cwd: cluster.root, detached: true })
-  const pid = Number((await shell`${command} </dev/null >>${log} 2>&1 & echo $!`).stdout)
+  const started = await shell`${command} </dev/null >>logs/lan-switch.log 2>&1 & echo $!`
+  const pid = Number(started.stdout)
   // It answers a moment before its pid file exists, without which nothing could stop it.
   const isUp = async () => (await runningPid(cluster)) === pid && isUpToDate(cluster, pid)
   await becomes(async () => (await isGone(pid)) || (await isUp()), startTimeout)
@@ -77,69 +74,42 @@ async function startSwitch(cluster: Cluster): Promise<number> {
   const ended = await isGone(pid)
   if (!ended) process.kill(pid, 'SIGKILL')
   throw new StepError(`the LAN switch ${ended ? 'ended at once' : 'does not answer'}`, {
-    output: lastLines(await readFile(cluster.path(log), 'utf8'), 5),
-    log: cluster.path(log),
+    output: lastLines(await readFile(log, 'utf8'), 5),
+    log,
   })
 }
 
-/**
- * Stops the switch. Machines keep running, and are connected again once it is started again.
- *
- * @returns whether it was running
- */
+/** Stops the switch; started again, it connects the machines again. @returns whether it ran */
 export async function stopLanSwitch(cluster: Place): Promise<boolean> {
   const pid = await runningPid(cluster)
-  if (pid !== undefined) await endSwitch(cluster, pid)
-  return pid !== undefined
-}
-
-async function endSwitch(cluster: Place, pid: number): Promise<void> {
+  if (pid === undefined) return false
   process.kill(pid, 'SIGTERM')
-  if (await becomes(() => isGone(pid), stopTimeout)) return
+  if (await becomes(() => isGone(pid), stopTimeout)) return true
   if ((await runningPid(cluster)) === pid) process.kill(pid, 'SIGKILL')
   await becomes(() => isGone(pid), stopTimeout)
+  return true
 }
 
-/**
- * Asks the switch for its status.
- *
- * @param timeout seconds to wait for the answer
- * @returns undefined if none of this cluster answers
- */
-export function lanSwitchStatus(cluster: Cluster, timeout = 2): Promise<SwitchStatus | undefined> {
-  return new Promise((resolve) => {
-    const socket = createSocket('udp4')
-    const finish = (status?: SwitchStatus) => {
-      clearTimeout(timer)
-      socket.removeAllListeners().on('error', () => {})
-      socket.close()
-      resolve(status?.root === cluster.root ? status : undefined)
-    }
-    const timer = setTimeout(finish, timeout * 1000)
-    socket.once('error', () => finish())
-    socket.once('message', (text) => {
-      try {
-        finish(JSON.parse(text.toString()))
-      } catch {
-        finish()
-      }
-    })
+/** Asks the switch for its status; undefined if none of this cluster answers in time (seconds). */
+export async function lanSwitchStatus(
+  cluster: Cluster,
+  timeout = 2,
+): Promise<SwitchStatus | undefined> {
+  const socket = createSocket('udp4')
+  try {
+    const answer = once(socket, 'message', { signal: AbortSignal.timeout(timeout * 1000) })
     // A connected socket gets an error at once if nothing listens there.
     socket.connect(cluster.settings.LAN_SWITCH_PORT, '127.0.0.1', () => socket.send(statusQuery))
-  })
+    const status: SwitchStatus = JSON.parse(String((await answer)[0]))
+    return status.root === cluster.root ? status : undefined
+  } catch {
+    return undefined
+  } finally {
+    socket.on('error', () => {}).close()
+  }
 }
 
 async function isUpToDate(cluster: Cluster, pid: number): Promise<boolean> {
   const status = await lanSwitchStatus(cluster, 1)
-  const wanted = cluster.nodes.map(({ lanPort }) => lanPort)
-  return status?.pid === pid && wanted.every((port) => status.ports.includes(port))
-}
-
-/** Our switch: the absolute path of its program tells it from another checkout's. */
-function runningPid(cluster: Place): Promise<number | undefined> {
-  return pidFrom(pidFileOf(cluster), [programOf(cluster)])
-}
-
-function programOf(cluster: Place): string {
-  return cluster.path('lib', 'lan-switch.mts')
+  return status?.pid === pid && cluster.nodes.every((node) => status.ports.includes(node.lanPort))
 }

@@ -7,6 +7,7 @@ import { pathToFileURL } from 'node:url'
 
 const root = resolve(import.meta.dirname ?? '.', '..')
 const require = createRequire(import.meta.url)
+const install = `cd ${JSON.stringify(root)} && npm ci`
 const [major = 0, minor = 0] = process.versions.node.split('.').map(Number)
 if (major < 20 || (major === 20 && minor < 11)) {
   const hint = 'brew install node, or https://nodejs.org/en/download'
@@ -15,7 +16,7 @@ if (major < 20 || (major === 20 && minor < 11)) {
 try {
   require.resolve('zx')
 } catch {
-  stop('the npm packages are missing', `cd ${JSON.stringify(root)} && npm ci`)
+  stop('the npm packages are missing', install)
 }
 
 // Node says that reading TypeScript is experimental, which is not for the user of a script.
@@ -32,10 +33,7 @@ if (!process.features.typescript) {
   } catch (error) {
     // esbuild is a program for one system: node_modules may have been copied from another.
     const reason = String(error instanceof Error ? error.message : error).split('\n')[0]
-    stop(
-      `the npm packages do not work on this system: ${reason}`,
-      `cd ${JSON.stringify(root)} && npm ci`,
-    )
+    stop(`the npm packages do not work on this system: ${reason}`, install)
   }
 }
 const script = realpathSync(process.argv[2] ?? '')

@@ -30,18 +30,17 @@ export function locksForChildren(): Record<string, string> {
 
 /**
  * Does something that only one process may do at a time. A lock that a parent script holds is
- * entered as well.
+ * entered as well. The second process waits for the first as many seconds as `wait` says.
  *
  * @param path of the lock file; its folder is created
  * @param purpose what is being done, for the error of the second: "another process is starting alpha"
- * @param options.wait seconds to wait for another holder; 0 by default
  * @throws StepError that names the holder's purpose, pid and command; what `work` throws
  */
 export async function withLock<T>(
   path: string,
   purpose: string,
   work: () => Promise<T>,
-  options: { wait?: number; signal?: AbortSignal } = {},
+  { wait = 0, signal }: { wait?: number; signal?: AbortSignal } = {},
 ): Promise<T> {
   const mine: Holder = {
     pid: process.pid,
@@ -52,10 +51,10 @@ export async function withLock<T>(
   const parent = await holderOf(path)
   if (parent && inherited.includes(parent.nonce)) return work()
   await mkdir(dirname(path), { recursive: true, mode: 0o700 })
-  if (!(await becomes(() => take(path, mine), options.wait ?? 0, options.signal))) {
+  if (!(await becomes(() => take(path, mine), wait, signal))) {
     const other = await holderOf(path)
     throw new StepError(`another process is ${other?.purpose ?? purpose}`, {
-      ...(other ? { command: `${other.command} (pid ${other.pid})` } : {}),
+      command: other && `${other.command} (pid ${other.pid})`,
       hint: 'wait until it has finished, then try again',
     })
   }
@@ -111,10 +110,8 @@ async function take(path: string, mine: Holder): Promise<boolean> {
 }
 
 /**
- * Removes a lock whose holder has ended without releasing it. It is renamed first and read again:
- * in between, another process may have done the same and taken the lock.
- *
- * @returns whether the lock seems free now
+ * Removes a lock whose holder has ended without releasing it: whether it seems free now. It is
+ * renamed first and read again, as another process may have done the same and taken the lock.
  */
 async function removeIfStale(path: string, stale: string): Promise<boolean> {
   const holder = await holderOf(path)

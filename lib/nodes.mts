@@ -1,6 +1,9 @@
-// The machines of cluster.env, and whether their names, addresses and ports fit together.
+// The machines of cluster.env, and whether names, addresses, ports and the proxy fit together.
+import { existsSync, readFileSync } from 'node:fs'
+import { resolve } from 'node:path'
 import {
   contains,
+  type Kind,
   kinds,
   outsideCidr,
   overlap,
@@ -10,12 +13,10 @@ import {
   type SettingsReader,
 } from './settings.mts'
 
-export type Role = 'control-plane' | 'worker'
-
 /** One virtual machine. */
 export interface Node {
   name: string
-  role: Role
+  role: 'control-plane' | 'worker'
   /** Address in the LAN, the machines' own network. */
   ip: string
   /** MAC address of the interface to the outside, and of the one to the LAN. */
@@ -55,148 +56,127 @@ export function nodeVariable(prefix: string, name: string): string {
   return `${prefix}_${name.replaceAll('-', '_')}`
 }
 
-/** The nodes of cluster.env, control plane first; mistakes are noted in the reader. */
-export function nodesFrom(settings: Settings, reader: SettingsReader): Node[] {
-  const controlPlane = settings.CONTROL_PLANE_NODE
-  const names = [...(controlPlane ? [controlPlane] : []), ...(settings.WORKER_NODES ?? [])]
-  for (const [index, name] of names.entries()) {
-    const variable = name === controlPlane ? 'CONTROL_PLANE_NODE' : 'WORKER_NODES'
-    if (names.indexOf(name) !== index) {
-      reader.problem('WORKER_NODES', `names the node "${name}" twice`)
-    }
-    const of = reservedFor(name)
-    if (of) reader.problem(variable, `names a node "${name}", which is the name of ${of}`)
-  }
-  const nodes = [...new Set(names)].map((name) =>
-    nodeOf(name, name !== controlPlane, settings, reader),
-  )
-  checkDuplicates(nodes, reader)
-  checkRanges(settings, nodes, reader)
-  return nodes
-}
-
-function nodeOf(name: string, worker: boolean, settings: Settings, reader: SettingsReader): Node {
-  const read = <T,>(prefix: string, kind: Parameters<typeof reader.read<T>>[1]) =>
-    reader.read<T>(nodeVariable(prefix, name), kind)
+/** One node with its variables; missing and wrong ones are noted in the reader. */
+export function readNode(name: string, settings: Settings, reader: SettingsReader): Node {
+  const isWorker = name !== settings.CONTROL_PLANE_NODE
+  const read = <T,>(prefix: string, kind: Kind<T>) => reader.read(nodeVariable(prefix, name), kind)
   const ip = read('NODE_IP', kinds.address) ?? ''
   const mac = (read('MAC', kinds.mac) ?? '').toLowerCase()
+  // In the LAN: the third byte raised by one, 52:54:01:… instead of 52:54:00:….
+  const lanMac = mac.replace(/(?<=^.{6})../, (byte) =>
+    ((Number.parseInt(byte, 16) + 1) % 256).toString(16).padStart(2, '0'),
+  )
+  // The LAN port follows from the address, so a new machine changes nothing on the others.
+  const hostPart = (parseAddress(ip) ?? 0) - (parseCidr(settings.LAN_CIDR)?.first ?? 0)
   return {
-    name,
-    role: worker ? 'worker' : 'control-plane',
-    ip,
-    mac,
-    lanMac: lanMacOf(mac),
+    ...{ name, role: isWorker ? 'worker' : 'control-plane', ip, mac, lanMac },
     sshPort: read('SSH_PORT', kinds.port) ?? 0,
-    lanPort: lanPortOf(ip, settings),
-    ...(worker ? { podCidr: read('POD_CIDR', kinds.cidr) ?? '' } : {}),
-    memory: worker ? settings.WORKER_MEM : settings.CONTROL_PLANE_MEM,
-    cpus: worker ? settings.WORKER_CPUS : settings.CONTROL_PLANE_CPUS,
+    lanPort: settings.LAN_SWITCH_PORT + hostPart,
+    ...(isWorker ? { podCidr: read('POD_CIDR', kinds.cidr) ?? '' } : {}),
+    memory: isWorker ? settings.WORKER_MEM : settings.CONTROL_PLANE_MEM,
+    cpus: isWorker ? settings.WORKER_CPUS : settings.CONTROL_PLANE_CPUS,
   }
 }
 
-/** The outside MAC with the third byte raised by one: 52:54:00:… gives 52:54:01:…. */
-function lanMacOf(mac: string): string {
-  const bytes = mac.split(':')
-  const third = (Number.parseInt(bytes[2] ?? '0', 16) + 1) % 256
-  return [...bytes.slice(0, 2), third.toString(16).padStart(2, '0'), ...bytes.slice(3)].join(':')
-}
-
-/** The LAN port follows from the address, so a new machine changes nothing on the others. */
-function lanPortOf(ip: string, settings: Settings): number {
-  const address = parseAddress(ip)
-  const lan = parseCidr(settings.LAN_CIDR ?? '')
-  if (address === undefined || !lan) return 0
-  return settings.LAN_SWITCH_PORT + (address - lan.first)
-}
-
-const unique = [
-  { prefix: 'SSH_PORT', of: (node: Node) => node.sshPort },
-  { prefix: 'NODE_IP', of: (node: Node) => node.ip },
-  { prefix: 'MAC', of: (node: Node) => node.mac },
-  { prefix: 'POD_CIDR', of: (node: Node) => node.podCidr },
-] as const
-
-function checkDuplicates(nodes: readonly Node[], reader: SettingsReader): void {
-  for (const { prefix, of } of unique) {
-    for (const [index, node] of nodes.entries()) {
-      const value = of(node)
-      const earlier = value && nodes.slice(0, index).find((other) => of(other) === value)
-      if (!earlier) continue
-      reader.problem(
-        nodeVariable(prefix, node.name),
-        `is "${value}", which ${earlier.name} has already`,
-      )
+/**
+ * Notes in the reader what is wrong with values that are right by themselves. Those that are not are
+ * missing here, whatever their type says, and are not reported again.
+ *
+ * @param names of the nodes as they are listed, with those that are listed twice
+ */
+export function checkTogether(
+  root: string,
+  names: readonly string[],
+  nodes: readonly Node[],
+  settings: Settings,
+  reader: SettingsReader,
+): void {
+  const { K8S_SERVICE_CIDR, K8S_POD_CIDR, LAN_CIDR, K8S_API_SERVICE_IP, K8S_CLUSTER_DNS } = settings
+  const check = (isWrong: unknown, variable: string, reason: string) => {
+    if (isWrong) reader.problem(variable, reason)
+  }
+  for (const [index, name] of names.entries()) {
+    const list = name === settings.CONTROL_PLANE_NODE ? 'CONTROL_PLANE_NODE' : 'WORKER_NODES'
+    const of = reservedFor(name)
+    check(names.indexOf(name) < index, 'WORKER_NODES', `names the node "${name}" twice`)
+    check(of, list, `names a node "${name}", which is the name of ${of}`)
+  }
+  const own = { SSH_PORT: 'sshPort', NODE_IP: 'ip', MAC: 'mac', POD_CIDR: 'podCidr' } as const
+  for (const [prefix, key] of Object.entries(own)) {
+    for (const [index, { name, [key]: value }] of nodes.entries()) {
+      const earlier = nodes.slice(0, index).find((other) => other[key] === value)
+      const reason = `is "${value}", which ${earlier?.name} has already`
+      check(value && earlier, nodeVariable(prefix, name), reason)
     }
   }
-}
 
-/** Notes ranges that overlap, addresses outside their range and ports that collide. */
-function checkRanges(settings: Settings, nodes: readonly Node[], reader: SettingsReader): void {
-  const { K8S_SERVICE_CIDR, K8S_POD_CIDR, LAN_CIDR } = settings
-  const ranges = Object.entries({
-    ...{ K8S_SERVICE_CIDR, K8S_POD_CIDR, LAN_CIDR },
-    "QEMU's own network": outsideCidr,
-  })
-  for (const [index, [name, text]] of ranges.entries()) {
-    for (const [other, otherText] of ranges.slice(index + 1)) {
-      const [a, b] = [parseCidr(text ?? ''), parseCidr(otherText ?? '')]
-      if (a && b && overlap(a, b))
-        reader.problem(name, `(${text}) overlaps ${other} (${otherText})`)
+  const checkApart = (ranges: [variable: string, range?: string, called?: string][]) => {
+    for (const [index, [variable, text]] of ranges.entries()) {
+      for (const [other, otherText, called = other] of ranges.slice(0, index)) {
+        const [a, b] = [parseCidr(text), parseCidr(otherText)]
+        const reason = `(${text}) overlaps ${called} (${otherText})`
+        check(a && b && overlap(a, b), variable, reason)
+      }
     }
   }
-  const within = (name: string, text: string | undefined, rangeName: keyof Settings & string) => {
-    const range = parseCidr(String(settings[rangeName] ?? ''))
-    const inner = parseAddress(text ?? '') ?? parseCidr(text ?? '')
-    if (range && inner !== undefined && !contains(range, inner)) {
-      reader.problem(name, `(${text}) is outside ${rangeName} (${range.text})`)
-    }
+  checkApart([
+    ["QEMU's own network", outsideCidr],
+    ...Object.entries({ LAN_CIDR, K8S_POD_CIDR, K8S_SERVICE_CIDR }),
+  ])
+  // Equal ranges of pods have been reported already.
+  const podRanges = new Map(nodes.map(({ podCidr, name }) => [podCidr, name]))
+  checkApart(
+    [...podRanges].map(([text, name]) => [nodeVariable('POD_CIDR', name), text, `that of ${name}`]),
+  )
+
+  type Range = 'K8S_SERVICE_CIDR' | 'K8S_POD_CIDR' | 'LAN_CIDR'
+  const checkInside = (variable: string, text: string | undefined, outer: Range) => {
+    const range = parseCidr(settings[outer])
+    const inner = parseAddress(text) ?? parseCidr(text)
+    const isOutside = range && inner !== undefined && !contains(range, inner)
+    check(isOutside, variable, `(${text}) is outside ${outer} (${range?.text})`)
+    return !isOutside
   }
-  within('K8S_CLUSTER_DNS', settings.K8S_CLUSTER_DNS, 'K8S_SERVICE_CIDR')
-  within('K8S_API_SERVICE_IP', settings.K8S_API_SERVICE_IP, 'K8S_SERVICE_CIDR')
-  checkFirstAddress(settings, reader)
-  for (const { name, ip, podCidr, lanPort, sshPort } of nodes) {
-    const address = nodeVariable('NODE_IP', name)
-    within(address, ip, 'LAN_CIDR')
-    const [number, lan] = [parseAddress(ip), parseCidr(LAN_CIDR ?? '')]
+  checkInside('K8S_CLUSTER_DNS', K8S_CLUSTER_DNS, 'K8S_SERVICE_CIDR')
+  if (checkInside('K8S_API_SERVICE_IP', K8S_API_SERVICE_IP, 'K8S_SERVICE_CIDR')) {
+    // kube-apiserver gives the service "kubernetes" the first address, whatever cluster.env says.
+    const [services, api] = [parseCidr(K8S_SERVICE_CIDR), parseAddress(K8S_API_SERVICE_IP)]
+    const isOther = services && api !== undefined && api !== services.first + 1
+    check(isOther, 'K8S_API_SERVICE_IP', `is not the first address of ${services?.text}`)
+    const isShared = api !== undefined && K8S_CLUSTER_DNS === K8S_API_SERVICE_IP
+    check(isShared, 'K8S_CLUSTER_DNS', 'is the address of the service "kubernetes"')
+  }
+
+  const lan = parseCidr(LAN_CIDR)
+  for (const { name, ip, lanPort, sshPort, podCidr } of nodes) {
+    const variable = nodeVariable('NODE_IP', name)
+    checkInside(variable, ip, 'LAN_CIDR')
+    checkInside(nodeVariable('POD_CIDR', name), podCidr, 'K8S_POD_CIDR')
     // The first and the last address of a range mean the network and everyone in it.
-    if (lan && (number === lan.first || number === lan.last)) {
-      reader.problem(address, `(${ip}) cannot be a machine's address in ${lan.text}`)
-    }
-    if (lanPort > 65535) reader.problem(address, 'gives a LAN port above 65535')
-    if (podCidr) within(nodeVariable('POD_CIDR', name), podCidr, 'K8S_POD_CIDR')
-    if (sshPort && sshPort === settings.API_PORT) {
-      reader.problem(nodeVariable('SSH_PORT', name), 'is also API_PORT')
-    }
+    const isNobodys = lan && [lan.first, lan.last].includes(parseAddress(ip) ?? -1)
+    check(isNobodys, variable, `(${ip}) cannot be a machine's address in ${lan?.text}`)
+    check(lan && lanPort > 65535, variable, 'gives a LAN port above 65535')
+    const isApiPort = sshPort && sshPort === settings.API_PORT
+    check(isApiPort, nodeVariable('SSH_PORT', name), 'is also API_PORT')
   }
-  checkPodCidrs(nodes, reader)
+
+  const itself = /^(https?:\/\/)?([^@]*@)?(localhost|127\.[\d.]+|0\.0\.0\.0)(:|\/|$)/i
+  const advice = 'a proxy on this computer has the address 10.0.2.2 there'
+  for (const name of ['PROXY_HTTP', 'PROXY_HTTPS'] as const) {
+    const leadsBack = itself.test(settings[name] ?? '')
+    check(leadsBack, name, `leads to the machine itself: ${advice}`)
+  }
+  const problem = settings.PROXY_CA_FILE && caFileProblem(root, settings.PROXY_CA_FILE)
+  check(problem, 'PROXY_CA_FILE', `${problem}`)
 }
 
-/** kube-apiserver gives the service "kubernetes" the first address, whatever cluster.env says. */
-function checkFirstAddress(settings: Settings, reader: SettingsReader): void {
-  const range = parseCidr(settings.K8S_SERVICE_CIDR ?? '')
-  const address = parseAddress(settings.K8S_API_SERVICE_IP ?? '')
-  if (!range || address === undefined || !contains(range, address)) return
-  if (address !== range.first + 1) {
-    reader.problem('K8S_API_SERVICE_IP', `is not the first address of ${range.text}`)
-  }
-  if (settings.K8S_CLUSTER_DNS === settings.K8S_API_SERVICE_IP) {
-    reader.problem('K8S_CLUSTER_DNS', 'is the address of the service "kubernetes"')
-  }
-}
-
-function checkPodCidrs(nodes: readonly Node[], reader: SettingsReader): void {
-  for (const [index, { name, podCidr }] of nodes.entries()) {
-    const range = parseCidr(podCidr ?? '')
-    for (const other of nodes.slice(0, index)) {
-      const otherRange = parseCidr(other.podCidr ?? '')
-      // Equal ranges are reported as duplicates already.
-      if (!range || !otherRange || otherRange.text === range.text) continue
-      if (!overlap(range, otherRange)) continue
-      const variable = nodeVariable('POD_CIDR', name)
-      reader.problem(
-        variable,
-        `(${range.text}) overlaps that of ${other.name} (${otherRange.text})`,
-      )
-    }
-  }
+/** What is wrong with PROXY_CA_FILE, in words; undefined if it holds PEM certificates. */
+function caFileProblem(root: string, file: string): string | undefined {
+  const path = resolve(root, file)
+  if (!existsSync(path)) return `names a file that does not exist: ${file}`
+  const text = readFileSync(path, 'latin1')
+  if (/-----BEGIN (RSA |EC )?PRIVATE KEY-----/.test(text)) return 'holds a private key'
+  if (/^-----BEGIN CERTIFICATE-----$/m.test(text)) return undefined
+  if (!text.startsWith('\x30')) return 'holds no PEM certificate'
+  return 'is not PEM; if it is DER: openssl x509 -inform DER -in FILE -out FILE.pem'
 }

@@ -1,9 +1,9 @@
 // Pods: what they wait for, waiting until they run, and pods of our own to look at the network.
 import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
-import { StepError } from './errors.mts'
+import { explain, lastLines, StepError } from './errors.mts'
 import { takingTime } from './interrupt.mts'
-import { type ApiObject, apply, because, kubectlJson } from './kubectl.mts'
+import { type ApiObject, apply, kubectlJson } from './kubectl.mts'
 import { waitFor } from './wait.mts'
 
 type ContainerStatus = { state?: { waiting?: { reason?: string; message?: string } } }
@@ -34,48 +34,44 @@ async function getPods(...args: string[]): Promise<Pod[]> {
   return (await kubectlJson<{ items: Pod[] }>('get', 'pods', ...args)).items
 }
 
-function isIn({ status }: Pod, state: 'Ready' | 'Succeeded'): boolean {
-  if (state === 'Succeeded') return status.phase === state
-  return (status.conditions ?? []).some(({ type, status }) => type === state && status === 'True')
-}
-
-const isPull = /^(ErrImagePull|ImagePullBackOff|InvalidImageName)$/
-const isMissing = /: not found|code = NotFound|manifest unknown|couldn't parse image/
-
-/** Seconds. A pod without a node or a network may only be waiting for its node to be ready. */
-const maxStuck = 120
+// How every pod begins.
+const isBeginning = /^(ContainerCreating|PodInitializing)$/
+const isMissing =
+  /^(ErrImagePull|ImagePullBackOff|InvalidImageName): .*(: not found|code = NotFound|manifest unknown|couldn't parse image)/s
+/** When a pod was first seen without a node or a network, by uid: its node may not be ready yet. */
+const stuckSince = new Map<string, number>()
 
 /**
  * What pods wait for, a line each; empty for those that were created a moment ago.
  *
- * @param since when each pod was first seen stuck, by uid; kept from one look to the next
  * @throws StepError for what more waiting does not change: an image that does not exist, and a pod
  *   that has been without a node or a network for two minutes
  */
-async function troublesOf(pods: readonly Pod[], since: Map<string, number>): Promise<string> {
+async function troublesOf(pods: readonly Pod[]): Promise<string> {
   const lines: string[] = []
   for (const pod of pods) {
     const { name, uid, namespace } = pod.metadata
     const { initContainerStatuses = [], containerStatuses = [] } = pod.status
-    const waiting = [...initContainerStatuses, ...containerStatuses].flatMap(({ state }) => {
-      const { reason, message = '' } = state?.waiting ?? {}
-      // How every pod begins.
-      if (!reason || reason === 'ContainerCreating' || reason === 'PodInitializing') return []
-      const text = message ? `${reason}: ${message}` : reason
-      if (!isPull.test(reason) || !isMissing.test(message)) return [text]
-      throw new StepError(`the image of pod ${name} does not exist`, {
-        output: text,
-        hint: 'is the version in cluster.env one that was released?',
-      })
+    const troubles = [...initContainerStatuses, ...containerStatuses].flatMap(({ state }) => {
+      const { reason, message } = state?.waiting ?? {}
+      return reason && !isBeginning.test(reason) ? `${reason}${message ? `: ${message}` : ''}` : []
     })
-    const stuck = waiting.length === 0 ? await whyStuck(pod) : undefined
-    if (!stuck) since.delete(uid)
-    else if (!since.has(uid)) since.set(uid, Date.now())
-    if (Date.now() - (since.get(uid) ?? Infinity) > maxStuck * 1000) {
-      const hint = `kubectl describe pod ${name} --namespace=${namespace}`
-      throw new StepError(`pod ${name} cannot start`, { output: stuck ?? '', hint })
+    const output = troubles.find((text) => isMissing.test(text))
+    if (output) {
+      const hint = 'is the version in cluster.env one that was released?'
+      throw new StepError(`the image of pod ${name} does not exist`, { output, hint })
     }
-    lines.push(...[...waiting, ...(stuck ? [stuck] : [])].map((text) => `${name}: ${text}`))
+    const stuck = troubles.length === 0 && (await whyStuck(pod))
+    if (stuck) {
+      const since = stuckSince.get(uid) ?? Date.now()
+      const hint = `kubectl describe pod ${name} --namespace=${namespace}`
+      if (Date.now() - since > 120_000) {
+        throw new StepError(`pod ${name} cannot start`, { output: stuck, hint })
+      }
+      stuckSince.set(uid, since)
+      troubles.push(stuck)
+    } else stuckSince.delete(uid)
+    lines.push(...troubles.map((text) => `${name}: ${text}`))
   }
   return lines.join('\n')
 }
@@ -93,31 +89,25 @@ async function whyStuck({ metadata, spec, status }: Pod): Promise<string | undef
 /**
  * Waits until all pods of a deployment or daemonset are those of its latest version, and available.
  *
- * @param what such as "deployment/coredns"
  * @throws StepError that says why its pods are not ready, at once for an image that does not exist
  */
 export async function waitForRollout(what: string, limits: Limits): Promise<void> {
   const inNamespace = `--namespace=${limits.namespace}`
   const hint = `kubectl describe ${what} ${inNamespace}`
   const command = `kubectl rollout status ${what} ${inNamespace}`
-  const since = new Map<string, number>()
-  const images = ({ spec }: Pick<Pod, 'spec'>) => spec.containers.map(({ image }) => image).join()
+  const images = 'jsonpath={.spec.template.spec.containers[*].image}'
+  const kubectl = $({ timeout: '60s' })
   await waitFor({ failure: `${what} is not ready`, ...limits, hint, command }, async () => {
-    const status = $({
-      timeout: '60s',
-    })`kubectl rollout status ${what} ${inNamespace} --watch=false`
-    const state = (await status).stdout.trim()
+    const status = await kubectl`kubectl rollout status ${what} ${inNamespace} --watch=false`
+    const state = status.stdout.trim()
     if (state.endsWith('successfully rolled out')) return undefined
-    const { spec } = await kubectlJson<{
-      spec: { selector: { matchLabels: Record<string, string> }; template: Pick<Pod, 'spec'> }
-    }>('get', what, inNamespace)
-    const labels = Object.entries(spec.selector.matchLabels)
-    const selector = `--selector=${labels.map(([name, value]) => `${name}=${value}`).join(',')}`
+    const latest = (await kubectl`kubectl get ${what} ${inNamespace} --output=${images}`).stdout
     // Pods of a previous version may be in trouble for the very reason that there is a new one.
-    const latest = (await getPods(inNamespace, selector)).filter(
-      (pod) => images(pod) === images(spec.template) && !pod.metadata.deletionTimestamp,
-    )
-    return (await troublesOf(latest, since)) || state
+    const pods = (await getPods(inNamespace)).filter(({ metadata, spec }) => {
+      const found = spec.containers.map(({ image }) => image).join(' ')
+      return found === latest && !metadata.deletionTimestamp
+    })
+    return (await troublesOf(pods)) || state
   })
 }
 
@@ -130,7 +120,8 @@ export async function waitForRollout(what: string, limits: Limits): Promise<void
 export async function waitForPods(state: 'Ready' | 'Succeeded', limits: Limits): Promise<Pod[]> {
   const inNamespace = `--namespace=${limits.namespace}`
   const hint = `kubectl describe pods ${inNamespace}`
-  const since = new Map<string, number>()
+  const isDone = ({ status: { phase, conditions = [] } }: Pod) =>
+    phase === state || conditions.some(({ type, status }) => type === state && status === 'True')
   let pods: Pod[] = []
   await waitFor({ failure: `not all pods are ${state}`, ...limits, hint }, async () => {
     pods = await getPods(inNamespace)
@@ -139,25 +130,15 @@ export async function waitForPods(state: 'Ready' | 'Succeeded', limits: Limits):
       const log = await $({ nothrow: true, timeout: '30s' })`kubectl logs ${failed} ${inNamespace}`
       throw new StepError(`pod ${failed} failed`, { output: log.stdout.trim(), hint })
     }
-    const missing = pods.filter((pod) => !isIn(pod, state))
+    const missing = pods.filter((pod) => !isDone(pod))
     if (missing.length === 0) return undefined
-    return (await troublesOf(missing, since)) || missing.map((pod) => pod.metadata.name).join(', ')
+    return (await troublesOf(missing)) || missing.map((pod) => pod.metadata.name).join(', ')
   })
   return pods
 }
 
 /** The service account of a scratch namespace. The one called default appears a moment later. */
 export const scratchAccount = 'probe'
-
-const scratchNamespace = (name: string) => `\
-apiVersion: v1
-kind: Namespace
-metadata: {name: ${name}, labels: {pod-security.kubernetes.io/enforce: restricted}}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: ${scratchAccount}, namespace: ${name}}
-`
 
 /** Works in a namespace of its own, and deletes it with all its content, however the work ends. */
 export async function withScratchNamespace<T>(
@@ -183,7 +164,16 @@ export async function createScratchNamespace(
 ): Promise<void> {
   const kubectl = $({ timeout: (timeout + 30) * 1000, signal })
   await kubectl`kubectl delete namespace ${name} --ignore-not-found --timeout=${timeout}s`
-  await apply(scratchNamespace(name), { manager: name, forceConflicts: true, signal })
+  const manifest = `\
+apiVersion: v1
+kind: Namespace
+metadata: {name: ${name}, labels: {pod-security.kubernetes.io/enforce: restricted}}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: ${scratchAccount}, namespace: ${name}}
+`
+  await apply(manifest, { manager: name, forceConflicts: true, signal })
 }
 
 /** Deletes it, also after Ctrl-C; does not wait until all of it is gone. */
@@ -201,8 +191,15 @@ export interface WebPod {
   run(command: string): Promise<string>
 }
 
+const webService = (namespace: string) => `\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: ${namespace}}
+spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
+`
 // Not nodeName: the scheduler must find the worker, as for everybody's pods.
-const webPod = (namespace: string, { name }: Node, image: string) => `\
+const webPod = (namespace: string, name: string, image: string) => `\
+---
 apiVersion: v1
 kind: Pod
 metadata: {name: web-${name}, namespace: ${namespace}, labels: {app: web}}
@@ -218,43 +215,42 @@ spec:
       imagePullPolicy: IfNotPresent
       readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 2, timeoutSeconds: 5}
       securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
----
-`
-const webService = (namespace: string) => `\
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: ${namespace}}
-spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 `
 
 /**
  * Starts a pod of SMOKE_IMAGE on each of the workers, and a service "web" on port 80 for all of
- * them, in a scratch namespace.
- *
- * @throws StepError that says why they are not Ready
+ * them, in a scratch namespace. @throws StepError that says why they are not Ready
  */
 export async function startWebPods(
   cluster: Cluster,
   { workers, ...limits }: Limits & { workers: readonly Node[] },
 ): Promise<WebPod[]> {
   const { namespace, signal } = limits
-  const { SMOKE_IMAGE } = cluster.settings
-  const manifest = workers.map((node) => webPod(namespace, node, SMOKE_IMAGE)).join('')
-  await apply(manifest + webService(namespace), { manager: 'web-pods', signal })
+  const podOn = ({ name }: Node) => webPod(namespace, name, cluster.settings.SMOKE_IMAGE)
+  const manifest = [webService(namespace), ...workers.map(podOn)].join('')
+  await apply(manifest, { manager: 'web-pods', signal })
   const pods = await waitForPods('Ready', limits)
-  const kubectl = $({ timeout: '120s', signal })
   return workers.map((node) => {
     const name = `web-${node.name}`
     const ip = pods.find(({ metadata }) => metadata.name === name)?.status.podIP ?? ''
-    const run = async (command: string) => {
-      try {
-        const exec = kubectl`kubectl exec --namespace=${namespace} ${name} -- sh -ec ${command}`
-        return (await exec).stdout
-      } catch (error) {
-        signal?.throwIfAborted()
-        throw because(`a command in pod ${name} failed`, error)
-      }
-    }
-    return { name, node, ip, run }
+    return { name, node, ip, run: (command) => execInPod(name, command, limits) }
   })
+}
+
+/** Runs shell text in a pod. @returns its output @throws StepError with the reason */
+export async function execInPod(
+  pod: string,
+  command: string,
+  { namespace, signal }: Pick<Limits, 'namespace' | 'signal'>,
+  reason = `a command in pod ${pod} failed`,
+): Promise<string> {
+  try {
+    const kubectl = $({ timeout: '120s', signal })
+    return (await kubectl`kubectl exec --namespace=${namespace} ${pod} -- sh -ec ${command}`).stdout
+  } catch (error) {
+    signal?.throwIfAborted()
+    const inner = explain(error)
+    const output = lastLines(`${inner.reason}\n${inner.explanation.output ?? ''}`)
+    throw new StepError(reason, { ...inner.explanation, output, cause: error })
+  }
 }

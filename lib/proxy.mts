@@ -6,33 +6,23 @@ import type { Cluster } from './cluster.mts'
 import { privateFolder, writeFileAtomic } from './files.mts'
 import { outsideGateway } from './settings.mts'
 
-export interface MachineProxy {
-  /** URLs for http:// and https://; empty without a proxy. */
-  http: string
-  https: string
-  /** Names, domains (".svc") and CIDRs that are reached directly. */
-  no: string[]
-  /** PEM file on this computer with the CA of a proxy that intercepts TLS, absolute. */
-  caFile?: string
-}
-
 /** The machines' proxy, and what of the cluster never goes through it. */
-export function machineProxy({ root, settings }: Cluster): MachineProxy {
+export function machineProxy({ root, settings }: Cluster) {
+  const { PROXY_HTTP, PROXY_HTTPS, PROXY_NO, PROXY_CA_FILE } = settings
   return {
-    http: settings.PROXY_HTTP,
-    https: settings.PROXY_HTTPS || settings.PROXY_HTTP,
+    /** URLs for http:// and https://; empty without a proxy. */
+    http: PROXY_HTTP,
+    https: PROXY_HTTPS || PROXY_HTTP,
+    /** Names, domains (".svc") and CIDRs that are reached directly. */
     no: [
-      'localhost',
-      '127.0.0.1',
+      ...['localhost', '127.0.0.1'],
       // Ranges, not single machines: another worker must not change the others' configuration.
-      settings.LAN_CIDR,
-      settings.K8S_SERVICE_CIDR,
-      settings.K8S_POD_CIDR,
-      '.svc',
-      `.${settings.K8S_CLUSTER_DOMAIN}`,
-      ...settings.PROXY_NO.split(/[\s,]+/).filter(Boolean),
+      ...[settings.LAN_CIDR, settings.K8S_SERVICE_CIDR, settings.K8S_POD_CIDR],
+      ...['.svc', `.${settings.K8S_CLUSTER_DOMAIN}`],
+      ...PROXY_NO.split(/[\s,]+/).filter(Boolean),
     ],
-    ...(settings.PROXY_CA_FILE ? { caFile: resolve(root, settings.PROXY_CA_FILE) } : {}),
+    /** PEM file on this computer with the CA of a proxy that intercepts TLS, absolute. */
+    ...(PROXY_CA_FILE ? { caFile: resolve(root, PROXY_CA_FILE) } : {}),
   }
 }
 
@@ -46,15 +36,16 @@ export async function hostEnvironment(cluster: Cluster): Promise<Record<string, 
   const callers = (name: string) => process.env[name] || process.env[name.toUpperCase()] || ''
   // A proxy on this computer has another address when seen from the machines.
   const local = (proxy: string) => proxy.replace(outsideGateway, '127.0.0.1')
-  const variables: Record<string, string> = {
+  const proxy = {
     http_proxy: callers('http_proxy') || local(PROXY_HTTP),
     https_proxy: callers('https_proxy') || local(PROXY_HTTPS),
     no_proxy: [callers('no_proxy'), PROXY_NO].filter(Boolean).join(','),
   }
-  for (const [name, value] of Object.entries(variables)) {
-    variables[name.toUpperCase()] = value
-    if (value === '') for (const each of [name, name.toUpperCase()]) delete variables[each]
-  }
+  const variables = Object.fromEntries(
+    Object.entries(proxy).flatMap(([name, value]) =>
+      value === '' ? [] : [name, name.toUpperCase()].map((each) => [each, value] as const),
+    ),
+  )
   if (!caFile) return variables
   // These variables replace the system's authorities, so the file holds both.
   const trusted = cluster.path('run', 'trusted-authorities.pem')

@@ -3,41 +3,24 @@
 import type { Cluster, Node } from './cluster.mts'
 import { type Host, platformArguments } from './host.mts'
 
-export interface MachineFiles {
-  /** The disk, qcow2, once a system is installed on it; the name it has until then. */
-  disk: string
-  partialDisk: string
-  /** The machine's own UEFI variables. */
-  efiVars: string
-  /** Output of the serial console since the last start; dialogue of the installation. */
-  consoleLog: string
-  installLog: string
-  /** QEMU's own messages. */
-  qemuLog: string
-  /** QEMU's process id. */
-  pid: string
-  /** Unix sockets: QEMU's control protocol, and the serial console. */
-  qmp: string
-  console: string
-  /** Held while a script starts or stops the machine. */
-  lock: string
-}
-
 /** The absolute paths of a machine's files: images/ is kept, run/ is there while the machine runs. */
-export function filesOf(
-  { path }: Pick<Cluster, 'path'>,
-  { name }: Pick<Node, 'name'>,
-): MachineFiles {
+export function filesOf({ path }: Pick<Cluster, 'path'>, { name }: Pick<Node, 'name'>) {
   return {
+    /** The disk, qcow2, once a system is installed on it; the name it has until then. */
     disk: path('images', `${name}.qcow2`),
     partialDisk: path('images', `${name}.qcow2.partial`),
+    /** The machine's own UEFI variables. */
     efiVars: path('images', `${name}-efivars.fd`),
+    /** Output of the serial console since the last start; dialogue of the installation. */
     consoleLog: path('images', `${name}-console.log`),
     installLog: path('images', `${name}-install.log`),
+    /** QEMU's own messages, and its process id. */
     qemuLog: path('logs', `${name}-qemu.log`),
     pid: path('run', `${name}.pid`),
+    /** Unix sockets: QEMU's control protocol, and the serial console. */
     qmp: path('run', `${name}.qmp`),
     console: path('run', `${name}.console`),
+    /** Held while a script starts or stops the machine. */
     lock: path('run', `${name}.lock`),
   }
 }
@@ -62,9 +45,12 @@ export function qemuArguments(machine: {
   mode: Mode
 }): string[] {
   const { cluster, node, host, mode } = machine
-  const { settings, controlPlane } = cluster
+  const { QEMU_DISK_CACHE, API_PORT, LAN_SWITCH_PORT } = cluster.settings
   const files = filesOf(cluster, node)
   const { code, vars } = host.firmware
+  // A disk that is deleted if the installation fails needs no care while it runs.
+  const [disk, cache] =
+    mode.kind === 'boot' ? [files.disk, QEMU_DISK_CACHE] : [files.partialDisk, 'unsafe']
   const common = [
     ...['-name', node.name],
     // Every device is named below: none that QEMU would add by default, such as a graphics card or
@@ -76,66 +62,55 @@ export function qemuArguments(machine: {
     // Without it a machine waits for entropy when it generates its first keys.
     ...['-device', 'virtio-rng-pci'],
     // UEFI: its code, which no machine can change, and the machine's own variables.
-    ...drive('if=pflash,unit=0', code.format, code.path, 'readonly=on'),
-    ...drive('if=pflash,unit=1', vars.format, files.efiVars),
+    ...drive(`if=pflash,unit=0,format=${code.format},readonly=on`, code.path),
+    ...drive(`if=pflash,unit=1,format=${vars.format}`, files.efiVars),
     ...['-pidfile', files.pid],
     ...['-chardev', `socket,id=qmp,path=${node.name}.qmp,server=on,wait=off`],
     ...['-mon', 'chardev=qmp,mode=control'],
+    // discard: what the machine trims, the file gives back.
+    ...drive(`if=none,id=disk,format=qcow2,discard=unmap,cache=${cache}`, disk),
+    ...['-device', 'virtio-blk-pci,drive=disk,bootindex=1'],
   ]
   if (mode.kind === 'install') {
+    const { kernel } = mode
     return [
       ...common,
-      // A disk that is deleted if the installation fails needs no care while it runs.
-      ...disk(files.partialDisk, 'unsafe'),
-      ...drive('if=none,id=iso,media=cdrom', 'raw', mode.iso, 'readonly=on'),
+      ...drive('if=none,id=iso,media=cdrom,format=raw,readonly=on', mode.iso),
       // Boots after the disk, which is empty; index 0 belongs to -kernel.
       ...(host.arch === 'x86_64'
         ? ['-device', 'ide-cd,drive=iso,bootindex=2']
         : ['-device', 'virtio-scsi-pci', '-device', 'scsi-cd,drive=iso,bootindex=2']),
-      ...(mode.kernel ? ['-kernel', mode.kernel.kernel, '-initrd', mode.kernel.initrd] : []),
-      ...(mode.kernel ? ['-append', mode.kernel.append] : []),
-      ...networkCard('outside', node.mac, outside()),
+      ...(kernel ? ['-kernel', kernel.kernel, '-initrd', kernel.initrd] : []),
+      ...(kernel ? ['-append', kernel.append] : []),
+      ...networkCard('outside', node.mac, outside),
       // signal=off: Ctrl-C reaches the installer's shell as a character and does not end QEMU.
       ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
       '-no-reboot',
     ]
   }
-  const forwards = [`${node.sshPort}-:22`]
-  if (node === controlPlane) forwards.push(`${settings.API_PORT}-:${settings.API_PORT}`)
+  const ports = [`${node.sshPort}-:22`]
+  if (node === cluster.controlPlane) ports.push(`${API_PORT}-:${API_PORT}`)
+  const forwards = ports.map((pair) => `,hostfwd=tcp:127.0.0.1:${pair}`).join('')
   const local = `local.type=inet,local.host=127.0.0.1,local.port=${node.lanPort}`
-  const lanSwitch = `remote.type=inet,remote.host=127.0.0.1,remote.port=${settings.LAN_SWITCH_PORT}`
+  const lanSwitch = `remote.type=inet,remote.host=127.0.0.1,remote.port=${LAN_SWITCH_PORT}`
+  const consoleSocket = `socket,id=console,path=${node.name}.console,server=on,wait=off`
+  const consoleLog = `logfile=${escaped(files.consoleLog)},logappend=off`
   return [
     ...common,
-    ...disk(files.disk, settings.QEMU_DISK_CACHE),
     // The network card to the internet; the forwards are open to this computer only.
-    ...networkCard('outside', node.mac, outside(forwards)),
+    ...networkCard('outside', node.mac, outside + forwards),
     // The network card to the LAN: its frames are UDP datagrams to and from the LAN switch.
     ...networkCard('lan', node.lanMac, `dgram,id=lan,${local},${lanSwitch}`),
-    '-chardev',
-    `socket,id=console,path=${node.name}.console,server=on,wait=off,logfile=${escaped(files.consoleLog)},logappend=off`,
-    ...['-serial', 'chardev:console'],
+    ...['-chardev', `${consoleSocket},${consoleLog}`, '-serial', 'chardev:console'],
     // No -no-reboot: a running machine may reboot itself, for a new kernel.
   ]
 }
 
-function drive(kind: string, format: string, path: string, ...options: string[]): string[] {
-  return ['-drive', [kind, `format=${format}`, ...options, `file=${escaped(path)}`].join(',')]
-}
-
-function disk(path: string, cache: string): string[] {
-  // discard: what the machine trims, the file gives back.
-  return [
-    ...drive('if=none,id=disk', 'qcow2', path, 'discard=unmap', `cache=${cache}`),
-    ...['-device', 'virtio-blk-pci,drive=disk,bootindex=1'],
-  ]
-}
-
 /** The cluster is IPv4 throughout, and QEMU would offer IPv6 where this computer has none. */
-function outside(forwards: readonly string[] = []): string {
-  return [
-    'user,id=outside,ipv6=off',
-    ...forwards.map((ports) => `hostfwd=tcp:127.0.0.1:${ports}`),
-  ].join(',')
+const outside = 'user,id=outside,ipv6=off'
+
+function drive(options: string, path: string): string[] {
+  return ['-drive', `${options},file=${escaped(path)}`]
 }
 
 /** QEMU's default MAC addresses are the same on every machine. No boot ROM: nothing boots from it. */

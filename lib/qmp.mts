@@ -1,12 +1,12 @@
 // A client of the QEMU Machine Protocol: one JSON object a line, a greeting, commands whose answers
 // carry their ids, events in between (QEMU's docs/interop/qmp-spec).
+import { EventEmitter, once } from 'node:events'
 import { connect, type Socket } from 'node:net'
 import { basename, dirname } from 'node:path'
+import { createInterface } from 'node:readline'
 import { $ } from 'zx/core'
 import { StepError } from './errors.mts'
 import { quote } from './format.mts'
-
-type Answer = (message: { return?: unknown; error?: { desc: string } }) => void
 
 /** Seconds. */
 const defaultTimeout = 10
@@ -16,34 +16,28 @@ const longestPath = 103
 export class Qmp {
   private readonly socket: Socket
   private readonly path: string
-  private readonly waiting = new Map<number | 'greeting', Answer>()
+  /** Emits each message, by its id or as "greeting"; an error when the connection is closed. */
+  private readonly messages = new EventEmitter().on('error', () => {})
   private lastId = 0
-  private rest = ''
-  /** Resolves when either side has closed the connection. */
-  readonly closed: Promise<void>
 
   private constructor(path: string) {
-    const socket = connectUnixSocket(path)
-    this.socket = socket
     this.path = path
-    socket.setEncoding('utf8')
-    socket.on('data', (text: string) => this.receive(text))
+    this.socket = connectUnixSocket(path)
     // An error of the connection closes it.
-    socket.on('error', () => {})
-    this.closed = new Promise((resolve) => socket.on('close', () => resolve()))
+    this.socket.on('error', () => {})
+    this.socket.on('close', () => this.messages.emit('error', closedByQemu()))
+    const lines = createInterface(this.socket).on('error', () => {})
+    lines.on('line', (line) => {
+      const message = line.trim() === '' ? {} : JSON.parse(line)
+      this.messages.emit('QMP' in message ? 'greeting' : `${message.id}`, message)
+    })
   }
 
-  /**
-   * Connects to a machine's QEMU, through the negotiation of capabilities.
-   *
-   * @param path of the unix socket, of any length
-   * @param options.timeout seconds
-   * @throws StepError if QEMU does not answer; it serves one client at a time
-   */
+  /** Connects to QEMU by its unix socket, through the negotiation of capabilities. */
   static async connect(path: string, { timeout = defaultTimeout } = {}): Promise<Qmp> {
     const qmp = new Qmp(path)
     try {
-      await qmp.answer('greeting', 'QEMU sent no greeting', timeout)
+      await qmp.message('greeting', 'QEMU sent no greeting', timeout)
       await qmp.execute('qmp_capabilities', undefined, { timeout })
       return qmp
     } catch (cause) {
@@ -56,11 +50,7 @@ export class Qmp {
   }
 
   /**
-   * Sends a command and waits for its answer.
-   *
-   * @param args as in the command's definition in QEMU's QMP reference
-   * @param options.timeout seconds
-   * @returns what QEMU returned; `{}` for most commands
+   * Sends a command of QEMU's QMP reference. @returns its answer; `{}` for most commands
    * @throws StepError with QEMU's reason, or if the connection is closed first
    */
   async execute(
@@ -68,6 +58,7 @@ export class Qmp {
     args?: Record<string, unknown>,
     { timeout = defaultTimeout } = {},
   ): Promise<unknown> {
+    if (this.socket.destroyed) throw closedByQemu()
     this.lastId += 1
     const id = this.lastId
     this.socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`)
@@ -76,51 +67,36 @@ export class Qmp {
       const both = quote(`{"execute":"qmp_capabilities"} ${text}`)
       console.error(`$ echo ${both} | nc -U run/${basename(this.path)}`)
     }
-    const { error, return: value } = await this.answer(
-      id,
-      `QEMU did not answer ${command}`,
-      timeout,
-    )
-    if (error) throw new StepError(`QEMU refused ${command}: ${error.desc}`)
-    return value
+    const answer = await this.message(`${id}`, `QEMU did not answer ${command}`, timeout)
+    if (answer.error) throw new StepError(`QEMU refused ${command}: ${answer.error.desc}`)
+    return answer.return
   }
 
   close(): void {
     this.socket.destroy()
   }
 
-  private async answer(key: number | 'greeting', failure: string, seconds: number) {
-    let timer: NodeJS.Timeout | undefined
-    const expired = new Promise<never>((_, reject) => {
-      const error = new StepError(`${failure} within ${seconds} s`)
-      timer = setTimeout(() => reject(error), seconds * 1000)
-    })
-    const closed = this.closed.then(() => {
-      throw new StepError('QEMU closed its control connection')
-    })
-    const answered = new Promise<Parameters<Answer>[0]>((resolve) => this.waiting.set(key, resolve))
+  private async message(
+    key: string,
+    failure: string,
+    seconds: number,
+  ): Promise<{ return?: unknown; error?: { desc: string } }> {
+    const signal = AbortSignal.timeout(seconds * 1000)
     try {
-      return await Promise.race([answered, closed, expired])
-    } finally {
-      clearTimeout(timer)
-      this.waiting.delete(key)
-    }
-  }
-
-  private receive(text: string): void {
-    const lines = (this.rest + text).split('\n')
-    this.rest = lines.pop() ?? ''
-    for (const line of lines.filter((candidate) => candidate.trim() !== '')) {
-      const message = JSON.parse(line)
-      this.waiting.get('QMP' in message ? 'greeting' : message.id)?.(message)
+      return (await once(this.messages, key, { signal }))[0]
+    } catch (error) {
+      throw signal.aborted ? new StepError(`${failure} within ${seconds} s`) : error
     }
   }
 }
 
+function closedByQemu(): StepError {
+  return new StepError('QEMU closed its control connection')
+}
+
 /**
- * Begins to connect to a unix socket. Where its path is too long for the system's address structure
- * (a checkout may be that deep), the call is made from inside its folder, by its name alone;
- * connect(2) happens before this returns, so nothing else notices.
+ * Begins to connect to a unix socket. Where its path is too long for the system (a checkout may be
+ * that deep), from inside its folder; connect(2) happens before this returns, so nothing notices.
  */
 export function connectUnixSocket(path: string): Socket {
   if (Buffer.byteLength(path) <= longestPath) return connect({ path })

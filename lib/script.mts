@@ -5,7 +5,7 @@ import { once } from 'node:events'
 import { basename, delimiter, join } from 'node:path'
 import minimist from 'minimist'
 import { $, ProcessOutput, useBash, which } from 'zx/core'
-import { describeError, noteFailure, StepError } from './errors.mts'
+import { describeError, explain, noteFailure, StepError } from './errors.mts'
 import { quote } from './format.mts'
 import { handleSignals, interrupted, interruption } from './interrupt.mts'
 import { locksForChildren } from './lock.mts'
@@ -20,7 +20,7 @@ export interface Flag {
   choices?: readonly string[]
 }
 
-export interface Declaration<Flags extends Record<string, Flag>> {
+interface Declaration<Flags extends Record<string, Flag>> {
   /** One or two sentences: what the step does. */
   does: string
   /** Files and folders it reads and writes, relative to the project. */
@@ -37,7 +37,7 @@ type FlagValue<F extends Flag> = F extends { value: string }
     ? number | undefined
     : string | undefined
   : boolean
-export type FlagValues<Flags extends Record<string, Flag>> = {
+type FlagValues<Flags extends Record<string, Flag>> = {
   [Name in keyof Flags]: FlagValue<Flags[Name]>
 }
 
@@ -58,16 +58,15 @@ const root = join(import.meta.dirname, '..')
  */
 export function script<const Flags extends Record<string, Flag>>(
   declaration: Declaration<Flags>,
-  argv: readonly string[] = process.argv.slice(2),
 ): { flags: FlagValues<Flags> & { verbose: boolean }; args: string[] } {
-  const name = basename(process.argv[1] ?? 'script', '.mts')
+  const [, path = 'script', ...argv] = process.argv
+  const name = basename(path, '.mts')
   process.on('uncaughtException', (error) => {
     // After Ctrl-C a command fails because it was ended.
     const reason = interrupted()
     const shown = reason && error instanceof ProcessOutput ? reason : error
     console.error(`${name}: ${describeError(shown, argv.includes('--verbose'))}`)
-    const carried = [shown, reason].find((each) => each instanceof StepError)
-    process.exit((carried as StepError | undefined)?.explanation.exitCode ?? 1)
+    process.exit(explain(shown instanceof StepError ? shown : reason).explanation.exitCode ?? 1)
   })
   // A reader that has seen enough (`| head`) is no error.
   for (const stream of [process.stdout, process.stderr]) {
@@ -83,8 +82,9 @@ export function script<const Flags extends Record<string, Flag>>(
     process.exit(0)
   }
   const args = parsed._.map(String)
-  const least = (declaration.args?.match(/(?<!\[)\b[A-Z]+\b/g) ?? []).length
-  const most = declaration.args?.includes('...') ? Infinity : wordsIn(declaration.args)
+  const words = declaration.args?.split(' ') ?? []
+  const most = declaration.args?.includes('...') ? Infinity : words.length
+  const least = words.filter((word) => /^[A-Z]/.test(word)).length
   if (args.length > most) refuse(name, `unexpected argument "${args[most]}"`)
   if (args.length < least) refuse(name, `missing argument: ${declaration.args}`)
   prepareCommands(Boolean(parsed.verbose))
@@ -96,10 +96,10 @@ const unwanted =
   /^(BASH_ENV|ENV|BASH_FUNC_.*|SHELLOPTS|BASHOPTS|CDPATH|GLOBIGNORE|PS4|LANG|LANGUAGE|LC_.*|KUBECONFIG|KUBERC|KUBECTL_.*|HELM_.*|ETCDCTL_.*|SSH_AUTH_SOCK|SSH_ASKPASS.*|TAR_OPTIONS|GREP_OPTIONS|GREP_COLORS?|PAGER|LESS|CLICOLOR.*|FORCE_COLOR|POSIXLY_CORRECT|GZIP|XZ_OPT|TAPE|COPYFILE_DISABLE)$/
 
 /** The environment of our commands: the caller's, without what would change their output. */
-export function cleanEnvironment(env: NodeJS.ProcessEnv = process.env): NodeJS.ProcessEnv {
-  const kept = Object.entries(env).filter(([name]) => !unwanted.test(name.replace(/%%$/, '')))
+function cleanEnvironment(): NodeJS.ProcessEnv {
+  const { env } = process
   return {
-    ...Object.fromEntries(kept),
+    ...Object.fromEntries(Object.entries(env).filter(([name]) => !unwanted.test(name))),
     PATH: [env.PATH, join(root, 'tools'), '/usr/sbin', '/sbin'].filter(Boolean).join(delimiter),
     LC_ALL: 'C',
     CLUSTER_LOCKS: env.CLUSTER_LOCKS ?? '', // marks scripts that are run as commands
@@ -113,12 +113,12 @@ export function cleanEnvironment(env: NodeJS.ProcessEnv = process.env): NodeJS.P
  * zx's `$` for our commands: run in the project's folder by bash, with standard input closed, in a
  * process group of their own, so that a Ctrl-C in the terminal cannot cut a change in half.
  */
-export function prepareCommands(verbose: boolean, env = cleanEnvironment()): void {
+export function prepareCommands(verbose: boolean): void {
   // Without it check-prereqs has to run nevertheless.
   if (which.sync('bash', { nothrow: true })) useBash()
   const running = new Set<ChildProcess>()
   const commands = new Map<string, string>()
-  Object.assign($, { cwd: root, env, verbose, quiet: true, detached: true })
+  Object.assign($, { cwd: root, env: cleanEnvironment(), verbose, quiet: true, detached: true })
   $.spawn = ((...args: Parameters<typeof spawn>) => {
     const child = spawn(...args)
     running.add(child)
@@ -137,10 +137,10 @@ export function prepareCommands(verbose: boolean, env = cleanEnvironment()): voi
     if (entry.kind === 'cmd') {
       commands.set(entry.id, entry.cmd)
       if (verbose) console.error(`$ ${entry.cmd}`)
+    } else if (entry.kind === 'end') {
+      if (entry.exitCode !== 0) noteFailure(commands.get(entry.id) ?? '', entry.duration)
+      commands.delete(entry.id)
     }
-    if (entry.kind !== 'end') return
-    if (entry.exitCode !== 0) noteFailure(commands.get(entry.id) ?? '', entry.duration)
-    commands.delete(entry.id)
   }
   handleSignals(() => {
     for (const { pid } of running) {
@@ -155,40 +155,33 @@ export function prepareCommands(verbose: boolean, env = cleanEnvironment()): voi
 
 /**
  * Runs another script of bin/ to its end in this terminal, as a person would type it. It prints its
- * own errors.
+ * own errors; `failure` completes the one of this script: "generate-certs failed, …".
  *
- * @param options.failure completes "generate-certs failed, …"
  * @throws StepError if it fails, with its exit status; the interruption after Ctrl-C
  */
 export async function runScript(
   name: string,
   args: readonly string[] = [],
-  { failure = '', hint = '' }: { failure?: string; hint?: string } = {},
+  { failure = '', hint }: { failure?: string; hint?: string } = {},
 ): Promise<void> {
   const signal = interruption()
   signal.throwIfAborted()
   const command = [`./bin/${name}.mts`, ...args.map(quote)].join(' ')
   console.error(`\n$ ${command}`)
-  const child = spawn(
-    join(root, 'bin', `${name}.mts`),
-    [...args, ...($.verbose ? ['--verbose'] : [])],
-    {
-      cwd: root,
-      env: { ...process.env, ...locksForChildren() },
-      stdio: ['ignore', 'inherit', 'inherit'],
-    },
-  )
+  const verbose = $.verbose ? ['--verbose'] : []
+  const child = spawn(join(root, 'bin', `${name}.mts`), [...args, ...verbose], {
+    cwd: root,
+    env: { ...process.env, ...locksForChildren() },
+    stdio: ['ignore', 'inherit', 'inherit'],
+  })
   // Ctrl-C reaches both processes; what is sent to this one alone has to be passed on.
   const forward = () => child.kill('SIGTERM')
   process.once('SIGTERM', forward)
   const [status] = await once(child, 'exit').finally(() => process.off('SIGTERM', forward))
   signal.throwIfAborted()
   if (status === 0) return
-  throw new StepError(`${name} failed${failure && `, ${failure}`}`, {
-    command,
-    exitCode: status ?? 1,
-    ...(hint ? { hint } : {}),
-  })
+  const reason = `${name} failed${failure && `, ${failure}`}`
+  throw new StepError(reason, { command, hint, exitCode: status ?? 1 })
 }
 
 function parse(
@@ -203,24 +196,19 @@ function parse(
     alias: { h: 'help' },
     unknown: (arg) => !arg.startsWith('-') || arg === '-' || refuse(name, `unknown flag ${arg}`),
   })
-  for (const [flagName, flag] of Object.entries(known)) {
-    const value: unknown = parsed[flagName]
-    if (!flag.value) {
-      const given = argv.find((arg) => arg.startsWith(`--${flagName}=`))
-      if (given) refuse(name, `--${flagName} takes no value`)
-      continue
-    }
-    if (value === undefined) continue
-    if (Array.isArray(value)) refuse(name, `--${flagName} is given more than once`)
-    if (value === '' || value === false) refuse(name, `--${flagName} needs a value: ${flag.value}`)
-    if (flag.choices && !flag.choices.includes(String(value))) {
-      refuse(name, `--${flagName} is one of ${flag.choices.join(', ')}, not "${value}"`)
-    }
-    if (flag.number) {
-      if (!/^\d+(\.\d+)?$/.test(String(value))) {
-        refuse(name, `--${flagName} needs a number, not "${value}"`)
+  for (const [flag, { value: what, number, choices }] of Object.entries(known)) {
+    const value: unknown = parsed[flag]
+    const wrong = (reason: string) => refuse(name, `--${flag} ${reason}`)
+    if (!what) {
+      if (argv.some((arg) => arg.startsWith(`--${flag}=`))) wrong('takes no value')
+    } else if (value !== undefined) {
+      if (Array.isArray(value)) wrong('is given more than once')
+      if (value === '' || value === false) wrong(`needs a value: ${what}`)
+      if (choices && !choices.includes(String(value))) {
+        wrong(`is one of ${choices.join(', ')}, not "${value}"`)
       }
-      parsed[flagName] = Number(value)
+      if (number && !/^\d+(\.\d+)?$/.test(String(value))) wrong(`needs a number, not "${value}"`)
+      if (number) parsed[flag] = Number(value)
     }
   }
   return parsed
@@ -228,30 +216,24 @@ function parse(
 
 function usage(
   name: string,
-  declaration: Declaration<Record<string, Flag>>,
+  { does, reads, writes, args, examples }: Declaration<Record<string, Flag>>,
   known: Record<string, Flag>,
 ): string {
   const flags = Object.entries(known).map(
-    ([flag, { value, help }]) => [`--${flag}${value ? ` ${value}` : ''}`, help] as const,
+    ([flag, { value, help }]) => [value ? `--${flag} ${value}` : `--${flag}`, help] as const,
   )
   const width = Math.max(...flags.map(([flag]) => flag.length))
-  return [
-    declaration.does,
-    '',
-    `Usage: ./bin/${name}.mts [flags]${declaration.args ? ` ${declaration.args}` : ''}`,
-    '',
-    ...flags.map(([flag, help]) => `  ${flag.padEnd(width)}  ${help}`),
-    '',
-    `Reads:   ${declaration.reads.join(', ') || 'nothing'}`,
-    `Writes:  ${declaration.writes.join(', ') || 'nothing'}`,
-    '',
-    declaration.examples.length > 1 ? 'Examples:' : 'Example:',
-    ...declaration.examples.map((example) => `  ${example}`),
-  ].join('\n')
-}
+  return `${does}
 
-function wordsIn(args: string | undefined): number {
-  return args ? args.split(/\s+/).length : 0
+Usage: ./bin/${name}.mts [flags]${args ? ` ${args}` : ''}
+
+${flags.map(([flag, help]) => `  ${flag.padEnd(width)}  ${help}`).join('\n')}
+
+Reads:   ${reads.join(', ') || 'nothing'}
+Writes:  ${writes.join(', ') || 'nothing'}
+
+Example${examples.length > 1 ? 's' : ''}:
+${examples.map((example) => `  ${example}`).join('\n')}`
 }
 
 function refuse(name: string, reason: string): never {

@@ -13,7 +13,6 @@ export function isLive(): boolean {
 
 /** One line of a board. */
 export interface Row {
-  readonly name: string
   /** Names what is being done now. A plain line where there is no terminal. */
   step(text: string): void
   /** Short-lived progress (a percentage, the last line of a log): shown on terminals only. */
@@ -22,25 +21,17 @@ export interface Row {
 
 /**
  * Runs one step and shows it as one line: running, then done or failed, with the time it took.
- *
- * @param work gets a function that changes the text behind the title while it runs
- * @throws what `work` throws
+ * `work` gets a function that changes the text behind the title while it runs; what it throws is
+ * thrown.
  */
 export async function step<T>(
   title: string,
   work: (detail: (text: string) => void) => Promise<T> | T,
 ): Promise<T> {
-  const [row] = new Board([title]).rows
-  if (!row) throw new Error('a board of one title has one row')
-  row.step('')
-  try {
-    const result = await work((text) => row.detail(text))
-    row.end('done')
-    return result
-  } catch (error) {
-    row.end('failed')
-    throw error
-  }
+  return new Board().run(title, (row) => {
+    row.step('')
+    return work(row.detail)
+  })
 }
 
 /**
@@ -54,17 +45,9 @@ export async function inParallel<T>(
   names: readonly string[],
   work: (name: string, row: Row) => Promise<T>,
 ): Promise<T[]> {
+  const board = new Board()
   const outcomes = await Promise.allSettled(
-    new Board(names).rows.map(async (row) => {
-      try {
-        const result = await work(row.name, row)
-        row.end('done')
-        return result
-      } catch (error) {
-        row.end('failed', error instanceof Error ? error.message : String(error))
-        throw error
-      }
-    }),
+    names.map((name) => board.run(name, (row) => work(name, row), messageOf)),
   )
   const failures = outcomes.flatMap((outcome, index) =>
     outcome.status === 'rejected' ? [{ name: names[index] ?? '', reason: outcome.reason }] : [],
@@ -72,82 +55,74 @@ export async function inParallel<T>(
   const [one] = failures
   // An interruption is one reason for all.
   if (one && failures.every(({ reason }) => reason === one.reason)) throw one.reason
-  if (failures.length > 0) {
-    const reasons = failures.map(({ name, reason }) => `${name}: ${reason?.message ?? reason}`)
+  if (one) {
     const first = failures.find(({ reason }) => reason instanceof StepError)?.reason
     throw new StepError(`${failures.map(({ name }) => name).join(' and ')} failed`, {
-      ...(first instanceof StepError ? first.explanation : {}),
-      output: reasons.join('\n'),
+      ...first?.explanation,
+      output: failures.map(({ name, reason }) => `${name}: ${messageOf(reason)}`).join('\n'),
     })
   }
   return outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []))
 }
 
-class BoardRow implements Row {
-  readonly name: string
-  state: keyof typeof marks = 'running'
-  private readonly started = performance.now()
-  private seconds: number | undefined
-  private text = ''
-  private progress = ''
-  private readonly changed: (row: BoardRow) => void
-
-  constructor(name: string, changed: (row: BoardRow) => void) {
-    this.name = name
-    this.changed = changed
-  }
-
-  step(text: string): void {
-    this.text = text
-    this.progress = ''
-    this.changed(this)
-  }
-
-  detail(text: string): void {
-    this.progress = text.trim()
-  }
-
-  end(state: 'done' | 'failed', text = ''): void {
-    this.state = state
-    this.seconds = performance.now() - this.started
-    this.step(text)
-  }
-
-  line(frame = 0): string {
-    const running = this.state === 'running'
-    const mark = running && isLive() ? frames[frame % frames.length] : marks[this.state]
-    const texts = [this.name, this.text, this.progress].filter(Boolean).join(' · ')
-    const time = formatDuration(this.seconds ?? performance.now() - this.started)
-    return running && !isLive() ? `${mark} ${texts} …` : `${mark} ${texts} (${time})`
-  }
-}
+const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error))
 
 /** Lines that are drawn again and again at the bottom of the terminal. */
 class Board {
-  readonly rows: BoardRow[]
+  private readonly lines: (() => string)[] = []
+  private running = 0
   private drawn = 0
   private frame = 0
-  private readonly timer: NodeJS.Timeout | undefined
+  private readonly timer = isLive() ? setInterval(() => this.draw(), 100).unref() : undefined
 
-  constructor(names: readonly string[]) {
-    this.rows = names.map((name) => new BoardRow(name, (row) => this.changed(row)))
-    if (isLive()) this.timer = setInterval(() => this.draw(), 100).unref()
-  }
-
-  private changed(row: BoardRow): void {
-    if (!this.timer) return void process.stderr.write(`${row.line()}\n`)
-    this.draw()
-    if (this.rows.every(({ state }) => state !== 'running')) clearInterval(this.timer)
+  /** Adds a line, does the work of it, and marks how it ended, with `reasonOf` an error. */
+  async run<T>(
+    name: string,
+    work: (row: Row) => Promise<T> | T,
+    reasonOf: (error: unknown) => string = () => '',
+  ): Promise<T> {
+    const began = performance.now()
+    let [state, text, progress]: [keyof typeof marks, string, string] = ['running', '', '']
+    let ended: number | undefined
+    const line = () => {
+      const texts = [name, text, progress].filter(Boolean).join(' · ')
+      if (state === 'running' && !isLive()) return `${marks.running} ${texts} …`
+      const mark = state === 'running' ? frames[this.frame % frames.length] : marks[state]
+      return `${mark} ${texts} (${formatDuration((ended ?? performance.now()) - began)})`
+    }
+    const step = (next: string) => {
+      text = next
+      progress = ''
+      if (this.timer) this.draw()
+      else process.stderr.write(`${line()}\n`)
+    }
+    const end = (how: 'done' | 'failed', reason = '') => {
+      state = how
+      ended = performance.now()
+      this.running -= 1
+      step(reason)
+      if (this.running === 0) clearInterval(this.timer)
+    }
+    const detail = (next: string) => {
+      progress = next.trim()
+    }
+    this.lines.push(line)
+    this.running += 1
+    try {
+      const result = await work({ step, detail })
+      end('done')
+      return result
+    } catch (error) {
+      end('failed', reasonOf(error))
+      throw error
+    }
   }
 
   private draw(): void {
     this.frame += 1
     const width = process.stderr.columns || 80
-    const lines = this.rows.map((row) => `\x1b[2K${row.line(this.frame).slice(0, width - 1)}\n`)
-    const up = this.drawn ? `\x1b[${this.drawn}A` : ''
-    process.stderr.write(up + lines.join(''))
+    const lines = this.lines.map((line) => `\x1b[2K${line().slice(0, width - 1)}\n`)
+    process.stderr.write((this.drawn ? `\x1b[${this.drawn}A` : '') + lines.join(''))
     this.drawn = lines.length
   }
 }
-
-export { formatDuration } from './format.mts'

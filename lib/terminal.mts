@@ -1,6 +1,6 @@
 // What a program writes to a terminal: as plain text, without colors, titles and cursor movement,
 // and as a transcript in a file.
-import { closeSync, openSync, writeSync } from 'node:fs'
+import { appendFileSync } from 'node:fs'
 
 // biome-ignore-start lint/suspicious/noControlCharactersInRegex: control characters are the subject
 /**
@@ -34,47 +34,35 @@ export class PlainTextStream {
   }
 }
 
-const keptLength = 16 * 1024
-
 /** What a program wrote: all of it in a file, the end of it in memory for error messages. */
 export class Transcript {
-  /** False: what is added is neither written nor kept (secrets). */
-  recording = true
+  recording = true // false: what is added is neither written nor kept (secrets)
   readonly path: string | undefined
   private readonly hidden: RegExp | undefined
-  private file: number | undefined
   private end = ''
 
-  /**
-   * @param path of a file to append to; mode 0600, because a console may show anything
-   * @param hidden lines that `lastLines` leaves out
-   */
+  /** @param hidden lines that `lastLines` leaves out */
   constructor(path?: string, hidden?: RegExp) {
     this.path = path
     this.hidden = hidden
-    if (path) this.file = openSync(path, 'a', 0o600)
   }
 
-  /** Adds program output. Written at once: the file is needed most when this process dies. */
+  /** Adds program output. */
   add(text: string): void {
     if (!this.recording) return
-    this.end = (this.end + text).slice(-keptLength)
+    this.end = (this.end + text).slice(-16 * 1024)
     this.note(text)
   }
 
   /** Adds a line of our own, which does not count as output. */
   note(text: string): void {
-    if (this.file !== undefined) writeSync(this.file, text)
+    // At once: it is needed most when this process dies. 0600: a console may show anything.
+    if (this.path) appendFileSync(this.path, text, { mode: 0o600 })
   }
 
   /** The last lines, oldest first, without blank ones. */
   lastLines(count = 10): string {
     const shown = (line: string) => line.trim() !== '' && !this.hidden?.test(line)
     return this.end.split('\n').filter(shown).slice(-count).join('\n')
-  }
-
-  close(): void {
-    if (this.file !== undefined) closeSync(this.file)
-    this.file = undefined
   }
 }

@@ -1,22 +1,21 @@
 // A machine as a process: QEMU in the background, which continues when the script has ended; and
 // its disk and UEFI variables as files.
-import { constants, existsSync } from 'node:fs'
-import { chmod, copyFile, mkdir, readFile, rename, rm, stat, statfs } from 'node:fs/promises'
-import { basename, dirname, join, relative } from 'node:path'
+import { existsSync } from 'node:fs'
+import { mkdir, readFile, rename, stat, statfs } from 'node:fs/promises'
+import { basename, dirname, relative } from 'node:path'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
-import { lastLines, StepError } from './errors.mts'
-import { privateFolder } from './files.mts'
+import { knownProblem, lastLines, StepError } from './errors.mts'
+import { privateFolder, writeFileAtomic } from './files.mts'
 import type { Host } from './host.mts'
 import { ensureLanSwitch } from './lan.mts'
 import { withLock } from './lock.mts'
-import { knownProblem } from './problems.mts'
 import { assertFree, commandLine, isGone, type Port, pidFrom } from './processes.mts'
-import { filesOf, type MachineFiles, qemuArguments } from './qemu.mts'
+import { filesOf, qemuArguments } from './qemu.mts'
 import { Qmp } from './qmp.mts'
 import { becomes } from './wait.mts'
 
-export { filesOf, type MachineFiles }
+export { filesOf }
 
 export type MachineState =
   | { state: 'running'; pid: number; mode: 'boot' | 'install' }
@@ -28,35 +27,30 @@ const answerTimeout = 60
 const installedSize = 6
 
 /**
- * Whether the machine runs. The pid file alone proves nothing: the process has to be the QEMU that
- * was started with this very pid file.
- *
+ * Whether the machine runs: whether its pid file names the QEMU that was started with that file.
  * @throws StepError if the process may be it: its disk must not be taken for idle
  */
 export async function machineState(cluster: Cluster, node: Node): Promise<MachineState> {
-  const files = filesOf(cluster, node)
-  const pid = await pidFrom(files.pid, ['qemu-system-', ' -pidfile '])
-  const line = pid === undefined ? undefined : await commandLine(pid)
-  if (pid === undefined || line === undefined) return { state: 'stopped' }
+  const { pid: file, partialDisk } = filesOf(cluster, node)
+  const pid = await pidFrom(file, ['qemu-system-', ' -pidfile '])
+  const line = pid && (await commandLine(pid))
+  if (!pid || !line) return { state: 'stopped' }
   const shown = line.match(/ -pidfile (.*?\.pid)(?= -|$)/s)?.[1] ?? ''
-  if (shown !== files.pid) {
+  if (shown !== file) {
     // Another spelling of our path (a link, capitals on macOS) or another checkout's machine.
     const [theirs, ours] = await Promise.all(
-      [shown, files.pid].map((path) => stat(path).catch(() => undefined)),
+      [shown, file].map((path) => stat(path).catch(() => undefined)),
     )
-    if (!theirs && basename(shown) === basename(files.pid)) {
-      throw new StepError(
-        `process ${pid} may be ${node.name}: it is a QEMU with a pid file ${shown}`,
-        {
-          command: `ps -ww -p ${pid}`,
-          hint: `if it is not, remove ${files.pid}`,
-        },
-      )
+    if (!theirs && basename(shown) === basename(file)) {
+      const reason = `process ${pid} may be ${node.name}: it is a QEMU with a pid file ${shown}`
+      throw new StepError(reason, {
+        command: `ps -ww -p ${pid}`,
+        hint: `if it is not, remove ${file}`,
+      })
     }
     if (theirs?.ino !== ours?.ino || theirs?.dev !== ours?.dev) return { state: 'stopped' }
   }
-  const installing = line.includes(basename(files.partialDisk))
-  return { state: 'running', pid, mode: installing ? 'install' : 'boot' }
+  return { state: 'running', pid, mode: line.includes(basename(partialDisk)) ? 'install' : 'boot' }
 }
 
 export async function isRunning(cluster: Cluster, node: Node): Promise<boolean> {
@@ -65,22 +59,16 @@ export async function isRunning(cluster: Cluster, node: Node): Promise<boolean> 
 
 /** The ports that a machine opens on this computer. */
 export function portsOf(cluster: Cluster, node: Node): Port[] {
-  const suffix = node.name.replaceAll('-', '_')
-  const ports: Port[] = [
-    { transport: 'tcp', port: node.sshPort, variable: `SSH_PORT_${suffix}` },
+  const ssh = `SSH_PORT_${node.name.replaceAll('-', '_')}`
+  const api = { transport: 'tcp', port: cluster.settings.API_PORT, variable: 'API_PORT' } as const
+  return [
+    { transport: 'tcp', port: node.sshPort, variable: ssh },
     { transport: 'udp', port: node.lanPort, variable: 'LAN_SWITCH_PORT' },
+    ...(node === cluster.controlPlane ? [api] : []),
   ]
-  if (node === cluster.controlPlane) {
-    ports.push({ transport: 'tcp', port: cluster.settings.API_PORT, variable: 'API_PORT' })
-  }
-  return ports
 }
 
-/**
- * Checks that machines can open their ports. Those of running machines are not checked.
- *
- * @throws StepError with every port that is taken, its variable and its holder
- */
+/** Throws a StepError that names each port that machines need and another program has. */
 export async function assertPortsFree(cluster: Cluster, nodes: readonly Node[]): Promise<void> {
   const ports: Port[] = []
   for (const node of nodes) {
@@ -98,7 +86,6 @@ export async function prepareFolders(cluster: Cluster): Promise<void> {
 /**
  * Starts a machine from its installed disk, and the LAN switch if it does not run. A machine that
  * runs is left alone; one that is paused continues. Returns when QEMU answers, before the boot.
- *
  * @throws StepError if there is no disk, a port is taken, or QEMU ends; it is then not left running
  */
 export async function startMachine(
@@ -106,82 +93,74 @@ export async function startMachine(
   node: Node,
   host: Host,
 ): Promise<{ pid: number; alreadyRunning: boolean }> {
-  await prepareFolders(cluster)
-  const purpose = `starting ${node.name}`
-  return withLock(filesOf(cluster, node).lock, purpose, () => startOnce(cluster, node, host), {
-    wait: answerTimeout,
-  })
-}
-
-async function startOnce(cluster: Cluster, node: Node, host: Host) {
   const files = filesOf(cluster, node)
-  const found = await machineState(cluster, node)
-  if (found.state === 'running') {
-    if (found.mode === 'install') {
-      const hint = 'wait until the installation has ended'
-      const reason = `${node.name} is being installed (pid ${found.pid})`
-      throw new StepError(reason, { hint, log: files.installLog })
+  const start = async () => {
+    const found = await machineState(cluster, node)
+    if (found.state === 'running') {
+      if (found.mode === 'install') {
+        const hint = 'wait until the installation has ended'
+        const reason = `${node.name} is being installed (pid ${found.pid})`
+        throw new StepError(reason, { hint, log: files.installLog })
+      }
+      await ensureLanSwitch(cluster)
+      await answers(files.qmp)
+      return { pid: found.pid, alreadyRunning: true }
     }
+    if (!hasDisk(cluster, node)) {
+      throw new StepError(`${node.name} has no disk: images/${node.name}.qcow2 is missing`, {
+        hint: `install it first: make install-${node.name}`,
+      })
+    }
+    await assertFree(portsOf(cluster, node))
+    await prepareEfiVars(cluster, node, host)
     await ensureLanSwitch(cluster)
-    await resumeIfPaused(files.qmp)
-    return { pid: found.pid, alreadyRunning: true }
+    return { pid: await launch(cluster, node, host), alreadyRunning: false }
   }
-  if (!hasDisk(cluster, node)) {
-    throw new StepError(`${node.name} has no disk: images/${node.name}.qcow2 is missing`, {
-      hint: `install it first: make install-${node.name}`,
-    })
-  }
-  await assertFree(portsOf(cluster, node))
-  await prepareEfiVars(cluster, node, host)
-  await ensureLanSwitch(cluster)
-  return { pid: await launch(cluster, node, host), alreadyRunning: false }
+  await prepareFolders(cluster)
+  return withLock(files.lock, `starting ${node.name}`, start, { wait: answerTimeout })
 }
 
-/** Continues a machine that is paused, by a snapshot that was killed or a disk that was full. */
-async function resumeIfPaused(socket: string): Promise<void> {
-  // A QEMU that serves another client at the moment is that client's to resume.
+/**
+ * Whether QEMU answers on its QMP socket; not while it serves another client. A machine that is
+ * paused, by a snapshot that was killed or a disk that was full, continues.
+ */
+export async function answers(socket: string): Promise<boolean> {
   const qmp = await Qmp.connect(socket, { timeout: 5 }).catch(() => undefined)
-  if (!qmp) return
-  const { status } = (await qmp.execute('query-status')) as { status: string }
-  if (status === 'paused' || status === 'io-error') await qmp.execute('cont')
-  qmp.close()
+  if (!qmp) return false
+  try {
+    const { status } = (await qmp.execute('query-status')) as { status: string }
+    if (status === 'paused' || status === 'io-error') await qmp.execute('cont')
+    return true
+  } finally {
+    qmp.close()
+  }
 }
 
 async function launch(cluster: Cluster, node: Node, host: Host): Promise<number> {
-  const files = filesOf(cluster, node)
+  const { consoleLog, qemuLog, qmp } = filesOf(cluster, node)
   // The console output of the previous run is often what explains why it ended.
-  await rename(files.consoleLog, `${files.consoleLog}.1`).catch(() => {})
+  await rename(consoleLog, `${consoleLog}.1`).catch(() => {})
   const args = qemuArguments({ cluster, node, host, mode: { kind: 'boot' } })
-  const log = relative(cluster.root, files.qemuLog)
+  const log = relative(cluster.root, qemuLog)
   // In a process group of its own, so that no Ctrl-C reaches it.
   const shell = $({ cwd: cluster.root, detached: true })
   const started =
     await shell`(umask 077; cd run && exec ${host.qemu.path} ${args}) </dev/null >${log} 2>&1 & echo $!`
   const pid = Number(started.stdout)
 
-  const settled = async () => (await isGone(pid)) || (await answers(files.qmp))
+  const settled = async () => (await isGone(pid)) || (await answers(qmp).catch(() => false))
   const inTime = await becomes(settled, answerTimeout)
   const ended = await isGone(pid)
   if (inTime && !ended) return pid
   if (!ended) process.kill(pid, 'SIGKILL')
-  const output = lastLines(await readFile(files.qemuLog, 'utf8'), 10)
+  const output = lastLines(await readFile(qemuLog, 'utf8'), 10)
   const known = knownProblem(host.qemu.path, output)
   const reason = ended ? 'ended at once' : `did not answer in ${answerTimeout} s`
-  const hint =
-    host.accel === 'tcg'
-      ? {}
-      : { hint: `if ${host.accel} does not work here: QEMU_ACCEL=tcg (slow)` }
+  const slow = `if ${host.accel} does not work here: QEMU_ACCEL=tcg (slow)`
+  const hint = known?.hint ?? (host.accel === 'tcg' ? '' : slow)
   throw new StepError(`QEMU of ${node.name} ${reason}${known ? `: ${known.reason}` : ''}`, {
-    output,
-    log: files.qemuLog,
-    ...(known?.hint ? { hint: known.hint } : hint),
+    ...{ output, hint, log: qemuLog },
   })
-}
-
-async function answers(socket: string): Promise<boolean> {
-  const qmp = await Qmp.connect(socket, { timeout: 5 }).catch(() => undefined)
-  qmp?.close()
-  return qmp !== undefined
 }
 
 /** Whether the machine has a disk with an installed system. */
@@ -190,12 +169,8 @@ export function hasDisk(cluster: Cluster, node: Node): boolean {
 }
 
 /**
- * Checks that there is room for new disks. They grow as they fill: what counts is the size of an
- * installed machine, not the one that it sees.
- *
- * @param free returns the free bytes of a folder
+ * Checks that there is room for new disks, which grow to what an installed machine takes.
  * @returns a warning instead of the error on macOS, which does not count space that it can purge
- * @throws StepError with the needed and the free amount
  */
 export async function assertDiskSpace(
   cluster: Cluster,
@@ -208,8 +183,8 @@ export async function assertDiskSpace(
   const available = (await free(folder)) / 2 ** 30
   if (available >= needed) return undefined
   const names = nodes.map(({ name }) => name).join(', ')
-  const amounts = `${needed} GB, ${available.toFixed(1)} GB are free`
-  const reason = `not enough disk space: ${names} ${nodes.length > 1 ? 'need' : 'needs'} ${amounts}`
+  const need = `${nodes.length > 1 ? 'need' : 'needs'} ${needed} GB`
+  const reason = `not enough disk space: ${names} ${need}, ${available.toFixed(1)} GB are free`
   if (os === 'darwin') return `${reason}; macOS may free more by itself`
   throw new StepError(reason, { hint: `free space on the file system of ${folder}` })
 }
@@ -221,34 +196,22 @@ export async function freeBytes(folder: string): Promise<number> {
 }
 
 /**
- * Creates the machine's UEFI variables from the firmware's template. Existing ones are kept, unless
- * their size differs: a firmware of another size could not use them. (They contain nothing that the
- * machine needs: it boots from the path for removable media.)
- *
- * @param options.fresh never keep: for an installation
+ * Creates the machine's UEFI variables from the firmware's template. Existing ones are kept, but not
+ * for an installation (`fresh`) or if a firmware of another size could not use them. (The machine
+ * needs nothing in them: it boots from the path for removable media.)
  */
 export async function prepareEfiVars(
   cluster: Cluster,
   node: Node,
-  host: Host,
-  options: { fresh?: boolean } = {},
+  { firmware: { vars } }: Host,
+  { fresh = false } = {},
 ): Promise<void> {
   const { efiVars } = filesOf(cluster, node)
-  const template = host.firmware.vars
-  const existing = options.fresh ? undefined : await stat(efiVars).catch(() => undefined)
+  const existing = fresh ? undefined : await stat(efiVars).catch(() => undefined)
   if (existing) {
     // A qcow2 file grows, so its size means nothing.
-    if (template.format === 'qcow2' || existing.size === (await stat(template.path)).size) return
+    if (vars.format === 'qcow2' || existing.size === (await stat(vars.path)).size) return
     await rename(efiVars, `${efiVars}.old`)
   }
-  await mkdir(dirname(efiVars), { recursive: true })
-  const temporary = join(dirname(efiVars), `.${basename(efiVars)}.tmp-${process.pid}`)
-  try {
-    await copyFile(template.path, temporary, constants.COPYFILE_FICLONE)
-    // The template is read-only in some packages.
-    await chmod(temporary, 0o600)
-    await rename(temporary, efiVars)
-  } finally {
-    await rm(temporary, { force: true })
-  }
+  await writeFileAtomic(efiVars, await readFile(vars.path), 0o600)
 }

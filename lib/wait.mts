@@ -8,11 +8,11 @@ interface Wait extends Pick<Explanation, 'command' | 'hint' | 'log'> {
   /** Seconds. */
   timeout: number
   /** Gets the first line of what is missing, after each attempt. */
-  detail?: ((text: string) => void) | undefined
+  detail?: (text: string) => void
   /** Ends the wait with its reason. */
-  signal?: AbortSignal | undefined
+  signal?: AbortSignal
   /** Milliseconds between two attempts; 1000 by default. */
-  every?: number | undefined
+  every?: number
 }
 
 // A computer that was asleep is not late: a pause that took this much longer restarts the deadline.
@@ -43,13 +43,7 @@ export async function waitFor(
   }
 }
 
-/**
- * Polls every 100 ms until a condition holds.
- *
- * @param seconds the time limit
- * @returns whether it held in time
- * @throws the signal's reason
- */
+/** Polls every 100 ms until a condition holds: whether it did in time. Throws the signal's reason. */
 export async function becomes(
   condition: () => boolean | Promise<boolean>,
   seconds: number,

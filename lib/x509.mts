@@ -25,79 +25,36 @@ export interface Credential {
   key: KeyObject
 }
 
-// A machine whose clock is slightly behind would otherwise reject a new certificate.
-const backdate = 5 * 60_000
-const day = 24 * 3600_000
-
 /** The certificate of an authority, signed with its own key, as PEM. */
 export function selfSign(request: Omit<SigningRequest, 'publicKey'>, key: KeyObject): string {
-  const certificate = draft({ ...request, publicKey: createPublicKey(key) })
-  certificate.setIssuer(certificate.subject.attributes)
-  return sign(certificate, key)
+  return issue({ ...request, publicKey: createPublicKey(key) }, key)
 }
 
 /** The certificate that the authority issues for a request, as PEM. */
 export function signCertificate(request: SigningRequest, authority: Credential): string {
-  const issuer = forge.pki.certificateFromPem(authority.certificate)
-  const certificate = draft(request)
-  certificate.setIssuer(issuer.subject.attributes)
-  if (certificate.validity.notAfter > issuer.validity.notAfter) {
-    certificate.validity.notAfter = issuer.validity.notAfter
-  }
-  const issuerKey = issuer.getExtension('subjectKeyIdentifier') as
-    | { subjectKeyIdentifier: string }
-    | undefined
-  if (issuerKey) {
-    const keyIdentifier = forge.util.hexToBytes(issuerKey.subjectKeyIdentifier)
-    const authorityKey = { name: 'authorityKeyIdentifier', keyIdentifier }
-    certificate.setExtensions([...certificate.extensions, authorityKey])
-  }
-  return sign(certificate, authority.key)
+  return issue(request, authority.key, forge.pki.certificateFromPem(authority.certificate))
 }
 
-/** Everything but issuer and signature. */
-function draft(request: SigningRequest): forge.pki.Certificate {
+/** @param issuer its authority; without one it is self-signed */
+function issue(request: SigningRequest, key: KeyObject, issuer?: forge.pki.Certificate): string {
   const certificate = forge.pki.createCertificate()
   const publicKey = request.publicKey.export({ type: 'spki', format: 'pem' })
   certificate.publicKey = forge.pki.publicKeyFromPem(String(publicKey))
-  const serial = randomBytes(16)
-  serial[0] = ((serial[0] ?? 0) & 0x3f) | 0x40 // positive, and without a leading zero
-  certificate.serialNumber = serial.toString('hex')
-  certificate.validity.notBefore = new Date(Date.now() - backdate)
-  certificate.validity.notAfter = new Date(Date.now() + request.days * day)
-  certificate.setSubject(
-    Object.entries(request.subject).map(([shortName, value]) => ({ shortName, value })),
-  )
-  certificate.setExtensions(extensions(request))
-  return certificate
-}
+  // Positive, and without a leading zero.
+  certificate.serialNumber = `4${randomBytes(16).toString('hex').slice(1)}`
+  // A machine whose clock is slightly behind would otherwise reject a new certificate.
+  certificate.validity.notBefore = new Date(Date.now() - 5 * 60_000)
+  const wanted = Date.now() + request.days * 24 * 3600_000
+  const limit = issuer?.validity.notAfter.getTime() ?? Infinity
+  certificate.validity.notAfter = new Date(Math.min(wanted, limit))
+  const subject = Object.entries(request.subject)
+  certificate.setSubject(subject.map(([shortName, value]) => ({ shortName, value })))
+  certificate.setIssuer((issuer ?? certificate).subject.attributes)
+  certificate.setExtensions(extensions(request, issuer))
 
-function extensions({ usages: wanted, sans }: SigningRequest): object[] {
-  const bits = wanted.flatMap((usage) => usages[usage].bits)
-  const extended = wanted.flatMap((usage) => usages[usage].extended?.name ?? [])
-  const cA = wanted.includes('certificates')
-  return [
-    { name: 'basicConstraints', critical: true, cA },
-    { name: 'keyUsage', critical: true, ...flags(bits) },
-    ...(extended.length > 0 ? [{ name: 'extKeyUsage', ...flags(extended) }] : []),
-    { name: 'subjectKeyIdentifier' },
-    ...(sans.length > 0 ? [{ name: 'subjectAltName', altNames: sans.map(altName) }] : []),
-  ]
-}
-
-function flags(names: readonly string[]): Record<string, true> {
-  return Object.fromEntries(names.map((name) => [name, true]))
-}
-
-/** The tags of GeneralName (RFC 5280, 4.2.1.6): 2 is a DNS name, 7 an IP address. */
-function altName(san: string): object {
-  return isIPv4(san) ? { type: 7, ip: san } : { type: 2, value: san }
-}
-
-/** Signs with node:crypto, which takes a millisecond; forge's own RSA is JavaScript and takes 30. */
-function sign(certificate: forge.pki.Certificate, key: KeyObject): string {
-  const signer = createSign('sha256')
+  // Signs with node:crypto, which takes a millisecond; forge's own RSA is JavaScript and takes 30.
   // forge passes the bytes to the digest, then the digest to the key.
+  const signer = createSign('sha256')
   const digest = {
     algorithm: 'sha256',
     update: (bytes: string) => signer.update(bytes, 'latin1'),
@@ -107,6 +64,28 @@ function sign(certificate: forge.pki.Certificate, key: KeyObject): string {
   } as unknown as forge.pki.rsa.PrivateKey
   certificate.sign(signature, digest)
   return forge.pki.certificateToPem(certificate).replaceAll('\r', '')
+}
+
+function extensions(request: SigningRequest, issuer?: forge.pki.Certificate): object[] {
+  const flags = (names: string[]) => Object.fromEntries(names.map((name) => [name, true]))
+  const bits = request.usages.flatMap((usage) => usages[usage].bits)
+  const oids = request.usages.flatMap((usage) => usages[usage].extended ?? [])
+  const extended = oids.flatMap((oid) => forge.pki.oids[oid] ?? [])
+  // The tags of GeneralName (RFC 5280, 4.2.1.6): 2 is a DNS name, 7 an IP address.
+  const altNames = request.sans.map((san) =>
+    isIPv4(san) ? { type: 7, ip: san } : { type: 2, value: san },
+  )
+  const { subjectKeyIdentifier: issuerKey }: { subjectKeyIdentifier?: string } =
+    issuer?.getExtension('subjectKeyIdentifier') ?? {}
+  const keyIdentifier = issuerKey && forge.util.hexToBytes(issuerKey)
+  return [
+    { name: 'basicConstraints', critical: true, cA: request.usages.includes('certificates') },
+    { name: 'keyUsage', critical: true, ...flags(bits) },
+    ...(extended.length > 0 ? [{ name: 'extKeyUsage', ...flags(extended) }] : []),
+    { name: 'subjectKeyIdentifier' },
+    ...(altNames.length > 0 ? [{ name: 'subjectAltName', altNames }] : []),
+    ...(keyIdentifier ? [{ name: 'authorityKeyIdentifier', keyIdentifier }] : []),
+  ]
 }
 
 const publicExponent = 65537n
@@ -120,25 +99,23 @@ const nextPrime = promisify((bits: number, done: (error: Error | null, prime: bi
  * The primes are OpenSSL's, found on Node's thread pool. OpenSSL's own generateKeyPair() derives
  * each of them from further primes (FIPS 186-4, B.3.6), which takes 2.5 times as long.
  *
- * @param bits length of the modulus, even
+ * @param bits length of the modulus, a multiple of 8
  */
 export async function generateRsaKey(bits = 2048): Promise<KeyObject> {
-  const primes = await Promise.all([factor(bits / 2), factor(bits / 2)])
+  // Each has its two highest bits set, so that their product has twice their length.
+  const primes = await Promise.all([nextPrime(bits / 2), nextPrime(bits / 2)])
   const [q, p] = primes.sort((a, b) => (a < b ? -1 : 1))
   // Primes that are close together are found by Fermat's method (the bound of FIPS 186-4, B.3.3).
-  if ((p - q) >> BigInt(bits / 2 - 100) === 0n) return generateRsaKey(bits)
+  const areClose = (p - q) >> BigInt(bits / 2 - 100) === 0n
+  // The public exponent has an inverse only if it divides neither p - 1 nor q - 1.
+  if (areClose || primes.some((prime) => prime % publicExponent === 1n)) return generateRsaKey(bits)
   const d = inverse(publicExponent, (p - 1n) * (q - 1n))
   const [dp, dq, qi] = [d % (p - 1n), d % (q - 1n), inverse(q, p)]
   const numbers = Object.entries({ n: p * q, e: publicExponent, d, p, q, dp, dq, qi })
+  const base64url = (value: bigint) =>
+    Buffer.from(value.toString(16).padStart(bits / 4, '0'), 'hex').toString('base64url')
   const jwk = Object.fromEntries(numbers.map(([name, value]) => [name, base64url(value)]))
   return createPrivateKey({ key: { kty: 'RSA', ...jwk }, format: 'jwk' })
-}
-
-/** A prime with its two highest bits set, so that the product of two has twice its length. */
-async function factor(bits: number): Promise<bigint> {
-  const prime = await nextPrime(bits)
-  // The public exponent has an inverse only if it does not divide p - 1.
-  return prime % publicExponent === 1n ? factor(bits) : prime
 }
 
 /** The x with number * x = 1 (mod modulus), by Euclid's algorithm. */
@@ -149,9 +126,4 @@ function inverse(number: bigint, modulus: bigint): bigint {
     ;[a, b, x, y] = [b, a - quotient * b, y, x - quotient * y]
   }
   return x < 0n ? x + modulus : x
-}
-
-function base64url(value: bigint): string {
-  const hex = value.toString(16)
-  return Buffer.from(hex.padStart(hex.length + (hex.length % 2), '0'), 'hex').toString('base64url')
 }

@@ -58,12 +58,15 @@ export async function makeCheckout(
     },
   }
   const [alpha, sigma, gamma, api] = await freePorts(4)
+  // Where the environment says the same, no script names it as something that wins over the file.
+  const { QEMU_ACCEL } = process.env
   await checkout.set({
     SSH_PORT_alpha: alpha ?? 0,
     SSH_PORT_sigma: sigma ?? 0,
     SSH_PORT_gamma: gamma ?? 0,
     API_PORT: api ?? 0,
     LAN_SWITCH_PORT: await freeLanPort(),
+    ...(QEMU_ACCEL ? { QEMU_ACCEL } : {}),
     ...options.settings,
   })
   return checkout

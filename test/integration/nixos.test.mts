@@ -2,7 +2,7 @@
 // nix-instantiate against the tables of options and packages in test/nixos/.
 import assert from 'node:assert/strict'
 import { execFileSync } from 'node:child_process'
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
@@ -151,6 +151,57 @@ describe('the staged configuration', { skip }, () => {
     assert.equal(kubelet.podCIDR, undefined)
   })
 
+  it('sets a clock that lags from the real-time clock, and leaves a right one alone', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'clock-'))
+    const unit = textOf('sigma', '/etc/systemd/system/clock-from-rtc.service')
+    const [, command = ''] = unit.match(/^ExecStart=.* -c '(.*)'$/m) ?? []
+    // As systemd would pass it on, with another clock and a `date` that only says what it would do.
+    const text = command.replaceAll('$$', '$').replaceAll('%%', '%')
+    await writeFile(
+      join(folder, 'date'),
+      '#!/bin/sh\n[ "$*" = +%s ] && exec echo 1000000\necho "$*"\n',
+      { mode: 0o755 },
+    )
+    const env = { PATH: `${folder}:${process.env.PATH}` }
+    for (const [rtc, said] of [
+      ['1000000', ''],
+      ['1000002', ''],
+      ['1003600', '--utc --set=@1003600\n'],
+      ['999000', '--utc --set=@999000\n'],
+    ] as const) {
+      await writeFile(join(folder, 'rtc'), `${rtc}\n`)
+      const here = text.replace('/sys/class/rtc/rtc0/since_epoch', join(folder, 'rtc'))
+      const outcome = await run({ root: folder }, 'bash', ['-c', here], { env })
+      assert.deepEqual(outcome, { stdout: said, stderr: '', exitCode: 0 })
+    }
+    await rm(folder, { recursive: true })
+    assert.deepEqual(machine('sigma').wants['timers.target'], ['clock-from-rtc.timer'])
+    assert.match(
+      textOf('sigma', '/etc/systemd/system/clock-from-rtc.timer'),
+      /^OnUnitInactiveSec=30s$/m,
+    )
+  })
+
+  it('loads on workers the modules that containers cannot load themselves', () => {
+    const modules = machine('sigma').kernelModules
+    for (const name of ['xt_socket', 'xfrm_user']) assert.ok(modules.includes(name), name)
+    assert.ok(!machine('alpha').kernelModules.includes('xt_socket'))
+  })
+
+  it('fails to evaluate should NixOS configure containerd in another version', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'nixos-'))
+    await cp(join(projectRoot, 'test/nixos'), folder, { recursive: true })
+    const nixos = await readFile(join(folder, 'nixos.nix'), 'utf8')
+    assert.match(nixos, /version = 2;/)
+    await writeFile(join(folder, 'nixos.nix'), nixos.replace('version = 2;', 'version = 3;'))
+    const configuration = configurationOf(checkout, 'sigma')
+    await assert.rejects(
+      instantiate([join(folder, 'system.nix'), '--argstr', 'configuration', configuration]),
+      /containerd\.settings\S* (has conflicting|is of)/,
+    )
+    await rm(folder, { recursive: true })
+  })
+
   it('has units that systemd itself finds no fault with', async (context) => {
     if (!isThere('systemd-analyze')) return context.skip('systemd-analyze is not installed')
     const folder = await mkdtemp(join(tmpdir(), 'units-'))
@@ -159,12 +210,13 @@ describe('the staged configuration', { skip }, () => {
       text.replace(/^ExecStart=\S+/m, 'ExecStart=/bin/true').replace(/^(User|Group)=.*\n/gm, '')
     for (const name of ['alpha', 'sigma']) {
       for (const path of Object.keys(machine(name).files)) {
-        if (!path.endsWith('.service')) continue
+        if (!/\.(service|timer)$/.test(path)) continue
         await writeFile(join(folder, basename(path)), here(textOf(name, path)))
       }
     }
     const units = ['etcd', 'kube-apiserver', 'kube-controller-manager', 'kube-scheduler', 'kubelet']
     const files = [...units, 'containerd'].map((unit) => join(folder, `${unit}.service`))
+    files.push(join(folder, 'clock-from-rtc.timer'))
     const verify = await run({ root: folder }, 'systemd-analyze', ['verify', '--man=no', ...files])
     const ours = verify.stderr.split('\n').filter((line) => line.includes(folder))
     assert.deepEqual(ours, [])
@@ -180,7 +232,11 @@ describe('the staged configuration', { skip }, () => {
 
     for (const mode of ['iptables', 'nftables']) {
       it(`runs kube-proxy on workers where KUBE_PROXY_MODE is ${mode}`, async () => {
-        const { files, units, wants } = await staged({ KUBE_PROXY_MODE: mode }, 'sigma')
+        const { files, units, wants, kernelModules } = await staged(
+          { KUBE_PROXY_MODE: mode },
+          'sigma',
+        )
+        assert.ok(kernelModules.includes('nf_conntrack'))
         assert.ok(wants['multi-user.target']?.includes('kube-proxy.service'))
         assert.ok(units['kube-proxy']?.environment.PATH?.includes('-nftables/bin'))
         const config = files['/etc/kubernetes/kube-proxy.json']

@@ -5,7 +5,7 @@ import { copyFile, rename, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { which } from 'zx'
 import { type Architecture, findFirmware } from '../../lib/firmware.mts'
-import { detectQemu, type Host } from '../../lib/host.mts'
+import { detectQemu, detectSystem, type Host } from '../../lib/host.mts'
 import { filesOf, type Mode, qemuArguments } from '../../lib/qemu.mts'
 import { Qmp } from '../../lib/qmp.mts'
 import { giveDisk, type Machines, makeMachines, noMachines } from '../uefi-machine.mts'
@@ -14,7 +14,7 @@ import { giveDisk, type Machines, makeMachines, noMachines } from '../uefi-machi
 async function emulating(arch: Architecture): Promise<Host> {
   const qemu = await detectQemu(arch)
   const firmware = await findFirmware({ arch, qemu: qemu.path, code: '', vars: '' })
-  return { os: 'linux', arch, accel: 'tcg', qemu, firmware }
+  return { os: detectSystem(), arch, accel: 'tcg', qemu, firmware }
 }
 
 describe('QEMU', { skip: noMachines }, () => {
@@ -22,9 +22,11 @@ describe('QEMU', { skip: noMachines }, () => {
   before(async () => {
     machines = await makeMachines()
     const { cluster } = machines
-    await giveDisk(cluster, cluster.controlPlane)
-    const { disk, partialDisk } = filesOf(cluster, cluster.controlPlane)
-    await copyFile(disk, partialDisk)
+    for (const node of cluster.nodes) {
+      await giveDisk(cluster, node)
+      const { disk, partialDisk } = filesOf(cluster, node)
+      await copyFile(disk, partialDisk)
+    }
     await writeFile(cluster.path('images', 'empty.iso'), Buffer.alloc(65536))
   })
   after(() => machines.remove())
@@ -32,12 +34,15 @@ describe('QEMU', { skip: noMachines }, () => {
   for (const arch of ['x86_64', 'aarch64'] as const) {
     const program = `qemu-system-${arch}`
     const missing = which.sync(program, { nothrow: true }) ? false : `${program} is missing`
-    for (const kind of ['boot', 'install'] as const) {
-      it(`accepts the arguments of ${arch}, to ${kind}, without a warning`, {
+    const cases = ['alpha', 'sigma'].flatMap((name) =>
+      (['boot', 'install'] as const).map((kind) => ({ name, kind })),
+    )
+    for (const { name, kind } of cases) {
+      it(`accepts the arguments of ${name} on ${arch}, to ${kind}, without a warning`, {
         skip: missing,
       }, async () => {
         const { cluster } = machines
-        const node = cluster.controlPlane
+        const node = cluster.node(name)
         const host = await emulating(arch)
         const files = filesOf(cluster, node)
         await copyFile(host.firmware.vars.path, `${files.efiVars}.tmp`)

@@ -10,7 +10,6 @@ import { promisify } from 'node:util'
 import { which } from 'zx'
 import type { Snapshot } from '../../bin/snapshot.mts'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
-import { withWorker } from '../../lib/cluster-env.mts'
 import { filesOf } from '../../lib/vm.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 
@@ -241,11 +240,13 @@ describe('a snapshot of other machines', { skip }, () => {
   })
 
   it('cannot be restored: the workers that were added later are named, with the command', async () => {
-    const delta = {
-      ...{ name: 'delta', sshPort: 2225, ip: '192.168.100.13' },
-      ...{ mac: '52:54:00:12:34:59', podCidr: '10.200.3.0/24' },
-    }
-    await writeFile(checkout.path('cluster.env'), withWorker(original, delta))
+    const delta = `WORKER_NODES="$WORKER_NODES delta"
+SSH_PORT_delta=2225
+NODE_IP_delta=192.168.100.13
+MAC_delta=52:54:00:12:34:59
+POD_CIDR_delta=10.200.3.0/24
+`
+    await writeFile(checkout.path('cluster.env'), original + delta)
     const { stderr, exitCode } = await restore('before')
     assert.equal(exitCode, 1)
     assert.match(stderr, /"before" cannot be restored; nothing was changed/)

@@ -307,7 +307,10 @@ system = build(spec, root, "26.11", *boot_files("26.11", first, root), lambda te
 add(system, root)
 new = below(root, system)
 kernels = [folder.joinpath("kernel").readlink() for folder in (first, new)]
+import switch
+switch.CURRENT = first
 print(json.dumps({
+  "refused": [switch.switch_to_configuration(new, action) for action in ("switch", "test")],
   "kernels": [str(path) for path in kernels],
   "contents": [below(root, path).read_text() for path in kernels],
   "releases": [folder.joinpath("nixos-version").read_text() for folder in (first, new)],
@@ -316,7 +319,9 @@ print(json.dumps({
         root,
       )
       assert.notEqual(stdout, '', stderr)
-      const { kernels, contents, releases, again } = JSON.parse(stdout)
+      const { kernels, contents, releases, again, refused } = JSON.parse(stdout)
+      assert.deepEqual(refused, [1, 1], 'another D-Bus needs a restart')
+      assert.match(stderr, /^Pre-switch check 'switchInhibitors' failed$/m)
       assert.notEqual(kernels[0], kernels[1])
       assert.deepEqual(contents, ['bzImage', 'bzImage'])
       assert.deepEqual(releases, ['26.05.stand-in', '26.11.stand-in'])

@@ -6,7 +6,6 @@ import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { after, before, describe, it } from 'node:test'
 import { loadCluster } from '../../lib/cluster.mts'
-import { withWorker } from '../../lib/cluster-env.mts'
 import { filesOf, isRunning } from '../../lib/vm.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type ChangeableMachines, changeableMachines } from '../changeable-cluster.mts'
@@ -21,13 +20,15 @@ const skip = (typeof tools === 'string' && tools) || noQemu || noSshd
 // A skipped suite is counted nowhere; a skipped test is.
 it('what this needs is there', { skip }, () => {})
 
-const delta = {
-  name: 'delta',
-  sshPort: 3999,
-  ip: '192.168.100.13',
-  mac: '52:54:00:12:34:59',
-  podCidr: '10.200.3.0/24',
-}
+/** cluster.env with another worker, as add-worker writes it. */
+const withDelta = (text: string) => `${text}
+# ── Worker delta, by ./bin/add-worker.mts; ./bin/remove-worker.mts takes it out ──────────────────
+WORKER_NODES="$WORKER_NODES delta"
+SSH_PORT_delta=3999
+NODE_IP_delta=192.168.100.13
+MAC_delta=52:54:00:12:34:59
+POD_CIDR_delta=10.200.3.0/24
+`
 
 describe('the addresses of a new worker', () => {
   let checkout: Checkout
@@ -227,7 +228,7 @@ describe('workers', { skip, timeout: 900_000 }, () => {
   describe('one that was added, removed by force while the others are down', () => {
     let qemu: IdleQemu
     before(async () => {
-      await write(withWorker(original, delta))
+      await write(withDelta(original))
       for (const script of ['generate-certs', 'generate-kubeconfigs', 'generate-nocloud-iso']) {
         const { exitCode, stderr } = await hollow.script(script)
         assert.equal(exitCode, 0, stderr)
@@ -266,14 +267,14 @@ describe('workers', { skip, timeout: 900_000 }, () => {
       }
       assert.equal(await hollow.kubectl(['get', 'node', 'delta', '--ignore-not-found']), '')
       assert.equal(await hollow.kubectl(['get', 'pod', 'bare', '--ignore-not-found']), '')
-      const text = withWorker(original, delta)
+      const text = withDelta(original)
       const cluster = loadCluster({ root: hollow.checkout.root, env: {}, text })
       assert.equal(await isRunning(cluster, cluster.node('delta')), false)
       await rm(hollow.checkout.path(disk ?? ''))
     })
 
     it('is gone also when that was interrupted before its end, with its disk on request', async () => {
-      await write(withWorker(original, delta))
+      await write(withDelta(original))
       await writeFile(hollow.checkout.path('images', 'delta.qcow2'), 'another disk')
       const { exitCode, stderr } = await remove('delta', '--force', '--purge')
       assert.equal(exitCode, 0, stderr)

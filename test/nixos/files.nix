@@ -84,6 +84,13 @@ let
       ++ section "Service" (environment ++ keyValues service.serviceConfig)
     );
 
+  timerText =
+    _: timer:
+    lines (
+      section "Unit" (keyValues { Description = timer.description; })
+      ++ section "Timer" (keyValues timer.timerConfig)
+    );
+
   # ── networkd and udev ──
   linkText =
     _: link:
@@ -170,6 +177,7 @@ in
   files =
     etcFiles
     // filesOf "/etc/systemd/system" ".service" unitText config.systemd.services
+    // filesOf "/etc/systemd/system" ".timer" timerText config.systemd.timers
     // filesOf "/etc/systemd/network" ".link" linkText config.systemd.network.links
     // filesOf "/etc/systemd/network" ".network" networkText config.systemd.network.networks
     // filesOf "/etc/ssh/authorized_keys.d" "" (_: user: lines (keysOf user)) usersWithKeys

@@ -143,6 +143,7 @@ in
   "systemd.services.<name>.startLimitIntervalSec" = option (nullOr unsigned) null;
   # NixOS takes any name in these two; systemd would ignore a misspelt one, so here it fails.
   "systemd.services.<name>.unitConfig" = option (fields (settings [
+    "ConditionPathExists"
     "DefaultDependencies"
     "StartLimitBurst"
     "StartLimitIntervalSec"
@@ -191,6 +192,15 @@ in
     }
   )) { };
 
+  "systemd.timers.<name>.description" = option str "";
+  "systemd.timers.<name>.wantedBy" = option (listOf str) [ ];
+  "systemd.timers.<name>.timerConfig" = option (fields (settings [
+    "AccuracySec"
+    "OnBootSec"
+    "OnUnitActiveSec"
+    "OnUnitInactiveSec"
+  ])) { };
+
   # system/boot/systemd/tmpfiles.nix
   "systemd.tmpfiles.rules" = option (listOf str) [ ];
 
@@ -220,6 +230,11 @@ in
   "virtualisation.containerd.enable" = option bool false;
   "virtualisation.containerd.settings" = option (attrsOf data) { };
   "virtualisation.containerd.args" = option (attrsOf str) { };
+
+  # services/misc/nix-gc.nix
+  "nix.gc.automatic" = option bool false;
+  "nix.gc.dates" = option (oneOf [ str (listOf str) ]) "03:15";
+  "nix.gc.options" = option str "";
 
   # config/users-groups.nix, and sshd.nix for authorizedKeys
   "users.mutableUsers" = option bool true;

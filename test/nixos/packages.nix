@@ -2,6 +2,10 @@
 # its bin/, checked by hand against nixpkgs. What is not here does not exist for the evaluation,
 # and a program that stands in no such list is found by the check of all commands.
 {
+  bash = [
+    "bash"
+    "sh"
+  ];
   # pkgs/by-name/cn/cni-plugins
   cni-plugins = [
     "bandwidth"
@@ -35,6 +39,7 @@
     "chmod"
     "chown"
     "cp"
+    "date"
     "install"
     "ln"
     "mkdir"

@@ -25,6 +25,8 @@ let
     name = attribute;
     outPath = storePath attribute "";
   }) programs // {
+    # A string, not a package.
+    runtimeShell = "${storePath "bash" ""}/bin/bash";
     stdenv.hostPlatform = {
       inherit system;
       isAarch64 = system == "aarch64-linux";
@@ -70,13 +72,26 @@ let
       all: link: all // { ${link.target} = (all.${link.target} or [ ]) ++ [ link.unit ]; }
     ) { } (
       builtins.concatMap (
-        name:
-        map (target: {
-          inherit target;
-          unit = "${name}.service";
-        }) config.systemd.services.${name}.${option}
-      ) (builtins.attrNames config.systemd.services)
+        { kind, units }:
+        builtins.concatMap (
+          name:
+          map (target: {
+            inherit target;
+            unit = "${name}.${kind}";
+          }) (units.${name}.${option} or [ ])
+        ) (builtins.attrNames units)
+      ) kinds
     );
+  kinds = [
+    {
+      kind = "service";
+      units = config.systemd.services;
+    }
+    {
+      kind = "timer";
+      units = config.systemd.timers;
+    }
+  ];
 
   words = text: builtins.filter (word: word != "") (lib.splitString "[[:space:]\\]+" text);
 in

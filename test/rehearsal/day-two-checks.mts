@@ -135,7 +135,7 @@ async function startTimes(rehearsal: Rehearsal): Promise<Map<string, Start>> {
   const found = new Map<string, Start>()
   const { cluster } = rehearsal
   for (const node of cluster.nodes) {
-    const own = servicesOf(cluster, node).map(({ unit }) => unit)
+    const own = servicesOf(cluster, node)
     const units = [...own, 'sshd', 'systemd-networkd', 'systemd-resolved', 'dbus'].join(' ')
     const show = `systemctl show --property=Id,ActiveEnterTimestampMonotonic,NRestarts ${units}`
     const text = await rehearsal.on(node, show)

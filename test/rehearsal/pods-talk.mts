@@ -32,7 +32,10 @@ export async function podsTalk(
     for (const pod of pods) {
       // The service chooses a pod each time.
       const urls = [...pages, ...pods.map(() => service)].join(' ')
-      await pod.run(`for url in ${urls}; do wget -q -T 30 -O /dev/null $url; done`)
+      // Each worker learns a moment later than the pod which pods the service has.
+      const fetch = 'wget -q -T 30 -O /dev/null $url'
+      const again = 'tries=$((tries + 1)); [ $tries -lt 30 ] || exit 1; sleep 1'
+      await pod.run(`tries=0; for url in ${urls}; do until ${fetch}; do ${again}; done; done`)
     }
     await check(pods)
   })

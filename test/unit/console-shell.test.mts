@@ -133,9 +133,12 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
     assert.match(await readFile(transcript, 'utf8'), /audit: type=1400/)
   })
 
-  it('wakes up a console that shows its prompt only after Enter', async () => {
+  it('wakes up a console that shows its prompt only after Enter', async ({ mock }) => {
     session = spawn('bash', ['-c', 'read line; printf "login ok\n[root@nixos:~]# "; sleep 100'])
-    await waitForPrompt(session, /\]# /, { what: 'the prompt', timeout: 30 })
+    mock.timers.enable({ apis: ['setInterval'] })
+    const prompt = waitForPrompt(session, /\]# /, { what: 'the prompt', timeout: 30 })
+    mock.timers.tick(5000)
+    await prompt
   })
 
   it('times out when no prompt appears', async () => {

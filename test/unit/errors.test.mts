@@ -1,8 +1,7 @@
 import assert from 'node:assert/strict'
 import { describe, it } from 'node:test'
 import { $ } from 'zx/core'
-import { describeError, StepError } from '../../lib/errors.mts'
-import { knownProblem } from '../../lib/problems.mts'
+import { describeError, knownProblem, StepError } from '../../lib/errors.mts'
 import { prepareCommands } from '../../lib/script.mts'
 
 prepareCommands(false)
@@ -88,6 +87,12 @@ describe('a described error', () => {
     assert.equal(known?.reason, 'the API server has a certificate of another CA than tls/ca.pem')
     assert.match(known?.hint ?? '', /make reconfig/)
     assert.equal(knownProblem('qemu-img info', 'x509: unknown'), undefined)
+    // What a program in a pod says is nothing about the API server.
+    const inPod = 'wget: Connection refused\ncommand terminated with exit code 1\n'
+    assert.equal(
+      knownProblem('kubectl exec web -- wget x', inPod)?.reason,
+      'a command in the pod failed (exit status 1)',
+    )
   })
 
   it('of the file system has the path and words instead of a code', () => {

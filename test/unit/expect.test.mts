@@ -199,10 +199,13 @@ describe('expect', { timeout: 120_000 }, () => {
     assert.doesNotMatch(await readFile(transcript, 'utf8'), /hunter2/)
   })
 
-  it('closes a program that ignores signals', { timeout: 20_000 }, async () => {
+  it('closes a program that ignores signals', { timeout: 20_000 }, async ({ mock }) => {
     sh(`trap '' HUP TERM INT; echo ready; while :; do sleep 1; done`)
     await session.expect('ready', soon)
-    await session.close()
+    mock.timers.enable({ apis: ['setTimeout'] })
+    const closed = session.close()
+    mock.timers.tick(5000)
+    await closed
     assert.equal(isAlive(session.pid), false)
   })
 

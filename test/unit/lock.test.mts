@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict'
-import { existsSync } from 'node:fs'
+import { existsSync, promises } from 'node:fs'
 import { mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
+import { syncBuiltinESMExports } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
@@ -86,6 +87,23 @@ describe('a lock', () => {
     await writeFile(path, JSON.stringify(other))
     assert.notEqual(await commandLine(process.ppid), other.command)
     assert.equal(await withLock(path, 'starting alpha', async () => 'taken over'), 'taken over')
+  })
+
+  it('is taken on a file system without hard links as well', async (context) => {
+    const refused = Object.assign(new Error('operation not permitted'), { code: 'EPERM' })
+    context.mock.method(promises, 'link', () => Promise.reject(refused))
+    syncBuiltinESMExports()
+    try {
+      await withLock(path, 'starting alpha', async () => {
+        assert.deepEqual(await readdir(join(folder, 'run')), ['alpha.lock'])
+        const second = withLock(path, 'stopping alpha', async () => 'never')
+        await assert.rejects(second, /another process is starting alpha/)
+      })
+      assert.deepEqual(await readdir(join(folder, 'run')), [])
+    } finally {
+      context.mock.restoreAll()
+      syncBuiltinESMExports()
+    }
   })
 
   it('lets in the scripts that its holder runs, and no others', async () => {

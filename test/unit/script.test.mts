@@ -13,7 +13,7 @@ import {
   symlink,
   writeFile,
 } from 'node:fs/promises'
-import { basename, join } from 'node:path'
+import { basename, dirname, join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Checkout, makeCheckout, type Outcome, projectRoot, run } from '../checkout.mts'
@@ -24,12 +24,7 @@ const firstLines = `\
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 `
 
-/** A script that writes a file as soon as its command line is accepted. */
-const sample = `${firstLines}import { writeFileSync } from 'node:fs'
-import { StepError } from '../lib/errors.mts'
-import { script } from '../lib/script.mts'
-
-const { flags, args } = script({
+const declaration = `{
   does: 'Shows what a script is given.',
   reads: ['cluster.env'],
   writes: [],
@@ -42,7 +37,14 @@ const { flags, args } = script({
   },
   args: 'NODE [FILE]',
   examples: ['./bin/sample.mts alpha', './bin/sample.mts --force alpha file'],
-})
+}`
+
+/** A script that writes a file as soon as its command line is accepted. */
+const sample = `${firstLines}import { writeFileSync } from 'node:fs'
+import { StepError } from '../lib/errors.mts'
+import { script } from '../lib/script.mts'
+
+const { flags, args } = script(${declaration})
 writeFileSync(new URL('../accepted', import.meta.url), '')
 if (flags.fail === 'step') {
   const cause = new Error('the cause')
@@ -51,6 +53,23 @@ if (flags.fail === 'step') {
 if (flags.fail === 'later') setTimeout(() => { throw new StepError('no luck later') }, 1)
 if (flags.fail === 'bug') throw new TypeError('a bug')
 console.log(JSON.stringify({ flags, args }))
+`
+
+/** Gets several command lines one after the other, as a start takes half a second. */
+const trial = `${firstLines}import { script } from '../lib/script.mts'
+
+process.exit = (status) => { throw status }
+for (const args of JSON.parse(process.argv.pop() ?? '')) {
+  process.argv.splice(2, Infinity, ...args)
+  try {
+    script(${declaration})
+    console.error('accepted')
+  } catch (status) {
+    console.error('status ' + status)
+  }
+  for (const one of [process.stdout, process.stderr]) one.removeAllListeners('error')
+  process.removeAllListeners('uncaughtException')
+}
 `
 
 let checkout: Checkout
@@ -127,16 +146,25 @@ Examples:
     [['alpha', 'file', 'more'], 'unexpected argument "more"'],
     [[], 'missing argument: NODE [FILE]'],
   ]
-  for (const [args, reason] of refused) {
-    it(`refuses ${args.join(' ') || 'no argument'} and has done nothing`, async () => {
-      await rm(checkout.path('accepted'), { force: true })
-      const { stdout, stderr, exitCode } = await call(...args)
-      assert.equal(exitCode, 2)
-      assert.equal(stderr, `sample: ${reason}\n  hint:    ./bin/sample.mts --help\n`)
-      assert.equal(stdout, '')
-      assert.ok(!existsSync(checkout.path('accepted')))
-    })
-  }
+  it('refuses each mistake in its flags and arguments', async () => {
+    await writeFile(checkout.path('bin', 'trial.mts'), trial, { mode: 0o755 })
+    const lines = JSON.stringify(refused.map(([args]) => args))
+    const { stdout, stderr } = await run(checkout, 'bin/trial.mts', [lines])
+    const said = refused.map(
+      ([, reason]) => `trial: ${reason}\n  hint:    ./bin/trial.mts --help\n`,
+    )
+    assert.equal(stderr, said.map((text) => `${text}status 2\n`).join(''))
+    assert.equal(stdout, '')
+  })
+
+  it('has done nothing when it refuses', async () => {
+    await rm(checkout.path('accepted'), { force: true })
+    const { stdout, stderr, exitCode } = await call('alpha', '--forse')
+    assert.equal(exitCode, 2)
+    assert.equal(stderr, 'sample: unknown flag --forse\n  hint:    ./bin/sample.mts --help\n')
+    assert.equal(stdout, '')
+    assert.ok(!existsSync(checkout.path('accepted')))
+  })
 
   it('prints an error without its stack, and ends with its status', async () => {
     const { stderr, exitCode } = await call('alpha', '--fail', 'step')
@@ -291,6 +319,33 @@ describe('the launcher', () => {
     assert.deepEqual(JSON.parse(stdout || '{}').args, ['alpha'], stderr)
   })
 
+  it('names npm ci where the packages were copied from another system', async () => {
+    const copied = await makeCheckout()
+    await writeFile(copied.path('bin', 'sample.mts'), sample, { mode: 0o755 })
+    await rm(copied.path('node_modules')) // a link
+    const packages = {
+      'zx/index.js': '',
+      'tsx/esm/api.js': 'throw new Error("@esbuild/linux-x64 is for\\nanother platform")',
+    }
+    for (const [file, text] of Object.entries(packages)) {
+      await mkdir(dirname(copied.path('node_modules', file)), { recursive: true })
+      await writeFile(copied.path('node_modules', file), text)
+    }
+    const manifest = '{"type": "module", "exports": {"./esm/api": "./esm/api.js"}}'
+    await writeFile(copied.path('node_modules/tsx/package.json'), manifest)
+    // Newer versions of Node read TypeScript without tsx.
+    const newer = process.allowedNodeEnvironmentFlags.has('--no-experimental-strip-types')
+    const old = newer ? ['--no-experimental-strip-types'] : []
+    const launch = [copied.path('lib/launch.mjs'), copied.path('bin/sample.mts')]
+    const outcome = await run({ root: '/' }, process.execPath, [...old, ...launch])
+    await copied.remove()
+    assert.equal(outcome.exitCode, 1)
+    assert.match(
+      outcome.stderr,
+      /^sample\.mts: the npm packages do not work on this system: @esbuild\S+ is for\n +hint: +cd \S+ && npm ci\n$/,
+    )
+  })
+
   it('starts a script through a link to it in another folder', async () => {
     const link = checkout.path('..', 'ksample')
     await symlink(checkout.path('bin', 'sample.mts'), link)
@@ -362,18 +417,16 @@ describe('the launcher', () => {
       return performance.now() - start
     }
     const script = checkout.path('bin', 'sample.mts')
-    const ratios: number[] = []
-    // A computer that is busy for a moment gets another chance.
-    while (ratios.length < 4 && !ratios.some((ratio) => ratio <= 1.2)) {
-      const own: number[] = []
-      const bare: number[] = []
-      for (let turn = 0; turn < 7; turn += 1) {
-        own.push(await time(script, ['alpha']))
-        bare.push(await time(tsx, [script, 'alpha']))
-      }
-      ratios.push(median(own) / median(bare))
+    const own: number[] = []
+    const bare: number[] = []
+    let ratio = Infinity
+    // A computer that is busy for a moment gets more turns.
+    for (let turn = 1; turn <= 20 && (turn <= 3 || ratio > 1.2); turn += 1) {
+      own.push(await time(script, ['alpha']))
+      bare.push(await time(tsx, [script, 'alpha']))
+      ratio = median(own) / median(bare)
     }
-    assert.ok(Math.min(...ratios) <= 1.2, `${ratios.map((ratio) => ratio.toFixed(2))} times`)
+    assert.ok(ratio <= 1.2, `${ratio.toFixed(2)} times`)
   })
 })
 

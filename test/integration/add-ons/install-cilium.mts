@@ -215,8 +215,10 @@ export const installCilium = (shared: Shared) =>
     /** Kills a Helm that waits for pods, as soon as its release has the status. */
     async function killHelm(status: string): Promise<void> {
       const kubeconfig = `--kubeconfig=${hollow.checkout.path('configs/admin.kubeconfig')}`
-      const values = ['--values', hollow.checkout.path('run/cilium-values.yaml')]
-      const args = ['upgrade', '--install', 'cilium', chart, ...values, inNamespace, kubeconfig]
+      const values = hollow.checkout.path('values.yaml')
+      await writeFile(values, (await install('--print-values')).stdout)
+      const from = [chart, '--values', values]
+      const args = ['upgrade', '--install', 'cilium', ...from, inNamespace, kubeconfig]
       const command = [...args, '--set', 'operator.replicas=2', '--wait']
       hollow.setFate(() => ({ reason: 'CreateContainerError', message: 'it has to wait' }))
       const child = spawn(`${helm.folder}/helm`, command, { stdio: 'ignore' })

@@ -2,6 +2,7 @@
 files have changed."""
 
 import fcntl
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -56,10 +57,12 @@ def plan(old: Path, new: Path, active: list[str]) -> Plan:
 
 
 def switch_to_configuration(system: Path, action: str) -> int:
-    """action: switch, boot, test or dry-activate. Returns the exit status: 0, or 4 when units
-    failed."""
+    """action: switch, boot, test or dry-activate. Returns the exit status: 0, 1 when only a restart
+    may bring the system up, or 4 when units failed."""
     if action not in ("switch", "boot", "test", "dry-activate"):
         raise Failure(f"Usage: {system}/bin/switch-to-configuration [switch|boot|test|dry-activate]")
+    if action in ("switch", "test") and not may_replace(CURRENT, system):
+        return 1
     Path("/run/nixos").mkdir(exist_ok=True)
     with open("/run/nixos/switch-to-configuration.lock", "w") as lock:
         try:
@@ -69,6 +72,18 @@ def switch_to_configuration(system: Path, action: str) -> int:
         if action in ("switch", "boot"):
             install_boot_loader(Path("/"))
         return 0 if action == "boot" else apply(system, dry=action == "dry-activate")
+
+
+def may_replace(old: Path, new: Path) -> bool:
+    """NixOS 26.05's pre-switch check: no D-Bus is replaced under a running system."""
+    before, after = (json.loads((folder / "switch-inhibitors").read_text()) for folder in (old, new))
+    changed = [f"{name}: {before.get(name)} -> {after[name]}" for name in after if before.get(name) != after[name]]
+    if changed:
+        say("There are changes to critical components of the system:")
+        for line in changed:
+            say(f"    {line}")
+        say("Pre-switch check 'switchInhibitors' failed")
+    return not changed
 
 
 def apply(system: Path, dry: bool) -> int:

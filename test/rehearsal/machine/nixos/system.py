@@ -47,6 +47,8 @@ def build(spec: dict, root: Path, release: str, kernel: Path, ramdisk: Path, say
         write(partial / "spec.json", json.dumps(spec, indent=1, sort_keys=True))
         write(partial / "kernel-params", " ".join(spec["kernelParams"]))
         write(partial / "nixos-version", f"{release}.stand-in")
+        # What a running system must not replace. Here each release has another D-Bus.
+        write(partial / "switch-inhibitors", json.dumps({"dbus-implementation": f"dbus of {release}"}))
         link(OWN / "stage-2.sh", partial / "init")
         link(OWN / "bin/switch-to-configuration", partial / "bin/switch-to-configuration")
         partial.rename(folder)
