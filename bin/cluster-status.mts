@@ -1,7 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The whole cluster at a glance: machines, services, nodes, pods, certificates, LAN switch, and what
-// is wrong with any of them.
+// The whole cluster: machines, services, nodes, pods, certificates, LAN switch, and what is wrong.
 import { X509Certificate } from 'node:crypto'
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'

@@ -1,7 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The first workload on a cluster: a web server on every worker behind one service, requested from
-// inside and from outside.
+// The first workload: a web server on every worker behind one service, used from inside and outside.
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'

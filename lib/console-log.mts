@@ -1,5 +1,4 @@
-// The serial console that QEMU writes to images/NODE-console.log: what a machine printed last, and
-// whether its boot has failed.
+// The serial console, images/NODE-console.log: what a machine printed last, and a failed boot.
 import { createReadStream } from 'node:fs'
 import { stat } from 'node:fs/promises'
 import { text } from 'node:stream/consumers'

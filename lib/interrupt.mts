@@ -1,7 +1,9 @@
 // Ctrl-C and SIGTERM: as an AbortSignal for a step that has something to undo, else the end.
+import { spawn } from 'node:child_process'
 import { constants } from 'node:os'
 import { StepError } from './errors.mts'
 
+const isMac = process.platform === 'darwin'
 const gracePeriod = 30_000
 let controller: AbortController | undefined
 let endCommands = () => {}
@@ -23,8 +25,20 @@ export function interruption(): AbortSignal {
   if (!controller) {
     controller = new AbortController()
     handleSignals(endCommands)
+    // What can be interrupted takes time; a script that another one runs leaves it to that.
+    if (process.env.CLUSTER_LOCKS === undefined) stayAwake()
   }
   return controller.signal
+}
+
+/** Keeps this computer awake until this process ends, where the system has a program for it. */
+function stayAwake(): void {
+  const wait = ['tail', '-f', '/dev/null', `--pid=${process.pid}`]
+  const args = isMac ? ['-i', '-w', `${process.pid}`] : ['--what=idle:sleep', ...wait]
+  const program = isMac ? 'caffeinate' : 'systemd-inhibit'
+  spawn(program, args, { detached: true, stdio: 'ignore' })
+    .on('error', () => {})
+    .unref()
 }
 
 /** The reason of an interruption; undefined if there was none. */

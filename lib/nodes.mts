@@ -1,5 +1,6 @@
 // The machines of cluster.env, and whether names, addresses, ports and the proxy fit together.
-import { existsSync, readFileSync } from 'node:fs'
+import { X509Certificate } from 'node:crypto'
+import { readFileSync, statSync } from 'node:fs'
 import { resolve } from 'node:path'
 import {
   contains,
@@ -173,10 +174,17 @@ export function checkTogether(
 /** What is wrong with PROXY_CA_FILE, in words; undefined if it holds PEM certificates. */
 function caFileProblem(root: string, file: string): string | undefined {
   const path = resolve(root, file)
-  if (!existsSync(path)) return `names a file that does not exist: ${file}`
+  const isFile = statSync(path, { throwIfNoEntry: false })?.isFile()
+  if (!isFile) return `names a file that does not exist: ${file}`
   const text = readFileSync(path, 'latin1')
   if (/-----BEGIN (RSA |EC )?PRIVATE KEY-----/.test(text)) return 'holds a private key'
-  if (/^-----BEGIN CERTIFICATE-----$/m.test(text)) return undefined
+  const found = text.match(/^-----BEGIN CERTIFICATE-----$[^-]*-----END CERTIFICATE-----$/gm) ?? []
+  try {
+    for (const pem of found) new X509Certificate(pem)
+  } catch {
+    return 'holds a damaged certificate'
+  }
+  if (found.length > 0) return undefined
   if (!text.startsWith('\x30')) return 'holds no PEM certificate'
-  return 'is not PEM; if it is DER: openssl x509 -inform DER -in FILE -out FILE.pem'
+  return 'is not PEM. DER: openssl x509 -inform DER -in FILE -out FILE.pem. PKCS#12: openssl pkcs12 -nokeys -in FILE -out FILE.pem'
 }

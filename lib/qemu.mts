@@ -1,5 +1,4 @@
-// A machine: where its files are, and the arguments of its QEMU. Pure, so that it can be read and
-// tested without one.
+// A machine: its files and the arguments of its QEMU. Pure functions, to be tested without one.
 import type { Cluster, Node } from './cluster.mts'
 import { type Host, platformArguments } from './host.mts'
 

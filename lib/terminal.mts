@@ -1,5 +1,4 @@
-// What a program writes to a terminal: as plain text, without colors, titles and cursor movement,
-// and as a transcript in a file.
+// A terminal's output as plain text, without colors, titles and cursor movement; and as a file.
 import { appendFileSync } from 'node:fs'
 
 // biome-ignore-start lint/suspicious/noControlCharactersInRegex: control characters are the subject

@@ -450,6 +450,24 @@ describe('a mistake', () => {
       says: /holds no PEM certificate/,
     },
     {
+      of: 'a CA file that is DER or PKCS#12',
+      change: { PROXY_CA_FILE: 'PROXY_CA_FILE=proxy-ca.der' },
+      at: 'PROXY_CA_FILE',
+      says: /is not PEM\. DER: openssl x509 -inform DER .*PKCS#12: openssl pkcs12 -nokeys/,
+    },
+    {
+      of: 'a CA file with a damaged certificate',
+      change: { PROXY_CA_FILE: 'PROXY_CA_FILE=proxy-ca.pem' },
+      at: 'PROXY_CA_FILE',
+      says: /holds a damaged certificate/,
+    },
+    {
+      of: 'a CA file that is a folder',
+      change: { PROXY_CA_FILE: 'PROXY_CA_FILE=/' },
+      at: 'PROXY_CA_FILE',
+      says: /names a file that does not exist/,
+    },
+    {
       of: 'a range with bits behind its mask',
       change: { K8S_POD_CIDR: 'K8S_POD_CIDR=10.200.0.1/16' },
       at: 'K8S_POD_CIDR',
@@ -486,6 +504,11 @@ describe('a mistake', () => {
       says: /not a NixOS release such as 26\.05/,
     },
   ]
+  before(() => {
+    writeFileSync(join(root, 'proxy-ca.der'), Buffer.from('3082010a', 'hex'))
+    const damaged = '-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n'
+    writeFileSync(join(root, 'proxy-ca.pem'), damaged)
+  })
   for (const { of, change, at, says } of mistakes) {
     it(`is ${of}, and is reported with file and line`, () => {
       const problems = problemsOf(change)

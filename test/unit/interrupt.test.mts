@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict'
 import { type ChildProcess, spawn } from 'node:child_process'
-import { writeFile } from 'node:fs/promises'
+import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
+import { setTimeout as wait } from 'node:timers/promises'
 import { type Checkout, makeCheckout } from '../checkout.mts'
 
 /** Waits for the signal, then cleans up, as slowly as its arguments say. Half a minute takes 0.3 s. */
@@ -35,13 +37,14 @@ describe('an interruption', () => {
   function start(
     cleaning: number,
     how = 'undoing',
+    env: NodeJS.ProcessEnv = process.env,
   ): {
     child: ChildProcess
     said: (text: string) => Promise<void>
     end: Promise<unknown[]>
   } {
     const [launch, sample] = [checkout.path('lib/launch.mjs'), checkout.path('bin/sample.mts')]
-    const child = spawn(process.execPath, [launch, sample, `${cleaning}`, how])
+    const child = spawn(process.execPath, [launch, sample, `${cleaning}`, how], { env })
     let output = ''
     const listeners = new Set<() => void>()
     for (const stream of [child.stdout, child.stderr]) {
@@ -95,6 +98,25 @@ describe('an interruption', () => {
     await said('ready')
     child.kill('SIGINT')
     assert.deepEqual(await end, [130, null, 'ready\ncleaning up\n'])
+  })
+
+  it('goes with a computer that is kept awake, once for a script and those that it runs', async () => {
+    const folder = checkout.path('awake')
+    await mkdir(folder)
+    for (const name of ['caffeinate', 'systemd-inhibit']) {
+      await writeFile(join(folder, name), `#!/bin/sh\necho "$*" >>'${folder}/calls'\n`, {
+        mode: 0o755,
+      })
+    }
+    const calls = () => readFile(join(folder, 'calls'), 'utf8').catch(() => '')
+    const env = { ...process.env, PATH: `${folder}:${process.env.PATH}` }
+    const child = start(50, 'stuck', { ...env, CLUSTER_LOCKS: '' })
+    const parent = start(50, 'stuck', env)
+    await parent.said('ready')
+    while ((await calls()) === '') await wait(20)
+    for (const { child: process } of [child, parent]) process.kill('SIGINT')
+    await Promise.all([child.end, parent.end])
+    assert.match(await calls(), new RegExp(`^[^\n]*\\b${parent.child.pid}\n$`))
   })
 
   it('a second time ends it at once', async () => {
