@@ -40,9 +40,12 @@ export function changeableMachines(checkout: Checkout): ChangeableMachines {
     if (exitCode !== 0) throw new Error(`${command} on ${name}: ${stderr}`)
     return stdout
   }
-  // Folders of this computer, such as /, keep their modes.
+  // Not the folders above these, which are this computer's: tar changes their modes for a moment,
+  // and two at a time would leave / closed to others.
+  const files = ['etc/nixos', 'var/lib/kubernetes', 'etc/ssh/ssh_host_ed25519_key{,.pub}']
+  const members = files.map((file) => `./${file}`).join(' ')
   const reset = `rm -rf /var/lib/reconfig /var/lib/kubernetes /etc/nixos
-    tar -xzpf /var/lib/installed/archive --no-same-owner --no-overwrite-dir -C /`
+    tar -xzpf /var/lib/installed/archive --no-same-owner -C / ${members}`
   return {
     machines,
     space,
