@@ -75,6 +75,23 @@ export const goModules = {
     programs: { helm: 'helm.sh/helm/v4/cmd/helm' },
     stamp: (version) => ({ 'helm.sh/helm/v4/internal/version.version': `v${version}` }),
   },
+  cilium: {
+    folder: 'cilium',
+    module: 'github.com/cilium/cilium',
+    programs: {
+      'cilium-agent': 'github.com/cilium/cilium/daemon',
+      'cilium-cni': 'github.com/cilium/cilium/plugins/cilium-cni',
+      'cilium-dbg': 'github.com/cilium/cilium/cilium-dbg',
+      'cilium-health': 'github.com/cilium/cilium/cilium-health',
+      'cilium-health-responder': 'github.com/cilium/cilium/cilium-health/responder',
+      'cilium-mount': 'github.com/cilium/cilium/tools/mount',
+      'cilium-operator-generic': 'github.com/cilium/cilium/operator',
+      'cilium-sysctlfix': 'github.com/cilium/cilium/tools/sysctlfix',
+    },
+    // The second makes the operator the generic one, which gives out each node's pod CIDR.
+    tags: 'osusergo,ipam_provider_operator',
+    stamp: (version) => ({ 'github.com/cilium/cilium/pkg/version.ciliumVersion': version }),
+  },
 } satisfies Record<string, GoModule>
 
 export type GoModuleName = keyof typeof goModules
@@ -88,6 +105,20 @@ export async function pinnedVersion(name: GoModuleName): Promise<string> {
   const version = line?.match(/ v(\S+)/)?.[1]
   if (!version) throw new StepError(`${file} requires no ${module}`)
   return version
+}
+
+/** The folder of a module's source in Go's cache, downloaded if it is not there yet. */
+export async function moduleFolder(name: GoModuleName, version: string): Promise<string> {
+  const { module } = goModules[name]
+  const go = $({
+    quiet: true,
+    nothrow: true,
+    cwd: join(import.meta.dirname, goModules[name].folder),
+  })
+  const { stdout, stderr } = await go`go mod download -json ${module}@v${version}`
+  const { Dir: folder, Error: reason } = JSON.parse(stdout || '{}') as Record<string, string>
+  if (folder) return folder
+  throw new StepError(`${module} v${version} cannot be had`, { output: reason ?? stderr.trim() })
 }
 
 /**
@@ -114,9 +145,11 @@ export async function goBuild(
   // In a copy, as another version than the pinned one changes go.mod and go.sum.
   const work = await mkdtemp(join(tmpdir(), 'go-programs-'))
   try {
-    for (const file of ['go.mod', 'go.sum']) {
-      await cp(join(import.meta.dirname, folder, file), join(work, file))
-    }
+    await cp(join(import.meta.dirname, folder), work, {
+      recursive: true,
+      // Kubernetes' own go.mod lies beside the folders of the others.
+      filter: (path) => folder !== '.' || /\/go\.(mod|sum)$|\/kubernetes$/.test(path),
+    })
     const go = $({
       cwd: work,
       quiet: true,

@@ -55,7 +55,7 @@ export async function kubernetesPrograms(options: Options = {}): Promise<Program
 
 /**
  * The programs of another Go module: etcd (etcd, etcdctl, etcdutl), coredns, metrics-server,
- * local-path-provisioner or helm, in the version of cluster.env or, for etcd, of its go.mod. Built
+ * local-path-provisioner, helm or cilium, in the version of cluster.env or, for etcd, of its go.mod. Built
  * with Go and cached.
  */
 export async function goPrograms(
@@ -69,6 +69,7 @@ export async function goPrograms(
     'metrics-server': settings.METRICS_SERVER_VERSION,
     'local-path-provisioner': settings.LOCAL_PATH_VERSION,
     helm: settings.HELM_VERSION,
+    cilium: settings.CILIUM_VERSION,
   }[name]
   if (process.platform !== 'linux') return notLinux
   return orReason(() =>

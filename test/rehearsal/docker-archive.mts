@@ -17,11 +17,14 @@ import { $ } from 'zx'
 import { architecture } from '../kubernetes/program-cache.mts'
 import { hash } from './layer-cache.mts'
 
-export interface Image {
+export interface Image extends Process {
   /** Its full name, with registry and tag. */
   tag: string
   /** By path without leading slash. */
   files: Readonly<Record<string, ImageFile>>
+}
+
+interface Process {
   /** Runs with the pod's arguments, or those of `command` when it has none. */
   entrypoint?: readonly string[]
   command?: readonly string[]
@@ -42,16 +45,30 @@ export async function writeDockerArchive(image: Image, archive: string): Promise
   try {
     await Promise.all([mkdir(tree), mkdir(parts)])
     for (const [path, file] of Object.entries(image.files)) await place(file, join(tree, path))
-    const layer = join(parts, 'layer.tar')
-    await tar(tree, layer)
-    const config = `${JSON.stringify(configuration(image, hash(await readFile(layer))))}\n`
-    const manifest = { Config: 'config.json', RepoTags: [image.tag], Layers: ['layer.tar'] }
-    await writeFile(join(parts, 'config.json'), config)
-    await writeFile(join(parts, 'manifest.json'), `${JSON.stringify([manifest])}\n`)
-    await tar(parts, archive)
+    await tar(tree, join(parts, 'layer.tar'))
+    await packImage(parts, [image.tag], archive, image)
   } finally {
     await rm(scratch, { recursive: true })
   }
+}
+
+/**
+ * Writes the archive of an image whose one layer exists already.
+ *
+ * @param parts folder with layer.tar and nothing else
+ */
+export async function packImage(
+  parts: string,
+  tags: readonly string[],
+  archive: string,
+  process: Process = {},
+): Promise<void> {
+  const layer = hash(await readFile(join(parts, 'layer.tar')))
+  const config = `${JSON.stringify(configuration(process, layer))}\n`
+  const manifest = { Config: 'config.json', RepoTags: tags, Layers: ['layer.tar'] }
+  await writeFile(join(parts, 'config.json'), config)
+  await writeFile(join(parts, 'manifest.json'), `${JSON.stringify([manifest])}\n`)
+  await tar(parts, archive)
 }
 
 async function place(file: ImageFile, path: string): Promise<void> {
@@ -71,7 +88,7 @@ async function tar(folder: string, file: string): Promise<void> {
 }
 
 /** @param layer SHA-256 of the layer's tar file */
-function configuration({ entrypoint, command, user }: Image, layer: string): object {
+function configuration({ entrypoint, command, user }: Process, layer: string): object {
   return {
     architecture,
     os: 'linux',

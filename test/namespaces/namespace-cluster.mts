@@ -1,0 +1,280 @@
+// A cluster whose machines are sets of Linux namespaces: raised, kept, and taken away. Everything in
+// a machine is what the rehearsal's virtual machines have, from the same layers and the same
+// evaluation of the staged configuration; only kernel and hardware are this computer's.
+import { spawn } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { existsSync, openSync } from 'node:fs'
+import { cp, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { stringify } from 'yaml'
+import { $ } from 'zx'
+import { type Cluster, loadCluster, type Node } from '../../lib/cluster.mts'
+import { lastLines, StepError } from '../../lib/errors.mts'
+import { filesOf } from '../../lib/qemu.mts'
+import { step } from '../../lib/steps.mts'
+import { waitFor } from '../../lib/wait.mts'
+import { freePorts, makeCheckout, projectRoot, run } from '../checkout.mts'
+import { goPrograms, kubernetesPrograms } from '../kubernetes/programs.mts'
+import { debianLayer } from '../rehearsal/debian-layer.mts'
+import { imageArchives } from '../rehearsal/images.mts'
+import { kubernetesLayer } from '../rehearsal/kubernetes-layer.mts'
+import { cached, contentOf } from '../rehearsal/layer-cache.mts'
+import { ownLayer } from '../rehearsal/own-layer.mts'
+import { missing } from '../tools.mts'
+import { type CiliumParts, ciliumParts } from './cilium-image.mts'
+import { differences } from './differences.mts'
+
+const here = import.meta.dirname
+const python = '/usr/bin/python3'
+
+/** The clusters of this checkout, each in a folder of its own. */
+export const clusterFolder = join(projectRoot, 'namespaces')
+
+/** Why there can be no such cluster here; false if there can. */
+export function cannotRun(): string | false {
+  if (process.platform !== 'linux') return 'machines made of namespaces need Linux'
+  if (process.getuid?.() !== 0) return 'only root can make namespaces, networks and cgroups'
+  if (!existsSync(python)) return `${python} is missing`
+  return missing(
+    'mmdebstrap',
+    'sqfstar',
+    'unshare',
+    'ip',
+    'iptables',
+    'nix-instantiate',
+    'qemu-system-x86_64',
+  )
+}
+
+/** What machines are made of, all from the cache once it is there. */
+interface Parts {
+  /** Name to squashfs. */
+  layers: Record<string, string>
+  /** Folder that is containerd's root on a new worker. */
+  imageStore: string
+  cilium: CiliumParts
+  /** Folders of kubectl and helm for the PATH. */
+  path: string[]
+}
+
+export async function makeParts(): Promise<Parts> {
+  const { settings } = loadCluster({ env: {} })
+  const found = [await kubernetesPrograms(), await goPrograms('etcd'), await goPrograms('helm')]
+  const [kubernetes = '', etcd = '', helm = ''] = found.map(({ folder, reason }) => {
+    if (folder) return folder
+    throw new StepError(reason ?? '')
+  })
+  const debian = await debianLayer()
+  const own = await ownLayer(debian, settings.NIXOS_VERSION)
+  const cilium = await ciliumParts()
+  const { archives, missing: absent } = await imageArchives(settings, debian.busybox)
+  if (absent.length > 0) throw new StepError(`images are missing: ${absent.join('; ')}`)
+  const script = join(here, 'image-store.sh')
+  const all = [...archives, cilium.archive]
+  const inputs = [debian.image, ...all, await contentOf(script)]
+  const store = await cached('image-store', inputs, async (into) => {
+    await mkdir(join(into, 'root'))
+    const command = ['sh', script, join(into, 'root'), debian.image, ...all]
+    await $({ quiet: true })`unshare --mount --pid --fork --kill-child ${command}`
+    await rm(join(into, 'root.root'), { recursive: true, force: true })
+  })
+  return {
+    layers: {
+      debian: debian.image,
+      'stand-in': own.image,
+      kubernetes: await kubernetesLayer([kubernetes, etcd]),
+    },
+    imageStore: join(store, 'root'),
+    cilium,
+    path: [kubernetes, helm],
+  }
+}
+
+export interface NamespaceCluster {
+  cluster: Cluster
+  /** Of its checkout, with `bin/` and the file of values for `install-cilium --values`. */
+  root: string
+  /** Where kubectl and helm of the right versions are. */
+  path: string[]
+}
+
+const scripts = [
+  'generate-certs',
+  'generate-encryption-config',
+  'generate-kubeconfigs',
+  'generate-nocloud-iso',
+]
+
+/**
+ * Raises a cluster; one that is in the folder is taken away first.
+ *
+ * @param folder of all its files
+ * @param settings variables of cluster.env to change
+ * @param keep whether it outlives this process
+ */
+export async function raise({
+  folder,
+  settings = {},
+  keep = false,
+}: {
+  folder: string
+  settings?: Record<string, string | number>
+  keep?: boolean
+}): Promise<NamespaceCluster> {
+  const reason = cannotRun()
+  if (reason) throw new StepError(reason)
+  const parts = await makeParts()
+  await step('take a former cluster away', () => takeAway(folder))
+  await mkdir(folder, { recursive: true })
+  const checkout = await makeCheckout({
+    folder: join(folder, 'checkout'),
+    settings: {
+      ...(await sshPorts()),
+      CILIUM_CHART: parts.cilium.chart,
+      KUBE_LOG_LEVEL: 1,
+      ...settings,
+    },
+  })
+  const { root } = checkout
+  await step('certificates, kubeconfigs, staged configuration', async (detail) => {
+    for (const name of scripts) {
+      detail(name)
+      const { exitCode, stderr } = await run(checkout, `bin/${name}.mts`)
+      if (exitCode !== 0) throw new StepError(`${name} failed`, { output: lastLines(stderr) })
+    }
+  })
+  const cluster = loadCluster({ root, env: {} })
+  await writeFile(join(root, 'differences.yaml'), ciliumValues())
+  await step('machines', async () => {
+    for (const node of cluster.nodes) await layOut(folder, cluster, node, parts)
+    await startMachines(folder, cluster, parts, keep)
+  })
+  return { cluster, root, path: parts.path }
+}
+
+/** Ends a cluster, also one whose supervisor was killed, and removes its files. */
+export async function takeAway(folder: string): Promise<void> {
+  const file = join(folder, 'supervisor.pid')
+  const pid = Number(await readFile(file, 'utf8').catch(() => ''))
+  const line = pid ? await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '') : ''
+  if (line.includes(join(folder, 'cluster.json'))) {
+    process.kill(pid, 'SIGTERM')
+    await waitFor(
+      { failure: 'the former cluster does not end', timeout: 60, every: 50 },
+      async () => (existsSync(`/proc/${pid}`) ? 'it is still running' : undefined),
+    )
+  }
+  // What a killed supervisor could not remove: the kernel has removed all the rest.
+  if (existsSync(folder))
+    await $({ quiet: true })`${python} -IB ${supervisor} --clear ${idOf(folder)}`
+  await rm(folder, { recursive: true, force: true })
+}
+
+const supervisor = join(here, 'supervisor.py')
+
+/** Part of the names of what is one for the whole computer: no two folders have the same. */
+function idOf(folder: string): string {
+  return createHash('sha256').update(folder).digest('hex').slice(0, 8)
+}
+
+async function sshPorts(): Promise<Record<string, number>> {
+  const { nodes } = loadCluster({ env: {} })
+  const ports = await freePorts(nodes.length)
+  const names = nodes.map(({ name }) => `SSH_PORT_${name.replaceAll('-', '_')}`)
+  return Object.fromEntries(names.map((name, index) => [name, ports[index] ?? 0]))
+}
+
+/** The files of a machine before its first start. */
+async function layOut(folder: string, cluster: Cluster, node: Node, parts: Parts): Promise<void> {
+  const root = join(folder, 'machines', node.name)
+  await mkdir(root, { recursive: true, mode: 0o755 })
+  await cp(cluster.path('cloud-init', node.name, 'nixos'), root, { recursive: true })
+  const outside = '[Network]\nDHCP=no\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nDNS=10.0.2.3\n'
+  const files: Record<string, string> = {
+    'install.py': await readFile(join(here, 'install.py'), 'utf8'),
+    'differences.json': JSON.stringify(differences()),
+    // nixos-install expects a kernel on its CD.
+    'cd/boot/nix/store/0-linux/bzImage': 'none',
+    'cd/boot/nix/store/0-initrd-linux/initrd': 'none',
+    'systemd/network/10-outside.network.d/50-machine.conf': outside,
+    // Its messages are this computer's.
+    'systemd/journald.conf.d/50-machine.conf': '[Journal]\nReadKMsg=no\nAudit=no\n',
+  }
+  for (const [name, text] of Object.entries(files)) {
+    const path = join(root, 'nix/machine', name)
+    await mkdir(join(path, '..'), { recursive: true })
+    await writeFile(path, text)
+  }
+  if (node.role !== 'worker') return
+  const store = join(root, 'var/lib/containerd')
+  await mkdir(join(root, 'var/lib'), { recursive: true })
+  // Files of images never change, so the machines share them where a file system has both folders.
+  await $({ quiet: true })`cp -al ${parts.imageStore} ${store}`.catch(
+    () => $({ quiet: true })`rm -rf ${store} && cp -a --reflink=auto ${parts.imageStore} ${store}`,
+  )
+  const databases = await $({ quiet: true })`find ${store} -name '*.db'`
+  for (const database of databases.stdout.trim().split('\n')) {
+    await cp(database, `${database}.own`)
+    await rename(`${database}.own`, database)
+  }
+}
+
+async function startMachines(
+  folder: string,
+  cluster: Cluster,
+  parts: Parts,
+  keep: boolean,
+): Promise<void> {
+  await mkdir(cluster.path('run'), { recursive: true, mode: 0o700 })
+  await mkdir(cluster.path('images'), { recursive: true })
+  const machines = cluster.nodes.map((node) => {
+    const api = cluster.settings.API_PORT
+    return {
+      name: node.name,
+      root: join(folder, 'machines', node.name),
+      mac: node.mac,
+      lanMac: node.lanMac,
+      forwards: [[node.sshPort, 22], ...(node === cluster.controlPlane ? [[api, api]] : [])],
+      console: filesOf(cluster, node).consoleLog,
+    }
+  })
+  // By these the scripts know that machines run: a QEMU for each that emulates nothing, and the
+  // switch, to which none is connected.
+  const qemu = ['qemu-system-x86_64', '-machine', 'none', '-nodefaults', '-display', 'none']
+  const beside = [
+    [process.execPath, 'lib/launch.mjs', cluster.path('lib/lan-switch.mts')],
+    ...cluster.nodes.map((node) => {
+      const qmp = `unix:run/${node.name}.qmp,server=on,wait=off`
+      return [...qemu, '-pidfile', filesOf(cluster, node).pid, '-qmp', qmp]
+    }),
+  ]
+  const spec = { id: idOf(folder), root: cluster.root, layers: parts.layers, machines, beside }
+  await writeFile(join(folder, 'cluster.json'), JSON.stringify(spec, null, 2))
+  const log = openSync(join(folder, 'supervisor.log'), 'a')
+  const child = spawn(
+    python,
+    ['-IB', supervisor, join(folder, 'cluster.json'), ...(keep ? [] : ['--with-parent'])],
+    { detached: true, stdio: [keep ? 'ignore' : 'pipe', log, log] },
+  )
+  child.unref()
+  await writeFile(join(folder, 'supervisor.pid'), String(child.pid))
+  const failure = 'the machines do not start'
+  await waitFor(
+    { failure, timeout: 120, every: 50, log: join(folder, 'supervisor.log') },
+    async () => {
+      if (existsSync(join(folder, 'ready'))) return undefined
+      if (child.exitCode === null) return 'no supervisor yet'
+      const output = lastLines(await readFile(join(folder, 'supervisor.log'), 'utf8'))
+      throw new StepError(failure, { output })
+    },
+  )
+}
+
+/** Helm values for `install-cilium --values`, each with its reason. */
+export function ciliumValues(): string {
+  return differences()
+    .flatMap(({ what, why, cilium }) =>
+      cilium ? [`# ${what}:\n# ${why}\n${stringify(cilium)}`] : [],
+    )
+    .join('\n')
+}
