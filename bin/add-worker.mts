@@ -8,7 +8,7 @@ import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
 import { writeFileAtomic } from '../lib/files.mts'
 import { formatBytes, formatDuration } from '../lib/format.mts'
-import { waitForReady, waitForServices } from '../lib/health.mts'
+import { probeApiServer, waitForReady, waitForServices } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { printAndExit, useCluster } from '../lib/kubectl.mts'
 import { withClusterLock } from '../lib/lock.mts'
@@ -19,6 +19,7 @@ import { kinds, overlap, parseAddress, parseCidr, perNodeVariables } from '../li
 import { connect, setClocks } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
 import { assertDiskSpace, hasDisk, isRunning } from '../lib/vm.mts'
+import { waitFor } from '../lib/wait.mts'
 
 const { flags, args } = script({
   does: `Adds a worker to a running cluster: chooses its addresses and writes them to cluster.env, creates
@@ -95,8 +96,12 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
   const timeout = flags.timeout ?? cluster.settings.WAIT_TIMEOUT
   const wait = (detail: (text: string) => void) => ({ timeout, detail, signal })
   await step(`${name}: services`, (detail) => waitForServices(cluster, node, wait(detail)))
-  const registered = ['--for=create', `--timeout=${timeout}s`]
-  await step(`${name}: registered`, () => $({ signal })`kubectl wait node/${name} ${registered}`)
+  await step(`${name}: registered`, (detail) =>
+    waitFor({ failure: `${name} has not registered`, ...wait(detail) }, async () => {
+      const { nodes, reason } = await probeApiServer(cluster, { signal })
+      return nodes?.has(name) ? undefined : reason || 'its kubelet has not registered it yet'
+    }),
+  )
 
   // 7. Its pod range, and its role, which a kubelet may not give itself. Then the pod network starts.
   const spec = JSON.stringify({ spec: { podCIDR: node.podCidr, podCIDRs: [node.podCidr] } })

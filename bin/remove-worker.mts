@@ -215,14 +215,8 @@ function settingsWithout(): string {
   const namesIn = (value: string) => value.split(/\s+/).filter(Boolean)
   const shortened = (line: string, start: string, quote: string, value: string, rest: string) => {
     if (!namesIn(value).includes(name)) return line
-    return (
-      start +
-      quote +
-      namesIn(value)
-        .filter((each) => each !== name)
-        .join(' ') +
-      rest
-    )
+    const others = namesIn(value).filter((each) => each !== name)
+    return start + quote + others.join(' ') + rest
   }
   const kept: string[] = []
   // One of the blank lines around its lines goes with them. A file without a line break at its end
