@@ -4,6 +4,7 @@ import assert from 'node:assert/strict'
 import { join } from 'node:path'
 import { $ } from 'zx'
 import { describeError } from '../../lib/errors.mts'
+import { servicesOf } from '../../lib/health.mts'
 import { interruption } from '../../lib/interrupt.mts'
 import { kubectlJson } from '../../lib/kubectl.mts'
 import { becomes } from '../../lib/wait.mts'
@@ -135,8 +136,11 @@ async function networkPolicy({ cluster, signal }: Rehearsal): Promise<void> {
 }
 
 async function logs({ cluster }: Rehearsal): Promise<void> {
-  const found = await $`./bin/logs.mts ${cluster.controlPlane.name}`
-  assert.match(found.stdout, /etcd/)
+  const { controlPlane } = cluster
+  const found = await $`./bin/logs.mts --lines 5000 ${controlPlane.name}`
+  for (const unit of servicesOf(cluster, controlPlane)) {
+    assert.ok(found.stdout.includes(` ${unit}[`), `${unit} has no line in the journals`)
+  }
 }
 
 async function restartedServices(rehearsal: Rehearsal): Promise<void> {
