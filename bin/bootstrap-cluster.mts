@@ -77,11 +77,13 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   await run('wait-for-cluster', '--ready')
   if (until === 'cluster') return
 
-  // Names for services, volumes for claims, numbers for kubectl top. Each is verified.
+  // Names for services, volumes for claims, numbers for kubectl top; each is verified. They need
+  // only the network, so all at the same time, and with plain lines.
+  process.env.TERM = 'dumb'
   const timeout = `${cluster.settings.WAIT_TIMEOUT}`
-  await run('deploy-coredns', '--timeout', timeout)
-  await run('deploy-local-storage', '--timeout', timeout)
-  await run('deploy-metrics-server', '--timeout', timeout)
+  const addOns = ['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server']
+  const all = await Promise.allSettled(addOns.map((name) => run(name, '--timeout', timeout)))
+  for (const ended of all) if (ended.status === 'rejected') throw ended.reason
 })
 let next = 'make smoke, and: export KUBECONFIG=configs/admin.kubeconfig'
 if (until === 'machines') next = 'make wait, which watches the cluster come up'

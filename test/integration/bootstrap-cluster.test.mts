@@ -158,12 +158,13 @@ describe('the steps of bootstrap-cluster', () => {
     const { steps, exitCode, stderr } = await bootstrap()
     assert.equal(exitCode, 0, stderr)
     const addOns = ['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server']
-    assert.deepEqual(steps, [
-      ...prepared,
-      'provision --wait',
-      ...network,
-      ...addOns.map((name) => `${name} --timeout 900`),
-    ])
+    const before = [...prepared, 'provision --wait', ...network]
+    assert.deepEqual(steps.slice(0, before.length), before)
+    // These run at the same time.
+    assert.deepEqual(
+      steps.slice(before.length).sort(),
+      addOns.map((name) => `${name} --timeout 900`).sort(),
+    )
     assert.match(stderr, /^\$ \.\/bin\/provision\.mts --wait$/m)
     assert.match(stderr, /next: make smoke/)
   })
@@ -193,6 +194,15 @@ describe('the steps of bootstrap-cluster', () => {
     assert.equal(steps.at(-1), 'install-cilium')
     assert.match(stderr, /install-cilium failed, so the cluster is not complete/)
     assert.match(stderr, /hint: .*make all continues from here/)
+  })
+
+  it('all end before the failure of an add-on is reported', async () => {
+    await writeFile(checkout.path('broken-deploy-coredns'), '')
+    const { steps, exitCode, stderr } = await bootstrap()
+    await rm(checkout.path('broken-deploy-coredns'))
+    assert.equal(exitCode, 1)
+    assert.ok(steps.includes('deploy-metrics-server --timeout 900'), steps.join('\n'))
+    assert.match(stderr, /deploy-coredns failed, so the cluster is not complete/)
   })
 
   it('end with the machines when only some are named', async () => {
