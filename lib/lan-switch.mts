@@ -21,8 +21,8 @@ const maxAddresses = 4096
 export class LearningSwitch {
   readonly counters = { received: 0, forwarded: 0, flooded: 0, refused: 0, dropped: 0 }
   private ports: readonly number[]
-  /** By MAC address in hexadecimal; `seen` in seconds. */
-  private readonly table = new Map<string, { port: number; seen: number }>()
+  /** By MAC address as a number; `seen` in seconds. */
+  private readonly table = new Map<number, { port: number; seen: number }>()
 
   constructor(ports: readonly number[]) {
     this.ports = ports
@@ -42,14 +42,14 @@ export class LearningSwitch {
     if (!this.ports.includes(from)) return this.count('refused')
     this.counters.received += 1
     // The lowest bit of an address's first byte: a group's, broadcast or multicast.
-    const [toGroup, fromGroup] = [0, 6].map((offset) => ((frame[offset] ?? 0) & 1) === 1)
-    if (frame.length < headerLength || fromGroup) return this.count('dropped')
-    const source = frame.toString('hex', 6, 12)
+    const isGroup = (offset: number) => ((frame[offset] ?? 0) & 1) === 1
+    if (frame.length < headerLength || isGroup(6)) return this.count('dropped')
+    const source = frame.readUIntBE(6, 6)
     const isFull = () => this.table.size >= maxAddresses && !this.table.has(source)
     if (isFull()) this.forget(({ seen }) => now - seen > ageing)
     if (!isFull()) this.table.set(source, { port: from, seen: now })
-    const known = this.table.get(frame.toString('hex', 0, 6))
-    if (toGroup || !known || now - known.seen > ageing) {
+    const known = this.table.get(frame.readUIntBE(0, 6))
+    if (isGroup(0) || !known || now - known.seen > ageing) {
       const others = this.ports.filter((port) => port !== from)
       return this.count('flooded', others)
     }
@@ -59,7 +59,8 @@ export class LearningSwitch {
   /** The addresses it knows. */
   addresses(now: number): SwitchStatus['addresses'] {
     const all = [...this.table].map(([address, { port, seen }]) => {
-      return { mac: address.replace(/(..)(?=.)/g, '$1:'), port, age: now - seen }
+      const mac = address.toString(16).padStart(12, '0')
+      return { mac: mac.replace(/(..)(?=.)/g, '$1:'), port, age: now - seen }
     })
     return all.filter(({ age }) => age <= ageing)
   }
