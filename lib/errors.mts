@@ -98,6 +98,9 @@ const systemErrors: Readonly<Record<string, string>> = {
 export const wrongEncryptionKey =
   'Secrets in etcd are encrypted with another key than that of encryption-config.yaml'
 
+/** A wait continues at this: on a slow computer the API server is silent for seconds. */
+export const busyApiServer = 'the API server does not answer in time'
+
 const renew =
   'make certs-check shows the certificates; make certs renews; make reconfig copies them to the machines'
 const start = 'make status shows what runs; make up starts the machines; make wait waits for them'
@@ -152,8 +155,8 @@ const problems: readonly [command: RegExp, ...Problem[]][] = [
     // QEMU accepts the connection, and closes it when nothing listens on the machine.
     [/EOF$|connection reset/im,
       'the API server does not answer: nothing listens on the machine yet', start],
-    [/timeout|deadline exceeded|no route to host|cluster unreachable/i,
-      'the API server does not answer', start],
+    [/timeout|deadline exceeded/i, busyApiServer, start],
+    [/no route to host|cluster unreachable/i, 'the API server does not answer', start],
     [/not yet valid: current time \S+ is before/,
       "the API server's certificate is not valid yet: the clocks of this computer and the machine differ",
       'make status shows clocks that are wrong'],

@@ -1,6 +1,6 @@
 // Waiting: one polling loop, with what is still missing shown and named when it gives up.
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type Explanation, StepError } from './errors.mts'
+import { busyApiServer, type Explanation, explain, StepError } from './errors.mts'
 
 interface Wait extends Pick<Explanation, 'command' | 'hint' | 'log'> {
   /** The beginning of the error: "no metrics" gives "no metrics after 300 s". */
@@ -21,7 +21,8 @@ const asleep = 30_000
 /**
  * Polls until nothing is missing any more.
  *
- * @param look returns what is missing, undefined when nothing is; what it throws ends the wait
+ * @param look returns what is missing, undefined when nothing is; what it throws ends the wait,
+ *   except that the API server is busy
  * @throws StepError with what was missing last; the signal's reason
  */
 export async function waitFor(
@@ -31,7 +32,10 @@ export async function waitFor(
   let deadline = Date.now() + timeout * 1000
   for (;;) {
     signal?.throwIfAborted()
-    const missing = await look()
+    const missing = await look().catch((error) => {
+      if (explain(error).reason === busyApiServer) return busyApiServer
+      throw error
+    })
     if (missing === undefined) return
     if (Date.now() > deadline) {
       throw new StepError(`${failure} after ${timeout} s`, { output: missing, ...explanation })

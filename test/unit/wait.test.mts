@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict'
 import { describe, it, mock } from 'node:test'
+import { $ } from 'zx/core'
 import type { StepError } from '../../lib/errors.mts'
+import { prepareCommands } from '../../lib/script.mts'
 import { waitFor } from '../../lib/wait.mts'
 
 describe('a wait', () => {
@@ -21,6 +23,21 @@ describe('a wait', () => {
       assert.equal(explanation.output, 'web-1')
       return true
     })
+  })
+
+  it('goes on while the API server is too busy to answer, and ends when nothing listens', async () => {
+    prepareCommands(false)
+    const says = [
+      'Unable to connect to the server: net/http: TLS handshake timeout',
+      'The connection to the server 127.0.0.1:6443 was refused - did you specify the right host?',
+    ]
+    const shown: string[] = []
+    const waiting = waitFor(
+      { failure: 'no pods', timeout: 60, every: 1, detail: (text) => shown.push(text) },
+      async () => (await $`kubectl() { echo ${says.shift()} >&2; false; }; kubectl`).stdout,
+    )
+    await assert.rejects(waiting, (error) => /refused/.test(String(error)))
+    assert.deepEqual(shown, ['the API server does not answer in time'])
   })
 
   it('ends at once with the reason of an interruption', async () => {
