@@ -104,24 +104,20 @@ export function clockTrouble(name: string, ahead: number): string {
   return `the clock of ${name} is ${time} ${ahead > 0 ? 'ahead of' : 'behind'} this computer's`
 }
 
-export interface ApiState {
-  ready: boolean
-  reason: string
-  /** Registered nodes by name; undefined if they could not be listed. */
-  nodes?: Map<string, ReturnType<typeof nodeState>[1]>
-}
-
 /**
- * Whether the API server is ready, and its nodes. No answer is a state, not an error.
+ * Whether the API server is ready, and its nodes by name (undefined if they could not be listed).
+ * No answer is a state, not an error.
  *
  * @param limits.timeout for each answer; 10 s by default
  */
-export async function probeApiServer(cluster: Cluster, limits: Limits = {}): Promise<ApiState> {
+export async function probeApiServer(cluster: Cluster, limits: Limits = {}) {
   let ready = false
   try {
     await get(cluster, '/readyz?verbose', limits)
     ready = true
-    const { items } = JSON.parse(await get(cluster, '/api/v1/nodes', limits))
+    const { items }: { items: ListedNode[] } = JSON.parse(
+      await get(cluster, '/api/v1/nodes', limits),
+    )
     return { ready, reason: '', nodes: new Map(items.map(nodeState)) }
   } catch (error) {
     const reason = apiError(error, limits)

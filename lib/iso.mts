@@ -81,9 +81,6 @@ export async function inspectIso(file: string, arch: Architecture): Promise<void
   refuse(file, `is an installer for another processor than ${arch}`)
 }
 
-/** What the boot menu starts: files, and the kernel's command line. */
-export type BootEntry = { kernel: string; initrd: string; append: string }
-
 const consoles = { x86_64: 'console=ttyS0,115200n8', aarch64: 'console=ttyAMA0' }
 // An emulated machine may need more than the default 90 seconds until udev has found the console;
 // it would then get no login.
@@ -113,7 +110,7 @@ export async function extractKernel(iso: string, folder: string, arch: Architect
 }
 
 /** The first `linux` and `initrd` of a GRUB menu, as paths in the ISO; undefined without a pair. */
-export function firstEntry(menu: string): BootEntry | undefined {
+export function firstEntry(menu: string) {
   const [, linux, words = '', initrd] =
     menu.match(/^\s*linux\s+(\S+)(.*)\n(?:.*\n)*?\s*initrd\s+(\S+)/m) ?? []
   if (!linux || !initrd) return undefined

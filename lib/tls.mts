@@ -13,14 +13,11 @@ import type { Cluster } from './cluster.mts'
 import { StepError } from './errors.mts'
 import { readIfThere } from './files.mts'
 
-/** Who can access a file or a folder besides its owner: 'writable' means that they can change it. */
-export type Access = 'missing' | 'private' | 'readable' | 'writable'
-
 /**
- * Who can access a file or a folder, given relative to the project's root. One that belongs to
- * another user than us, root or the owner of the project is writable.
+ * Who besides its owner can access a file or a folder, given relative to the project's root. One that
+ * belongs to another user than us, root or the owner of the project is writable.
  */
-export async function accessOf({ root, path }: Cluster, file: string): Promise<Access> {
+export async function accessOf({ root, path }: Cluster, file: string) {
   const found = await stat(path(file)).catch(() => undefined)
   if (!found) return 'missing'
   const owners = [0, process.getuid?.(), (await stat(root)).uid]
