@@ -16,10 +16,11 @@ import { spawn as spawnInTerminal } from '../lib/expect.mts'
 import { formatTable } from '../lib/format.mts'
 import { ensureLanSwitch } from '../lib/lan.mts'
 import { nodeList, startFakeApiServer } from './api-server.mts'
-import { type Checkout, freePorts, makeCheckout, projectRoot, run } from './checkout.mts'
+import { type Checkout, makeCheckout, projectRoot, run } from './checkout.mts'
 import { HollowMachines } from './hollow-machines.mts'
 import { installerFiles, makeIso } from './installer-iso.mts'
 import { makeLiveSystem } from './live-system.mts'
+import { freePorts } from './ports.mts'
 
 interface Contest {
   name: string

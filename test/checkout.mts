@@ -1,12 +1,11 @@
 // A throwaway copy of the project for one test: the real scripts in a folder of their own, with
 // ports of their own, so that nothing of a learner's cluster (or of another test) is touched.
 import { execFile } from 'node:child_process'
-import { createSocket } from 'node:dgram'
 import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
-import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { stopLanSwitch } from '../lib/lan.mts'
+import { freePorts, ownBlock } from './ports.mts'
 
 export const projectRoot = join(import.meta.dirname, '..')
 
@@ -65,7 +64,8 @@ export async function makeCheckout(
     SSH_PORT_sigma: sigma ?? 0,
     SSH_PORT_gamma: gamma ?? 0,
     API_PORT: api ?? 0,
-    LAN_SWITCH_PORT: await freeLanPort(),
+    // Each machine's port is 1 to 254 above.
+    LAN_SWITCH_PORT: await ownBlock(),
     ...(QEMU_ACCEL ? { QEMU_ACCEL } : {}),
     ...options.settings,
   })
@@ -110,39 +110,6 @@ export function run(
     child.stdin?.on('error', () => {})
     child.stdin?.end(options.input ?? '')
   })
-}
-
-/** TCP ports on loopback that nobody listens on just now, all different. */
-export async function freePorts(count: number): Promise<number[]> {
-  const servers = await Promise.all(
-    Array.from({ length: count }, async () => {
-      const server = createServer()
-      await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
-      return server
-    }),
-  )
-  return Promise.all(
-    servers.map(async (server) => {
-      const address = server.address()
-      await new Promise((resolve) => server.close(resolve))
-      return typeof address === 'object' && address ? address.port : 0
-    }),
-  )
-}
-
-/** A UDP port for a switch, with room above it for machines that no other test's switch uses. */
-async function freeLanPort(): Promise<number> {
-  for (;;) {
-    // Below the range that the system hands out; each machine's port is 1 to 254 above.
-    const port = 12000 + Math.floor(Math.random() * 70) * 256
-    const socket = createSocket('udp4')
-    const free = await new Promise<boolean>((resolve) => {
-      socket.once('error', () => resolve(false))
-      socket.bind({ port, address: '127.0.0.1', exclusive: true }, () => resolve(true))
-    })
-    socket.close()
-    if (free) return port
-  }
 }
 
 async function setValues(file: string, values: Record<string, string | number>): Promise<void> {

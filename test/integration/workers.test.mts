@@ -9,10 +9,11 @@ import { loadCluster } from '../../lib/cluster.mts'
 import { filesOf, isRunning } from '../../lib/vm.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type ChangeableMachines, changeableMachines } from '../changeable-cluster.mts'
-import { type Checkout, freePorts, makeCheckout, run } from '../checkout.mts'
+import { type Checkout, makeCheckout, run } from '../checkout.mts'
 import { type IdleQemu, noQemu, startIdleQemu } from '../idle-qemu.mts'
 import { HollowCluster } from '../kubernetes/hollow-cluster.mts'
 import { findTools } from '../kubernetes/prepared.mts'
+import { freePorts } from '../ports.mts'
 import { noSshd } from '../sshd.mts'
 
 const tools = await findTools()

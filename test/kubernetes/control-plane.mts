@@ -10,8 +10,9 @@ import { text } from 'node:stream/consumers'
 import type { Cluster } from '../../lib/cluster.mts'
 import { StepError } from '../../lib/errors.mts'
 import { becomes } from '../../lib/wait.mts'
-import { freePorts, type Outcome, run } from '../checkout.mts'
+import { type Outcome, run } from '../checkout.mts'
 import type { Machine } from '../nixos/evaluate.mts'
+import { freePorts } from '../ports.mts'
 import {
   commandHere,
   mapped,

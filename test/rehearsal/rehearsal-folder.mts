@@ -2,7 +2,8 @@
 // changes nothing of a real one and can run at the same time.
 import { join } from 'node:path'
 import type { Cluster } from '../../lib/cluster.mts'
-import { freePorts, makeCheckout, projectRoot } from '../checkout.mts'
+import { makeCheckout, projectRoot } from '../checkout.mts'
+import { freePorts } from '../ports.mts'
 
 export const rehearsalFolder = join(projectRoot, 'rehearsal')
 

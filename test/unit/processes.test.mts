@@ -17,7 +17,7 @@ import {
   portHolder,
 } from '../../lib/processes.mts'
 import { becomes } from '../../lib/wait.mts'
-import { freePorts } from '../checkout.mts'
+import { freePorts } from '../ports.mts'
 import { missing } from '../tools.mts'
 
 describe('a pid file', () => {

@@ -7,10 +7,10 @@ import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { becomes } from '../../../lib/wait.mts'
-import { freePorts } from '../../checkout.mts'
 import type { HollowCluster } from '../../kubernetes/hollow-cluster.mts'
 import { missingTool } from '../../kubernetes/prepared.mts'
 import { goPrograms } from '../../kubernetes/programs.mts'
+import { freePorts } from '../../ports.mts'
 import type { Shared } from './shared.mts'
 
 const coredns = await goPrograms('coredns')

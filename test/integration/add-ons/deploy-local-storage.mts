@@ -8,10 +8,10 @@ import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import type { ApiObject } from '../../../lib/kubectl.mts'
 import { becomes } from '../../../lib/wait.mts'
-import { freePorts } from '../../checkout.mts'
 import type { HollowCluster } from '../../kubernetes/hollow-cluster.mts'
 import { defaultFate } from '../../kubernetes/hollow-nodes.mts'
 import { goPrograms } from '../../kubernetes/programs.mts'
+import { freePorts } from '../../ports.mts'
 import type { Shared } from './shared.mts'
 
 const localPath = await goPrograms('local-path-provisioner')

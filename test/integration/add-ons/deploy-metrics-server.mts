@@ -12,9 +12,10 @@ import { text } from 'node:stream/consumers'
 import { after, before, describe, it } from 'node:test'
 import type { TLSSocket } from 'node:tls'
 import { becomes } from '../../../lib/wait.mts'
-import { freePorts, run } from '../../checkout.mts'
+import { run } from '../../checkout.mts'
 import type { HollowCluster } from '../../kubernetes/hollow-cluster.mts'
 import { goPrograms } from '../../kubernetes/programs.mts'
+import { freePorts } from '../../ports.mts'
 import type { Shared } from './shared.mts'
 
 const metricsServer = await goPrograms('metrics-server')
