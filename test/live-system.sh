@@ -32,9 +32,9 @@ boot() {
   cd /
   printf '\033[2J\033[01;01H\033[=3hBdsDxe: starting Boot0001\r\n'
   printf '[    0.000000] Linux version 6.12.0\r\n[\033[0;32m  OK  \033[0m] Reached target\r\n'
-  faulty emergency && printf 'You are in emergency mode. After logging in, type "journalctl -xb"\r\n' && sleep 1000
-  faulty panic && printf '[ 3.1] Kernel panic - not syncing: VFS: no root\r\n[ 3.1] CPU: 0\r\n' && sleep 1000
-  faulty silence && sleep 1000
+  faulty emergency && printf 'You are in emergency mode. After logging in, type "journalctl -xb"\r\n' && exec sleep 1000
+  faulty panic && printf '[ 3.1] Kernel panic - not syncing: VFS: no root\r\n[ 3.1] CPU: 0\r\n' && exec sleep 1000
+  faulty silence && exec sleep 1000
   printf '\r\n<<< Welcome to NixOS 26.05 (x86_64) - ttyS0 >>>\r\n\r\nnixos login: nixos (automatic login)\r\n'
   if faulty noise; then
     (while :; do printf '[   12.345678] audit: type=1400 audit(0.0:1): a message\r\n'; sleep 0.003; done) &
@@ -88,7 +88,7 @@ nixos-install() {
     sleep 0.1
   done
   faulty stuck-once && mkdir "$LIVE_SYSTEM/stuck" 2>/dev/null && LIVE_FAULTS=stuck
-  faulty stuck && echo 'stuck here' && sleep 1000
+  faulty stuck && echo 'stuck here' && exec sleep 1000
   mkdir -p /mnt/boot/EFI/{BOOT,nixos} /mnt/boot/loader/entries
   faulty loader || echo loader > /mnt/boot/EFI/BOOT/BOOTX64.EFI
   faulty kernel || echo kernel > /mnt/boot/EFI/nixos/0123-bzImage.efi

@@ -134,7 +134,7 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
   })
 
   it('wakes up a console that shows its prompt only after Enter', async ({ mock }) => {
-    session = spawn('bash', ['-c', 'read line; printf "login ok\n[root@nixos:~]# "; sleep 100'])
+    session = spawn('bash', ['-c', 'read line; printf "login ok\n[root@nixos:~]# "; exec sleep 100'])
     mock.timers.enable({ apis: ['setInterval'] })
     const prompt = waitForPrompt(session, /\]# /, { what: 'the prompt', timeout: 30 })
     mock.timers.tick(5000)
@@ -142,7 +142,7 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
   })
 
   it('times out when no prompt appears', async () => {
-    session = spawn('bash', ['-c', 'echo "starting udev"; sleep 100'], { name: 'alpha' })
+    session = spawn('bash', ['-c', 'echo "starting udev"; exec sleep 100'], { name: 'alpha' })
     const waiting = waitForPrompt(session, /\]# /, { what: 'the prompt', timeout: 0.3 })
     await assert.rejects(waiting, /alpha: timed out after 0\.3s waiting for the prompt/)
   })
@@ -259,7 +259,7 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
       signal: controller.signal,
     })
     const reason = new Error('interrupted by SIGINT')
-    const running = shell.execute('echo begun; sleep 100', {
+    const running = shell.execute('echo begun; exec sleep 100', {
       onLine: () => controller.abort(reason),
     })
     await assert.rejects(running, reason)

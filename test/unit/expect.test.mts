@@ -44,7 +44,7 @@ describe('expect', { timeout: 120_000 }, () => {
   }
 
   it('waits for a question and answers it', async () => {
-    sh('printf "name? "; read name; echo "hello $name"; sleep 100')
+    sh('printf "name? "; read name; echo "hello $name"; exec sleep 100')
     await session.expect('name? ', soon)
     session.send('Ada\n')
     const match = await session.expect(/hello (\w+)\n/, soon)
@@ -52,13 +52,13 @@ describe('expect', { timeout: 120_000 }, () => {
   })
 
   it('returns the output before the match, and continues after it', async () => {
-    sh('echo one; echo two; echo three; sleep 100')
+    sh('echo one; echo two; echo three; exec sleep 100')
     assert.equal((await session.expect('two', soon)).before, 'one\n')
     assert.equal((await session.expect('three', soon)).before, '\n')
   })
 
   it('returns which of several patterns matched', async () => {
-    sh('echo "permission denied"; sleep 100')
+    sh('echo "permission denied"; exec sleep 100')
     const { index } = await session.expect([/welcome/, 'denied'], soon)
     assert.equal(index, 1)
   })
@@ -66,13 +66,13 @@ describe('expect', { timeout: 120_000 }, () => {
   it('recognizes a prompt whose colors and title arrive in pieces', async () => {
     sh(
       String.raw`for piece in '\033[1;3' '2m[\033]0;nixos@' 'nixos: ~\007nixos@nix' 'os:~]$ \033[' '0m '; do
-        printf "$piece"; sleep 0.05; done; sleep 100`,
+        printf "$piece"; sleep 0.05; done; exec sleep 100`,
     )
     await session.expect('[nixos@nixos:~]$ ', soon)
   })
 
   it('a timeout names what was awaited, for how long, and the last lines', async () => {
-    sh('echo starting; echo "still thinking"; sleep 100')
+    sh('echo starting; echo "still thinking"; exec sleep 100')
     await session.expect('starting', soon)
     await session.expect('thinking', soon)
     const error = await failureOf(session.expect(/\$ /, { timeout: 0.2, what: 'the prompt' }))
@@ -84,7 +84,7 @@ describe('expect', { timeout: 120_000 }, () => {
   })
 
   it('a timeout names the patterns if they have no description', async () => {
-    sh('sleep 100')
+    sh('exec sleep 100')
     const error = await failureOf(session.expect([/\$ $/, 'login:'], { timeout: 0.05 }))
     assert.match(error.message, /waiting for \/\\\$ \$\/ or login:/)
   })
@@ -118,7 +118,7 @@ describe('expect', { timeout: 120_000 }, () => {
   })
 
   it('ends a wait with the reason of an abort, and can be used after it', async () => {
-    sh('read line; echo "got $line"; sleep 100')
+    sh('read line; echo "got $line"; exec sleep 100')
     const controller = new AbortController()
     const waiting = session.expect('never', { ...soon, signal: controller.signal })
     const reason = new Error('interrupted')
@@ -131,7 +131,7 @@ describe('expect', { timeout: 120_000 }, () => {
 
   it('fails at once on fatal output, even if it came before the wait', async () => {
     const fatalPatterns = [{ pattern: /Kernel panic.*\n/, reason: 'the kernel panicked' }]
-    sh('echo "[ 3.1] Kernel panic - not syncing: no init"; echo; echo ready; sleep 100', {
+    sh('echo "[ 3.1] Kernel panic - not syncing: no init"; echo; echo ready; exec sleep 100', {
       fatalPatterns,
     })
     await sleep(300)
@@ -156,7 +156,7 @@ describe('expect', { timeout: 120_000 }, () => {
   })
 
   it('refuses two waits at the same time', async () => {
-    sh('echo ready; sleep 100')
+    sh('echo ready; exec sleep 100')
     const first = session.expect('never', { timeout: 0.1 })
     assert.throws(() => session.expect('ready', soon), /one thing at a time/)
     await failureOf(first)
@@ -164,7 +164,7 @@ describe('expect', { timeout: 120_000 }, () => {
 
   it('writes a transcript of mode 0600, as plain text, without what was sent', async () => {
     const transcript = join(folder, 'transcript.log')
-    sh(String.raw`stty -echo; printf '\033[32mready\033[0m\r\n'; read line; echo done; sleep 100`, {
+    sh(String.raw`stty -echo; printf '\033[32mready\033[0m\r\n'; read line; echo done; exec sleep 100`, {
       transcript,
     })
     await session.expect('ready', soon)
@@ -188,7 +188,7 @@ describe('expect', { timeout: 120_000 }, () => {
 
   it('keeps what is not recorded out of transcript and errors', async () => {
     const transcript = join(folder, 'secret.log')
-    sh('echo public; read line; echo "key: $line"; sleep 100', { transcript })
+    sh('echo public; read line; echo "key: $line"; exec sleep 100', { transcript })
     await session.expect('public', soon)
     session.transcript.recording = false
     session.send('hunter2\n')
@@ -210,7 +210,7 @@ describe('expect', { timeout: 120_000 }, () => {
   })
 
   it('refuses to send more than a terminal holds before the program has answered', async () => {
-    sh('stty -echo; echo ready; read line; echo got $(printf %s "$line" | wc -c); sleep 100')
+    sh('stty -echo; echo ready; read line; echo got $(printf %s "$line" | wc -c); exec sleep 100')
     await session.expect('ready', soon)
     assert.throws(() => session.send('x'.repeat(901)), /901 bytes to send, 900 are free/)
     session.send('x'.repeat(800))
@@ -222,14 +222,14 @@ describe('expect', { timeout: 120_000 }, () => {
   })
 
   it('is not blocked by a program that reads nothing: the wait times out', async () => {
-    sh('stty raw -echo; echo ready; sleep 100')
+    sh('stty raw -echo; echo ready; exec sleep 100')
     await session.expect('ready', soon)
     session.send('x'.repeat(900))
     assert.equal((await failureOf(session.expect('never', { timeout: 0.1 }))).kind, 'timeout')
   })
 
   it('keeps up with a flood of output', async () => {
-    sh('stty -echo; seq 1 200000; echo the end; sleep 100')
+    sh('stty -echo; seq 1 200000; echo the end; exec sleep 100')
     await session.expect(/the end/, { timeout: 30 })
   })
 })
@@ -238,7 +238,7 @@ describe('a program in a terminal', { timeout: 60_000 }, () => {
   it('ends when its parent is killed', async () => {
     const script = `
       const { spawn } = await import(${JSON.stringify(join(import.meta.dirname, '../../lib/expect.mts'))})
-      const session = spawn('sh', ['-c', 'echo ready; sleep 100'])
+      const session = spawn('sh', ['-c', 'echo ready; exec sleep 100'])
       await session.expect('ready', { timeout: 10 })
       console.log('child ' + session.pid)
       setInterval(() => {}, 1000)`
