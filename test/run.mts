@@ -31,6 +31,7 @@ files.sort((a, b) => rank(a) - rank(b))
 // What the tests write goes to a folder of this run, so that what they leave behind is seen.
 const folder = await mkdtemp(join(await realpath(tmpdir()), 't-'))
 process.env.TMPDIR = folder
+process.env.NODE_OPTIONS = `--import=${new URL('strip-types.mjs', import.meta.url)}`
 
 const took = new Map<string, number>()
 const failed = new Set<string>()
@@ -66,8 +67,8 @@ function report(what: string, lines: readonly string[]): void {
 async function leftBehind(): Promise<string[]> {
   await becomes(async () => (await processesOfRun()).length === 0, 10)
   const names = await readdir(folder)
-  // Caches of tsx and Node are no test's.
-  const kept = names.filter((name) => !/^tsx-|^node-compile-cache$/.test(name))
+  // Caches of Node and what reads TypeScript are no test's.
+  const kept = names.filter((name) => !/^(tsx|strip-types)-|^node-compile-cache$/.test(name))
   return [...kept.map((name) => join(folder, name)), ...(await processesOfRun())]
 }
 

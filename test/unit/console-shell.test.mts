@@ -134,7 +134,10 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
   })
 
   it('wakes up a console that shows its prompt only after Enter', async ({ mock }) => {
-    session = spawn('bash', ['-c', 'read line; printf "login ok\n[root@nixos:~]# "; exec sleep 100'])
+    session = spawn('bash', [
+      '-c',
+      'read line; printf "login ok\n[root@nixos:~]# "; exec sleep 100',
+    ])
     mock.timers.enable({ apis: ['setInterval'] })
     const prompt = waitForPrompt(session, /\]# /, { what: 'the prompt', timeout: 30 })
     mock.timers.tick(5000)

@@ -164,9 +164,12 @@ describe('expect', { timeout: 120_000 }, () => {
 
   it('writes a transcript of mode 0600, as plain text, without what was sent', async () => {
     const transcript = join(folder, 'transcript.log')
-    sh(String.raw`stty -echo; printf '\033[32mready\033[0m\r\n'; read line; echo done; exec sleep 100`, {
-      transcript,
-    })
+    sh(
+      String.raw`stty -echo; printf '\033[32mready\033[0m\r\n'; read line; echo done; exec sleep 100`,
+      {
+        transcript,
+      },
+    )
     await session.expect('ready', soon)
     session.transcript.note('$ answer\n')
     session.send('a secret\n')
