@@ -92,7 +92,8 @@ const packages: Readonly<Record<string, string>> = {
 const kubectlUrl = `https://dl.k8s.io/release/v${KUBERNETES_VERSION}/bin/linux/${go}/kubectl`
 const verify = `echo "$(curl -fsSL ${kubectlUrl}.sha256)  kubectl" | sha256sum -c -`
 const copy = `${sudo}install -m 755 kubectl /usr/local/bin/kubectl`
-const getKubectl = `(cd "$(mktemp -d)" && curl -fLO ${kubectlUrl} && ${verify} && ${copy})`
+const folder = `cd "$(mktemp -d)" && trap 'rm -r "$PWD"' EXIT`
+const getKubectl = `(${folder} && curl -fLO ${kubectlUrl} && ${verify} && ${copy})`
 
 /** A `warning` works, perhaps slowly; `missing` can be installed; a `problem` cannot. */
 const marks = { ok: '✓', optional: '-', warning: '!', missing: '✗', problem: '✗' } as const

@@ -1,7 +1,7 @@
 // Runs the tests of the named folders, several files at a time; then says what was skipped and why,
 // which files took longest, and what they left behind: `node --import tsx test/run.mts unit`.
 import { readdirSync } from 'node:fs'
-import { mkdtemp, readdir, readFile, realpath, rm } from 'node:fs/promises'
+import { chmod, mkdtemp, readdir, readFile, realpath, rm } from 'node:fs/promises'
 import { availableParallelism, tmpdir } from 'node:os'
 import { join, relative } from 'node:path'
 import { stdout } from 'node:process'
@@ -30,6 +30,8 @@ files.sort((a, b) => rank(a) - rank(b))
 
 // What the tests write goes to a folder of this run, so that what they leave behind is seen.
 const folder = await mkdtemp(join(await realpath(tmpdir()), 't-'))
+// (As mmdebstrap wants it, whose user for the files in an archive is another.)
+await chmod(folder, 0o755)
 process.env.TMPDIR = folder
 process.env.NODE_OPTIONS = `--import=${new URL('strip-types.mjs', import.meta.url)}`
 

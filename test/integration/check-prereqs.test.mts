@@ -397,7 +397,7 @@ describe('check-prereqs', () => {
     programs.add('apt-get')
     const content = 'a kubectl'
     const checksum = createHash('sha256').update(`${content}\n`).digest('hex')
-    programs.link('mktemp', 'sha256sum', 'bash')
+    programs.link('mktemp', 'sha256sum', 'bash', 'rm')
     if (process.getuid?.() !== 0) programs.add('sudo', 'exec "$@"')
     programs.add('install')
     const installWith = async (sum: string) => {

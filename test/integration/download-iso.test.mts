@@ -431,10 +431,11 @@ describe('download-iso', { skip: noIsoTool }, () => {
   })
 
   it('does not run twice at a time', async () => {
-    const url = serve(iso, '/mirror/my.iso', { pause: 60 })
+    const url = serve(iso, '/mirror/my.iso', { pause: 500 })
     const first = call(['--iso-url', url])
     while (!existsSync(`${file}.partial`)) await wait(10)
     const second = await call(['--iso-url', url])
+    served().pause = 0
     assert.equal(second.exitCode, 1)
     assert.match(second.stderr, /another process is downloading the ISO/)
     assert.equal((await first).exitCode, 0)

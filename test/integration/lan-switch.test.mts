@@ -8,6 +8,7 @@ import { ensureLanSwitch, lanSwitchStatus, pidFileOf, stopLanSwitch } from '../.
 import { commandLine, isGone } from '../../lib/processes.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type Checkout, makeCheckout } from '../checkout.mts'
+import { freePorts } from '../ports.mts'
 import { type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
 
 const address = '127.0.0.1'
@@ -107,9 +108,10 @@ describe('the LAN switch', () => {
     assert.equal(first.alreadyRunning, false)
     assert.deepEqual(await ensureLanSwitch(cluster), { ...first, alreadyRunning: true })
 
+    const [port = 0] = await freePorts(1)
     await checkout.set({
       WORKER_NODES: 'sigma gamma delta',
-      SSH_PORT_delta: cluster.controlPlane.sshPort + 1,
+      SSH_PORT_delta: port,
       NODE_IP_delta: '192.168.100.13',
       MAC_delta: '52:54:00:12:34:59',
       POD_CIDR_delta: '10.200.3.0/24',

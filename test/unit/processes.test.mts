@@ -148,7 +148,8 @@ describe('a port', () => {
 describe('a process, as on macOS', { skip: missing('ps') }, () => {
   let child: ChildProcess
   before(async () => {
-    child = spawn('sh', ['-c', 'sleep 1000 # /Users/müller/run/alpha.pid'], { stdio: 'ignore' })
+    // (It waits by itself: a process of its own would outlive it.)
+    child = spawn('sh', ['-c', 'read line # /Users/müller/run/alpha.pid'])
     await once(child, 'spawn')
   })
   after(() => child.kill('SIGKILL'))
