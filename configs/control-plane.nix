@@ -120,7 +120,7 @@ in
           "pki/service-account.pem"
           "encryption-config.yaml"
         ]
-        [ "kubernetes/audit-policy.json" ];
+        [ "kubernetes/admission.json" "kubernetes/audit-policy.json" ];
     serviceConfig = serviceOf "kubernetes" // {
       # Started means that it listens, so the two services after it find it.
       Type = "notify";
@@ -179,6 +179,7 @@ in
             enable-admission-plugins = "NodeRestriction,DenyServiceExternalIPs";
             # Cilium's agent is a privileged pod; Pod Security decides which pods may be.
             allow-privileged = "true";
+            admission-control-config-file = "/etc/kubernetes/admission.json";
           };
         }
         {
@@ -228,6 +229,28 @@ in
         }
       ];
     };
+  };
+
+  # Pod Security: pods that could take over their machine are refused, and kubectl warns of what the
+  # strict profile would refuse. A namespace's labels pod-security.kubernetes.io/* win over this.
+  environment.etc."kubernetes/admission.json".text = builtins.toJSON {
+    apiVersion = "apiserver.config.k8s.io/v1";
+    kind = "AdmissionConfiguration";
+    plugins = [
+      {
+        name = "PodSecurity";
+        configuration = {
+          apiVersion = "pod-security.admission.config.k8s.io/v1";
+          kind = "PodSecurityConfiguration";
+          defaults = {
+            enforce = "baseline";
+            warn = "restricted";
+          };
+          # Cilium's agent sets up the machine's network.
+          exemptions.namespaces = [ "kube-system" ];
+        };
+      }
+    ];
   };
 
   # The first rule that matches counts.

@@ -39,11 +39,15 @@ const took = new Map<string, number>()
 const failed = new Set<string>()
 const skipped: string[] = []
 const tests = run({ files, concurrency: availableParallelism() + 1 })
-tests.on('test:fail', ({ file = '' }) => failed.add(relative(projectRoot, file)))
-tests.on('test:pass', ({ name, file = '', nesting, skip, details }) => {
-  const path = relative(projectRoot, file)
-  if (skip) skipped.push(`${path}: ${name}${typeof skip === 'string' ? `: ${skip}` : ''}`)
-  if (nesting === 0) took.set(path, (took.get(path) ?? 0) + details.duration_ms)
+tests.on('test:fail', (test) => {
+  failed.add(relative(projectRoot, test.file ?? ''))
+  note(test)
+})
+tests.on('test:pass', (test) => {
+  const { name, file = '', skip } = test
+  const reason = typeof skip === 'string' ? `: ${skip}` : ''
+  if (skip) skipped.push(`${relative(projectRoot, file)}: ${name}${reason}`)
+  note(test)
 })
 const began = performance.now()
 for await (const part of tests.compose(new spec())) stdout.write(String(part))
@@ -59,6 +63,15 @@ report('left behind', left)
 report('skipped', skipped)
 await rm(folder, { recursive: true, force: true })
 if (failed.size + left.length > 0) process.exitCode = 1
+
+type Ended = { file?: string; nesting: number; details: { duration_ms: number } }
+
+/** Adds the time of a test to that of its file. */
+function note({ file = '', nesting, details }: Ended): void {
+  if (nesting > 0) return
+  const path = relative(projectRoot, file)
+  took.set(path, (took.get(path) ?? 0) + details.duration_ms)
+}
 
 function report(what: string, lines: readonly string[]): void {
   console.log(`${what} ${lines.length}`)

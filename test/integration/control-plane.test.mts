@@ -111,6 +111,29 @@ describe('the control plane', { skip }, () => {
       }
     })
 
+    it('a namespace gets no pod that could take over its machine, and a warning of lesser ones', async () => {
+      await admin('create', 'namespace', 'work')
+      for (const namespace of ['work', 'kube-system']) {
+        await admin('create', 'serviceaccount', 'someone', `--namespace=${namespace}`)
+      }
+      const create = (namespace: string, spec: object) =>
+        admin(
+          ...['run', 'pod', `--namespace=${namespace}`, '--image=image', '--dry-run=server'],
+          `--overrides=${JSON.stringify({ spec: { serviceAccountName: 'someone', ...spec } })}`,
+        )
+      const host = { hostNetwork: true, hostPID: true }
+      const refused = await create('work', host)
+      assert.match(refused.stderr, /violates PodSecurity "baseline:latest": host namespaces/)
+      const plain = await create('work', {})
+      assert.match(plain.stderr, /would violate PodSecurity "restricted:latest"/)
+      assert.doesNotMatch(plain.stderr, /violates PodSecurity "baseline/)
+      const system = await create('kube-system', host)
+      assert.doesNotMatch(system.stderr, /PodSecurity/)
+
+      await admin('label', 'namespace', 'work', 'pod-security.kubernetes.io/enforce=privileged')
+      assert.doesNotMatch((await create('work', host)).stderr, /violates/)
+    })
+
     it('the audit log has what is done with a Secret, but not its content', async () => {
       await admin('create', 'secret', 'generic', 'audited', '--from-literal=key=not-for-the-log')
       const path = join(controlPlane.place.root, 'var/log/kubernetes/audit.log')
