@@ -190,10 +190,7 @@ const problems: readonly [command: RegExp, ...Problem[]][] = [
 ]
 
 /** What went wrong in known cases, from a command and its stderr; undefined if it is not known. */
-export function knownProblem(
-  command: string,
-  stderr: string,
-): { reason: string; hint: string | undefined } | undefined {
+export function knownProblem(command: string, stderr: string) {
   const rows = problems.flatMap(([of, ...rows]) => (of.test(command) ? rows : []))
   for (const [pattern, reason, hint] of rows) {
     const match = stderr.match(pattern)

@@ -10,11 +10,7 @@ import { basename, dirname, join } from 'node:path'
  * @param mode permission bits from the first byte on, whatever the umask (0o600 for secrets)
  * @throws the file system's error; the previous file is then unchanged
  */
-export async function writeFileAtomic(
-  path: string,
-  data: string | Uint8Array,
-  mode = 0o644,
-): Promise<void> {
+export async function writeFileAtomic(path: string, data: string | Uint8Array, mode = 0o644) {
   await mkdir(dirname(path), { recursive: true })
   const suffix = `${process.pid}-${randomBytes(4).toString('hex')}`
   const temporary = join(dirname(path), `.${basename(path)}.tmp-${suffix}`)

@@ -1,10 +1,7 @@
 // Tables, amounts, durations and moments as text.
 
 /** Rows below a header line, in columns; a line break in a cell gives its row another line. */
-export function formatTable(
-  header: readonly string[],
-  rows: readonly (readonly string[])[],
-): string {
+export function formatTable(header: readonly string[], rows: readonly (readonly string[])[]) {
   const lines = [header, ...rows].flatMap((row) => {
     const cells = row.map((cell) => cell.split('\n'))
     const height = Math.max(...cells.map(({ length }) => length))

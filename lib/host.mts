@@ -96,29 +96,23 @@ export function platformArguments({ os, arch, accel, qemu }: Platform): string[]
 
 /** The accelerator of each system, and why it cannot be used. */
 const natives = { linux: 'kvm', darwin: 'hvf' } as const
+type Setting = Accelerator | 'auto'
 type Obstacle = { reason: string; hint: string } | undefined
 
 /**
  * The accelerator of this computer, and a warning where it is the slow one. QEMU itself is asked,
  * because a device that can be opened need not work.
  */
-export async function detectAccelerator(
-  setting: Accelerator | 'auto',
-  os: System,
-): Promise<{ accel: Accelerator; warning?: string }> {
+export async function detectAccelerator(setting: Setting, os: System) {
   const slow = 'QEMU emulates the processor, ten times slower or more'
-  if (setting === 'tcg') return { accel: 'tcg', warning: `QEMU_ACCEL=tcg: ${slow}` }
+  if (setting === 'tcg') return { accel: setting, warning: `QEMU_ACCEL=tcg: ${slow}` }
   const obstacle = await obstacleTo(os)
   const accel = chooseAccelerator(setting, os, obstacle)
   return obstacle ? { accel, warning: `${obstacle.reason}: ${slow}; ${obstacle.hint}` } : { accel }
 }
 
 /** The accelerator for a value of QEMU_ACCEL. @throws StepError if that is not available */
-export function chooseAccelerator(
-  setting: Accelerator | 'auto',
-  os: System,
-  obstacle: Obstacle,
-): Accelerator {
+export function chooseAccelerator(setting: Setting, os: System, obstacle: Obstacle): Accelerator {
   const native = natives[os]
   if (setting === 'tcg' || (setting === 'auto' && obstacle)) return 'tcg'
   if (setting === 'auto' || (setting === native && !obstacle)) return native

@@ -40,9 +40,7 @@ const runningPid = (cluster: Place) => pidFrom(pidFileOf(cluster), [programOf(cl
  * Makes sure that the switch runs, on the port and with the machines of cluster.env; a running one
  * reads them again. Throws a StepError if its port is taken, or it ends at once.
  */
-export async function ensureLanSwitch(
-  cluster: Cluster,
-): Promise<{ pid: number; alreadyRunning: boolean }> {
+export async function ensureLanSwitch(cluster: Cluster) {
   const ensure = async () => {
     const pid = await runningPid(cluster)
     // A switch on another port, or one that hangs, is restarted; machines do not notice.
@@ -91,10 +89,7 @@ export async function stopLanSwitch(cluster: Place): Promise<boolean> {
 }
 
 /** Asks the switch for its status; undefined if none of this cluster answers in time (seconds). */
-export async function lanSwitchStatus(
-  cluster: Cluster,
-  timeout = 2,
-): Promise<SwitchStatus | undefined> {
+export async function lanSwitchStatus(cluster: Cluster, timeout = 2) {
   const socket = createSocket('udp4')
   try {
     const answer = once(socket, 'message', { signal: AbortSignal.timeout(timeout * 1000) })

@@ -68,11 +68,7 @@ export async function withLock<T>(
 }
 
 /** The lock of scripts that change the cluster as a whole: snapshot, restore, reconfig, bootstrap, … */
-export function withClusterLock<T>(
-  cluster: Cluster,
-  purpose: string,
-  work: () => Promise<T>,
-): Promise<T> {
+export function withClusterLock<T>(cluster: Cluster, purpose: string, work: () => Promise<T>) {
   return withLock(cluster.path('run', 'bootstrap.lock'), purpose, work)
 }
 

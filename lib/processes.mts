@@ -19,10 +19,7 @@ function outputOf(name: string, ...args: string[]): Promise<string> {
 }
 
 /** A process's arguments, joined by spaces; undefined if there is none, or it is a zombie. */
-export async function commandLine(
-  pid: number,
-  os: NodeJS.Platform = process.platform,
-): Promise<string | undefined> {
+export async function commandLine(pid: number, os: NodeJS.Platform = process.platform) {
   if (os === 'linux') {
     const text = await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '')
     return text.replace(/\0$/, '').replaceAll('\0', ' ') || undefined
@@ -36,10 +33,7 @@ export async function commandLine(
  * Whether a process has ended completely. Its arguments disappear a moment earlier, when its ports
  * and files are still open.
  */
-export async function isGone(
-  pid: number,
-  os: NodeJS.Platform = process.platform,
-): Promise<boolean> {
+export async function isGone(pid: number, os: NodeJS.Platform = process.platform) {
   if (os !== 'linux') return /^(Z|$)/.test(await outputOf('ps', '-o', 'stat=', '-p', `${pid}`))
   const text = await readFile(`/proc/${pid}/stat`, 'utf8').catch(() => undefined)
   if (text === undefined) return true

@@ -184,11 +184,7 @@ export async function runScript(
   throw new StepError(reason, { command, hint, exitCode: status ?? 1 })
 }
 
-function parse(
-  known: Record<string, Flag>,
-  argv: readonly string[],
-  name: string,
-): minimist.ParsedArgs {
+function parse(known: Record<string, Flag>, argv: readonly string[], name: string) {
   const names = Object.keys(known)
   const parsed = minimist([...argv], {
     boolean: names.filter((flag) => !known[flag]?.value),

@@ -77,9 +77,7 @@ export interface Finding {
 }
 
 /** Reads and judges every row of the table. */
-export async function inspectPairs(
-  cluster: Cluster,
-): Promise<{ authority: Finding; leaves: Finding[] }> {
+export async function inspectPairs(cluster: Cluster) {
   const ca = await readPair(cluster, 'ca')
   const measure = { authority: ca.certificate, renewDays: cluster.settings.CERT_RENEW_DAYS }
   const judge = (entry: CertificateEntry, pair: Pair) => {
