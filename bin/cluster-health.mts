@@ -9,7 +9,7 @@ import { apiError, probeApiServer } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { useCluster } from '../lib/kubectl.mts'
 import { script } from '../lib/script.mts'
-import { isLive } from '../lib/steps.mts'
+import { isLive, redrawer } from '../lib/steps.mts'
 import { machineState } from '../lib/vm.mts'
 
 const { flags } = script({
@@ -238,17 +238,12 @@ async function watch(): Promise<void> {
   const signal = AbortSignal.any([interruption(), quit.signal])
   let paused = false
   let health: Health | undefined
-  let drawn = 0
+  const redraw = redrawer()
   const draw = () => {
-    const { columns = 80, rows = 24 } = process.stderr
     const time = health ? new Date(health.taken).toLocaleTimeString('en-GB') : 'asking …'
     const state = paused ? 'paused, p resumes' : `every ${interval} s, p pauses`
     const head = `${cluster.settings.CLUSTER_NAME}  ${time}  (${state}, q quits)`
-    const lines = [head, '', ...(health ? view(health).split('\n') : [])].slice(0, rows - 1)
-    const up = drawn > 0 ? `\x1b[${drawn}A` : ''
-    const text = lines.map((line) => `\x1b[2K${line.slice(0, columns - 1)}\n`).join('')
-    process.stderr.write(`${up}${text}\x1b[J`)
-    drawn = lines.length
+    redraw([head, '', ...(health ? view(health).split('\n') : [])])
   }
   const release = readKeys((key) => {
     if (key === 'q') quit.abort()
@@ -275,9 +270,7 @@ async function watch(): Promise<void> {
 
 /**
  * Calls back for each key, without Enter and without echo. However the process ends, the terminal is
- * restored. Ctrl-C and Ctrl-Z mean what they always do.
- *
- * @returns ends it
+ * restored. Ctrl-C and Ctrl-Z mean what they always do. @returns ends it
  */
 function readKeys(pressed: (key: string) => void): () => void {
   // Hide and show the cursor: DECTCEM of the VT220.

@@ -9,7 +9,7 @@ import { clockProbe, clockTrouble, probeApiServer, serviceProbe } from '../lib/h
 import { interruption } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
 import { assertStarting, connect, NoAnswer, runProbes } from '../lib/ssh.mts'
-import { isLive } from '../lib/steps.mts'
+import { isLive, redrawer } from '../lib/steps.mts'
 import { filesOf } from '../lib/vm.mts'
 import { waitFor } from '../lib/wait.mts'
 
@@ -54,7 +54,7 @@ const rows = [
   ...cluster.workers.map((node) => row(node.name, node, () => workerMissing(node))),
 ].filter(({ node }) => nodes.includes(node))
 const width = Math.max(...rows.map(({ name }) => name.length))
-let drawn = 0
+const redraw = redrawer()
 
 // The API server and each machine are asked in loops of their own, so that none holds up the others.
 const ended = new AbortController()
@@ -139,7 +139,7 @@ function update(): void {
     if (row.active !== (reason === '')) row.since = Date.now()
     row.active = reason === ''
   }
-  if (isLive()) return void draw()
+  if (isLive()) return void redraw(rows.map((row) => textOf(row, row.since)))
   // Without a terminal: a line for each row whose state or reason has changed.
   for (const row of rows) {
     const shown = row.active ? 'active' : row.reason
@@ -147,14 +147,6 @@ function update(): void {
     row.shown = shown
     console.error(textOf(row, started))
   }
-}
-
-function draw(): void {
-  const { columns = 80, rows: height = 24 } = process.stderr
-  const lines = rows.slice(0, height - 1).map((row) => textOf(row, row.since).slice(0, columns - 1))
-  const up = drawn > 0 ? `\x1b[${drawn}A` : ''
-  process.stderr.write(`${up}${lines.map((line) => `\x1b[2K${line}\n`).join('')}`)
-  drawn = lines.length
 }
 
 function textOf({ name, active, reason }: (typeof rows)[number], since: number): string {

@@ -11,6 +11,18 @@ export function isLive(): boolean {
   return Boolean(process.stderr.isTTY) && process.env.TERM !== 'dumb'
 }
 
+/** @returns draws lines, as far as they fit, in the place of those that it drew before */
+export function redrawer(): (lines: readonly string[]) => void {
+  let drawn = 0
+  return (lines) => {
+    const { columns, rows } = process.stderr
+    const fitting = lines.slice(0, (rows || 24) - 1)
+    const text = fitting.map((line) => `\x1b[2K${line.slice(0, (columns || 80) - 1)}\n`).join('')
+    process.stderr.write(`${drawn > 0 ? `\x1b[${drawn}A` : ''}${text}\x1b[J`)
+    drawn = fitting.length
+  }
+}
+
 /** One line of a board. */
 export interface Row {
   /** Names what is being done now. A plain line where there is no terminal. */
@@ -21,8 +33,7 @@ export interface Row {
 
 /**
  * Runs one step and shows it as one line: running, then done or failed, with the time it took.
- * `work` gets a function that changes the text behind the title while it runs; what it throws is
- * thrown.
+ * `work` gets a function that changes the text behind the title while it runs.
  */
 export async function step<T>(
   title: string,
@@ -71,7 +82,7 @@ const messageOf = (error: unknown) => (error instanceof Error ? error.message : 
 class Board {
   private readonly lines: (() => string)[] = []
   private running = 0
-  private drawn = 0
+  private readonly redraw = redrawer()
   private frame = 0
   private readonly timer = isLive() ? setInterval(() => this.draw(), 100).unref() : undefined
 
@@ -120,9 +131,6 @@ class Board {
 
   private draw(): void {
     this.frame += 1
-    const width = process.stderr.columns || 80
-    const lines = this.lines.map((line) => `\x1b[2K${line().slice(0, width - 1)}\n`)
-    process.stderr.write((this.drawn ? `\x1b[${this.drawn}A` : '') + lines.join(''))
-    this.drawn = lines.length
+    this.redraw(this.lines.map((line) => line()))
   }
 }
