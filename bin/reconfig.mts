@@ -426,10 +426,8 @@ async function restart(node: Node, row: Row): Promise<string> {
     if (status !== 0) throw failed('nixos-rebuild boot', node, status, lines)
     row.step('restarting')
     const before = await ask(bootId)
-    await $({
-      nothrow: true,
-      timeout: '60s',
-    })`ssh -F tls/ssh_config ${name} systemctl reboot --no-block`
+    const ssh = $({ nothrow: true, timeout: '60s' })
+    await ssh`ssh -F tls/ssh_config ${name} systemctl reboot --no-block`
     const wait = { ...limits(row, signal), timeout: BOOT_TIMEOUT + STOP_TIMEOUT }
     await waitFor({ failure: `${name} has not restarted`, ...wait }, async () => {
       await waitForSsh(cluster, node, { ...wait, timeout: BOOT_TIMEOUT })

@@ -25,17 +25,8 @@ export function servicesOf({ settings }: Cluster, { role }: Node): string[] {
   return ['containerd', 'kubelet', ...proxy]
 }
 
-export interface ServiceState {
-  unit: string
-  healthy: boolean
-  /** Why it is not healthy: "etcd is activating (auto-restart, exit-code)"; empty if it is. */
-  reason: string
-  /** How often systemd has restarted it. */
-  restarts: number
-}
-
 /** The states of the cluster's services on a machine, by one systemctl and one curl. */
-export function serviceProbe(cluster: Cluster, node: Node): Probe<ServiceState[]> {
+export function serviceProbe(cluster: Cluster, node: Node) {
   const services = servicesOf(cluster, node)
   return {
     // Early in the boot sshd answers, but systemd does not yet.
@@ -46,12 +37,13 @@ export function serviceProbe(cluster: Cluster, node: Node): Probe<ServiceState[]
       echo '== health'
       curl -sk -m 3 -w '\\n== %{http_code} %{url} %{errormsg}\\n' \\
         ${services.flatMap((unit) => endpoints[unit] ?? []).join(' ')} || true`,
-    read(output) {
+    read(output: string) {
       const [shown = '', printed = ''] = output.split('== health\n')
       const blocks = shown.trim().split(/\n\n+/)
       return services.map((unit, index) => {
         const lines = (blocks[index] ?? '').split('\n')
         const properties = Object.fromEntries(lines.map((line) => line.split(/=(.*)/s)))
+        // "etcd is activating (auto-restart, exit-code)"; empty if it is healthy.
         const reason = unitReason(unit, properties) || endpointReason(unit, printed)
         return { unit, healthy: reason === '', reason, restarts: Number(properties.NRestarts ?? 0) }
       })
@@ -83,12 +75,6 @@ function endpointReason(unit: string, printed: string): string {
   return `${unit} is not healthy: ${/[1-9]/.test(status) ? response : error}`
 }
 
-/** What serviceProbe finds. @throws NoAnswer */
-export async function probeServices(cluster: Cluster, node: Node) {
-  await connect(cluster, node)
-  return (await runProbes(node, { services: serviceProbe(cluster, node) }, 20)).services
-}
-
 /** How many seconds a machine's clock is ahead of this computer's; negative: behind. */
 export const clockProbe: Probe<number> = {
   command: 'date +%s',
@@ -115,9 +101,8 @@ export async function probeApiServer(cluster: Cluster, limits: Limits = {}) {
   try {
     await get(cluster, '/readyz?verbose', limits)
     ready = true
-    const { items }: { items: ListedNode[] } = JSON.parse(
-      await get(cluster, '/api/v1/nodes', limits),
-    )
+    const list = await get(cluster, '/api/v1/nodes', limits)
+    const { items }: { items: ApiNode[] } = JSON.parse(list)
     return { ready, reason: '', nodes: new Map(items.map(nodeState)) }
   } catch (error) {
     const reason = apiError(error, limits)
@@ -155,15 +140,7 @@ export function apiError(error: unknown, { timeout = 10, signal }: Limits = {}):
   return known?.reason ?? lastLines(error.stderr, 1).replace(/^error: /, '')
 }
 
-interface ListedNode extends ApiNode {
-  spec: ApiNode['spec'] & { unschedulable?: boolean }
-  status: ApiNode['status'] & {
-    addresses?: { type: string; address: string }[]
-    nodeInfo: { kubeletVersion: string; containerRuntimeVersion: string }
-  }
-}
-
-function nodeState(node: ListedNode) {
+function nodeState(node: ApiNode) {
   const { addresses = [], nodeInfo } = node.status
   const reason = notReady(node) ?? ''
   const state = {
@@ -194,17 +171,22 @@ export async function waitForServices(
   options: Wait & { check?: () => Promise<string | undefined> },
 ): Promise<void> {
   const { check, ...wait } = options
-  let first: ServiceState[] | undefined
+  const probes = { services: serviceProbe(cluster, node) }
+  const before = new Map<string, number>()
   await waitFor({ failure: `${node.name} is not healthy`, ...wait }, async () => {
-    const services = await probeServices(cluster, node).catch((error) => {
-      // It may be restarting its network.
-      if (error instanceof NoAnswer) return error.message
-      throw error
-    })
-    if (typeof services === 'string') return services
-    first ??= services
-    for (const [index, { unit, healthy, restarts }] of services.entries()) {
-      if (healthy || restarts - (first[index]?.restarts ?? 0) < 5) continue
+    const found = await connect(cluster, node)
+      .then(() => runProbes(node, probes, 20))
+      .catch((error) => {
+        // It may be restarting its network.
+        if (error instanceof NoAnswer) return error.message
+        throw error
+      })
+    if (typeof found === 'string') return found
+    const { services } = found
+    for (const { unit, healthy, restarts } of services) {
+      const first = before.get(unit) ?? restarts
+      before.set(unit, first)
+      if (healthy || restarts - first < 5) continue
       const journal = `journalctl --unit=${unit} --lines=15 --no-pager --output=cat`
       throw new StepError(`${unit} on ${node.name} keeps crashing`, {
         output: (await remote(node, journal)).trim(),

@@ -101,10 +101,8 @@ export const addOnFlags = {
 } as const satisfies Record<string, Flag>
 
 /**
- * Does what --print and --delete say and ends the script. If neither is given, it returns, and
- * kubectl talks to our cluster.
- *
- * @param first what else --delete has to do, before it deletes the manifest
+ * Does what --print and --delete say and ends the script; without them, returns with kubectl talking
+ * to our cluster. @param first what --delete has to do before it deletes the manifest
  */
 export async function printOrDelete(
   cluster: Cluster,
@@ -132,10 +130,14 @@ export async function printAndExit(text: string): Promise<never> {
   process.exit(0)
 }
 
-/** A node of the API, as far as it shows whether it is Ready. */
+/** A node of the API, as far as it is read here. */
 export interface ApiNode extends ApiObject {
-  spec: { podCIDR?: string }
-  status: { conditions?: { type: string; status: string; message?: string }[] }
+  spec: { podCIDR?: string; unschedulable?: boolean }
+  status: {
+    conditions?: { type: string; status: string; message?: string }[]
+    addresses?: { type: string; address: string }[]
+    nodeInfo: { kubeletVersion: string; containerRuntimeVersion: string }
+  }
 }
 
 /** All nodes of the API, by name. */
@@ -160,11 +162,7 @@ export async function unreadyWorkers({ workers }: Cluster): Promise<Map<string, 
   return new Map(reasons.filter(([, reason]) => reason !== ''))
 }
 
-/**
- * The workers on which pods can start. Without a pod network there is none.
- *
- * @throws StepError that says what to run first
- */
+/** The workers on which pods can start. @throws StepError that says what to run first */
 export async function readyWorkers(cluster: Cluster): Promise<Node[]> {
   if (cluster.workers.length === 0) {
     throw new StepError('the cluster has no workers, so no pod can start', {
