@@ -128,11 +128,7 @@ function refuseEarly(findings: readonly tls.Finding[]): void {
   }
 }
 
-/**
- * The authority if there is one, undefined if it has to be created.
- *
- * @throws StepError for one that cannot be used: replacing it is left to the user
- */
+/** The authority; undefined if it has to be created. Replacing an unusable one is left to the user. */
 function usableAuthority({ pair, problems }: tls.Finding): Credential | undefined {
   const { certificate, key } = pair
   if (flags.force || (!certificate && pair.problems.length === 0)) return undefined

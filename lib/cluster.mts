@@ -76,12 +76,7 @@ export function loadCluster(
   return { root, path, settings, nodes, controlPlane, workers, node, apiServer }
 }
 
-/**
- * The nodes a script is to work on.
- *
- * @param names none means all
- * @throws StepError for a name that no node has
- */
+/** The nodes of these names; all if there are no names. @throws StepError for an unknown one */
 export function chooseNodes(cluster: Cluster, names: readonly string[]): Node[] {
   return names.length === 0 ? cluster.nodes : [...new Set(names)].map(cluster.node)
 }

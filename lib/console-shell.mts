@@ -80,9 +80,7 @@ export class ConsoleShell {
   }
 
   /**
-   * Runs a command that must succeed.
-   *
-   * @param command bash, one or more lines; `cd` and `export` affect later commands
+   * Runs a bash command that must succeed; `cd` and `export` affect later ones.
    * @returns what it wrote to stdout and stderr
    * @throws CommandError if its exit status is not 0; ExpectError; the signal's reason
    */

@@ -46,11 +46,7 @@ export function lastLines(text: string, count = 15): string {
   return text.trim().split('\n').slice(-count).join('\n')
 }
 
-/**
- * An error as lines for a person.
- *
- * @param verbose with the stack, and those of its causes
- */
+/** An error as lines for a person; with `verbose` also its stack, and those of its causes. */
 export function describeError(error: unknown, verbose = false): string {
   const { reason, explanation } = explain(error)
   const { output, command, hint, log } = explanation

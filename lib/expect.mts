@@ -93,11 +93,7 @@ export class Session {
     return sendLimit - this.sent
   }
 
-  /**
-   * Types `text`; "\n" is the Enter key. It is not written to the transcript.
-   *
-   * @throws RangeError if it has more bytes than `room`
-   */
+  /** Types `text`, which has at most `room` bytes; "\n" is Enter. The transcript does not get it. */
   send(text: string): void {
     const bytes = Buffer.byteLength(text)
     if (bytes > this.room) throw new RangeError(`${bytes} bytes to send, ${this.room} are free`)

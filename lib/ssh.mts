@@ -59,10 +59,7 @@ export async function connect(cluster: Cluster, node: Node, limits: Limits = {})
 }
 
 /**
- * Runs shell text on a machine as root, with `set -euo pipefail`.
- *
- * @param options.input its standard input; none by default
- * @returns its standard output
+ * Runs shell text on a machine as root, with `set -euo pipefail`. @returns its standard output
  * @throws NoAnswer if the machine does not answer (the command may then still run there);
  *   StepError if the command fails; the signal's reason
  */
@@ -107,16 +104,13 @@ export interface Limits {
   signal?: AbortSignal | undefined
 }
 
+/** `timeout` is BOOT_TIMEOUT by default. */
 interface Wait extends Limits {
   /** Gets what is missing, or the last console line of a machine that is silent. */
   detail?: ((text: string) => void) | undefined
 }
 
-/**
- * Waits until ssh works, by default for BOOT_TIMEOUT.
- *
- * @throws StepError at once if QEMU has ended or the boot has failed
- */
+/** Waits until ssh works. @throws StepError at once if QEMU has ended or the boot has failed */
 export async function waitForSsh(cluster: Cluster, node: Node, wait: Wait = {}): Promise<void> {
   await waitForMachine(cluster, node, 'ssh', wait, async () => {
     await connect(cluster, node, { timeout: 30, signal: wait.signal })
@@ -124,11 +118,7 @@ export async function waitForSsh(cluster: Cluster, node: Node, wait: Wait = {}):
   })
 }
 
-/**
- * Waits until systemd has finished the boot.
- *
- * @returns its state, running or degraded, and the units that failed
- */
+/** Waits until systemd has finished the boot. @returns running or degraded, and the failed units */
 export async function waitForSystem(cluster: Cluster, node: Node, wait: Wait = {}) {
   const { signal } = wait
   const column = (text: string, index: number) =>
@@ -183,9 +173,7 @@ export interface Probe<T> {
 }
 
 /**
- * Runs several probes in one ssh call, one after the other.
- *
- * @param timeout seconds for all of them
+ * Runs several probes one after the other, in one ssh call of at most `timeout` seconds.
  * @returns what they found, by their names
  * @throws NoAnswer if the machine cannot be reached; StepError if a command fails
  */

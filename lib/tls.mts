@@ -1,5 +1,5 @@
 // The certificates and the keys in tls/: reading and judging them.
-import { createPrivateKey, type KeyObject, X509Certificate } from 'node:crypto'
+import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import {
@@ -35,17 +35,13 @@ export async function assertUnchanged(cluster: Cluster, files: readonly string[]
   })
 }
 
-/** What the two files of a row hold. A part that is missing or unreadable is undefined. */
-export interface Pair {
-  name: string
-  certificate?: X509Certificate | undefined
-  key?: KeyObject | undefined
-  /** What is wrong with the files: content, or that other users can change them. */
-  problems: string[]
-}
+export type Pair = Awaited<ReturnType<typeof readPair>>
 
-/** Reads a certificate and its key. @throws the file system's error for a file it cannot read */
-export async function readPair(cluster: Cluster, name: string): Promise<Pair> {
+/**
+ * What the two files of a row hold; a part that is missing or unreadable is undefined. `problems`:
+ * their content, or that other users can change them. @throws the file system's error
+ */
+export async function readPair(cluster: Cluster, name: string) {
   const files = pairFiles(name)
   const problems: string[] = []
   const read = async <T,>(file: string, what: string, parse: (pem: string) => T) => {
@@ -70,11 +66,7 @@ export async function readPair(cluster: Cluster, name: string): Promise<Pair> {
 }
 
 /** A row of the table, what its files hold, and everything that is wrong with it. */
-export interface Finding {
-  entry: CertificateEntry
-  pair: Pair
-  problems: string[]
-}
+export type Finding = Awaited<ReturnType<typeof inspectPairs>>['authority']
 
 /** Reads and judges every row of the table. */
 export async function inspectPairs(cluster: Cluster) {
@@ -155,11 +147,7 @@ export function contentOf({ ca, subject, subjectAltName, keyUsage, validTo }: X5
 
 export type SshKey = Awaited<ReturnType<typeof readSshKey>>
 
-/**
- * Reads the ssh key `tls/NAME` with ssh-keygen, and judges its files.
- *
- * @returns also its public half ("ssh-ed25519 AAAA… comment"), empty if there is no usable key
- */
+/** Reads and judges an ssh key. Its public half ("ssh-ed25519 AAAA… comment") is empty without one. */
 export async function readSshKey(
   cluster: Cluster,
   entry: Readonly<Record<'name' | 'comment' | 'usedBy', string>>,

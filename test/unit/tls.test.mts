@@ -55,17 +55,14 @@ describe('an existing certificate', () => {
     assert.equal(judge(issued({}, renewDays + 1)), '')
   })
 
+  const nothing: Pair = { name: 'sigma', certificate: undefined, key: undefined, problems: [] }
   const mistakes: [string, () => string, RegExp][] = [
-    ['is missing', () => judge({ name: 'sigma', problems: [] }), /^missing$/],
+    ['is missing', () => judge(nothing), /^missing$/],
     ['has no key', () => judge({ ...issued(), key: undefined }), /^tls\/sigma-key.pem is missing$/],
-    [
-      'is only a key',
-      () => judge({ name: 'sigma', problems: [], key }),
-      /^tls\/sigma.pem is missing$/,
-    ],
+    ['is only a key', () => judge({ ...nothing, key }), /^tls\/sigma.pem is missing$/],
     [
       'cannot be parsed',
-      () => judge({ name: 'sigma', problems: ['tls/sigma.pem does not contain x'], key }),
+      () => judge({ ...nothing, problems: ['tls/sigma.pem does not contain x'], key }),
       /^tls\/sigma.pem does not contain x$/,
     ],
     [
@@ -78,11 +75,7 @@ describe('an existing certificate', () => {
       () => judge(issued(), sigma, authorityPair(otherKey)),
       /^tls\/ca.pem has not signed it$/,
     ],
-    [
-      'has no authority',
-      () => judge(issued(), sigma, { name: 'ca', problems: [] }),
-      /^tls\/ca.pem has not signed it$/,
-    ],
+    ['has no authority', () => judge(issued(), sigma, nothing), /^tls\/ca.pem has not signed it$/],
     [
       'has the subject of another node',
       () => judge(issued({ subject: { ...sigma.subject, CN: 'system:node:gamma' } })),
