@@ -8,6 +8,7 @@ import { formatTable } from '../lib/format.mts'
 import { apiError, probeApiServer } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { useCluster } from '../lib/kubectl.mts'
+import type { Pod } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
 import { isLive, redrawer } from '../lib/steps.mts'
 import { machineState } from '../lib/vm.mts'
@@ -102,18 +103,6 @@ async function askAll(signal?: AbortSignal) {
   }
 }
 
-/** A pod as `kubectl get pods --output=json` prints it, as far as it is read here. */
-interface Pod {
-  metadata: { namespace: string; name: string }
-  spec: { nodeName?: string }
-  status: {
-    phase: string
-    reason?: string
-    conditions?: { type: string; status: string; message?: string }[]
-    containerStatuses?: { restartCount: number; state?: { waiting?: { reason?: string } } }[]
-  }
-}
-
 /** Whether a pod is ready, and the reason if it is not. */
 function podState({ metadata, spec, status }: Pod) {
   const { phase, conditions = [], containerStatuses = [] } = status
@@ -122,7 +111,7 @@ function podState({ metadata, spec, status }: Pod) {
   const ready = phase === 'Succeeded' || condition('Ready')?.status === 'True'
   const reason = waiting ?? status.reason ?? condition('PodScheduled')?.message ?? 'not ready'
   return {
-    ...{ namespace: metadata.namespace, name: metadata.name, node: spec.nodeName ?? '' },
+    ...{ namespace: metadata.namespace ?? '', name: metadata.name, node: spec.nodeName ?? '' },
     ...{ phase, ready, reason: ready ? '' : reason },
     restarts: containerStatuses.reduce((sum, { restartCount }) => sum + restartCount, 0),
   }

@@ -34,11 +34,7 @@ let overridesShown = process.env.CLUSTER_LOCKS !== undefined
  * @throws StepError with every problem found, each with file and line
  */
 export function loadCluster(
-  options: {
-    root?: string
-    env?: Readonly<Record<string, string | undefined>>
-    text?: string
-  } = {},
+  options: { root?: string; env?: NodeJS.ProcessEnv; text?: string } = {},
 ): Cluster {
   const root = resolve(options.root ?? join(import.meta.dirname, '..'))
   const { assignments, problems } = parseEnvFile(options.text ?? readSettingsFile(root))

@@ -5,7 +5,7 @@ import type { Cluster, Node } from './cluster.mts'
 import { knownProblem, lastLines, StepError, wrongEncryptionKey } from './errors.mts'
 import { type ApiNode, notReady, useCluster } from './kubectl.mts'
 import { connect, type Limits, NoAnswer, type Probe, remote, runProbes } from './ssh.mts'
-import { waitFor } from './wait.mts'
+import { type WaitLimits, waitFor } from './wait.mts'
 
 /** Health endpoints on the machines. kube-apiserver is asked from outside, as its clients reach it. */
 const endpoints: Readonly<Record<string, string>> = {
@@ -155,8 +155,6 @@ function nodeState(node: ApiNode) {
   return [node.metadata.name, state] as const
 }
 
-type Wait = Pick<Parameters<typeof waitFor>[0], 'timeout' | 'detail' | 'signal'>
-
 /**
  * Waits until the cluster's services on a machine are healthy, and on the control plane until the
  * API server is ready.
@@ -168,7 +166,7 @@ type Wait = Pick<Parameters<typeof waitFor>[0], 'timeout' | 'detail' | 'signal'>
 export async function waitForServices(
   cluster: Cluster,
   node: Node,
-  options: Wait & { check?: () => Promise<string | undefined> },
+  options: WaitLimits & { check?: () => Promise<string | undefined> },
 ): Promise<void> {
   const { check, ...wait } = options
   const probes = { services: serviceProbe(cluster, node) }
@@ -208,7 +206,7 @@ export async function waitForServices(
  * Waits until the node is Ready and its kubelet has renewed its lease since the wait began: for 40 s
  * the API server reports a node as Ready that it does not hear from.
  */
-export async function waitForReady(cluster: Cluster, node: Node, wait: Wait): Promise<void> {
+export async function waitForReady(cluster: Cluster, node: Node, wait: WaitLimits): Promise<void> {
   const { name } = node
   const { signal } = wait
   const path = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${name}`

@@ -4,16 +4,20 @@ import type { Cluster, Node } from './cluster.mts'
 import { explain, lastLines, StepError } from './errors.mts'
 import { takingTime } from './interrupt.mts'
 import { type ApiObject, apply, kubectlJson } from './kubectl.mts'
-import { waitFor } from './wait.mts'
+import { type WaitLimits, waitFor } from './wait.mts'
 
-type ContainerStatus = { state?: { waiting?: { reason?: string; message?: string } } }
+type ContainerStatus = {
+  restartCount: number
+  state?: { waiting?: { reason?: string; message?: string } }
+}
 
-/** A pod, as far as it shows where it is and what it waits for. */
+/** A pod, as far as it is read here. */
 export interface Pod extends ApiObject {
   metadata: ApiObject['metadata'] & { uid: string }
   spec: { nodeName?: string; containers: { image: string }[] }
   status: {
-    phase?: string
+    phase: string
+    reason?: string
     podIP?: string
     conditions?: { type: string; status: string; message?: string }[]
     initContainerStatuses?: ContainerStatus[]
@@ -21,13 +25,8 @@ export interface Pod extends ApiObject {
   }
 }
 
-interface Limits {
+interface Limits extends WaitLimits {
   namespace: string
-  /** Seconds. */
-  timeout: number
-  /** Gets what is still missing. */
-  detail?: ((text: string) => void) | undefined
-  signal?: AbortSignal | undefined
 }
 
 async function getPods(...args: string[]): Promise<Pod[]> {
@@ -113,8 +112,6 @@ export async function waitForRollout(what: string, limits: Limits): Promise<void
 
 /**
  * Waits until every pod of a namespace is Ready, or has Succeeded where it is to end.
- *
- * @returns the pods
  * @throws StepError that says why one is not, with the log of one that failed
  */
 export async function waitForPods(state: 'Ready' | 'Succeeded', limits: Limits): Promise<Pod[]> {
@@ -141,14 +138,10 @@ export async function waitForPods(state: 'Ready' | 'Succeeded', limits: Limits):
 export const scratchAccount = 'probe'
 
 /** Works in a namespace of its own, and deletes it with all its content, however the work ends. */
-export async function withScratchNamespace<T>(
-  name: string,
-  limits: Pick<Limits, 'timeout' | 'signal'>,
-  work: () => Promise<T>,
-): Promise<T> {
+export async function withScratchNamespace(name: string, limits: WaitLimits, work: () => unknown) {
   try {
     await createScratchNamespace(name, limits)
-    return await work()
+    await work()
   } finally {
     await deleteScratchNamespace(name)
   }
@@ -158,10 +151,7 @@ export async function withScratchNamespace<T>(
  * Creates a namespace in which Pod Security admits only restricted pods, and first deletes one that
  * an earlier run has left behind. The caller must delete it, also if this throws.
  */
-export async function createScratchNamespace(
-  name: string,
-  { timeout, signal }: Pick<Limits, 'timeout' | 'signal'>,
-): Promise<void> {
+export async function createScratchNamespace(name: string, { timeout, signal }: WaitLimits) {
   const kubectl = $({ timeout: (timeout + 30) * 1000, signal })
   await kubectl`kubectl delete namespace ${name} --ignore-not-found --timeout=${timeout}s`
   const manifest = `\
@@ -183,13 +173,7 @@ export async function deleteScratchNamespace(name: string): Promise<void> {
 }
 
 /** A pod that serves HTTP on port 8080 and runs shell text. */
-export interface WebPod {
-  name: string
-  node: Node
-  ip: string
-  /** Its output. @throws StepError if its status is not 0 */
-  run(command: string): Promise<string>
-}
+export type WebPod = Awaited<ReturnType<typeof startWebPods>>[number]
 
 const webService = (namespace: string) => `\
 apiVersion: v1
@@ -224,7 +208,7 @@ spec:
 export async function startWebPods(
   cluster: Cluster,
   { workers, ...limits }: Limits & { workers: readonly Node[] },
-): Promise<WebPod[]> {
+) {
   const { namespace, signal } = limits
   const podOn = ({ name }: Node) => webPod(namespace, name, cluster.settings.SMOKE_IMAGE)
   const manifest = [webService(namespace), ...workers.map(podOn)].join('')
@@ -233,7 +217,7 @@ export async function startWebPods(
   return workers.map((node) => {
     const name = `web-${node.name}`
     const ip = pods.find(({ metadata }) => metadata.name === name)?.status.podIP ?? ''
-    return { name, node, ip, run: (command) => execInPod(name, command, limits) }
+    return { name, node, ip, run: (command: string) => execInPod(name, command, limits) }
   })
 }
 

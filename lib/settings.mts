@@ -134,9 +134,9 @@ export class SettingsReader {
   /** Variables that the environment sets to something else than the file. */
   readonly overridden: string[] = []
   private readonly inFile: Map<string, Assignment>
-  private readonly env: Readonly<Record<string, string | undefined>>
+  private readonly env: NodeJS.ProcessEnv
 
-  constructor(assignments: readonly Assignment[], env: SettingsReader['env']) {
+  constructor(assignments: readonly Assignment[], env: NodeJS.ProcessEnv) {
     this.inFile = new Map(assignments.map((assignment) => [assignment.name, assignment]))
     this.env = env
   }

@@ -11,7 +11,7 @@ import { knownProblem, lastLines, StepError } from './errors.mts'
 import { privateFolder } from './files.mts'
 import { quote } from './format.mts'
 import { filesOf, isRunning } from './vm.mts'
-import { waitFor } from './wait.mts'
+import { type WaitLimits, waitFor } from './wait.mts'
 
 /** The machine gave no answer, which may be different a moment later. */
 export class NoAnswer extends StepError {}
@@ -98,17 +98,9 @@ function failure(
   return new NoAnswer(`${name} does not answer ssh: ${lastLines(said, 1) || 'no reason given'}`)
 }
 
-/** `timeout` is in seconds. */
-export interface Limits {
-  timeout?: number
-  signal?: AbortSignal | undefined
-}
-
-/** `timeout` is BOOT_TIMEOUT by default. */
-interface Wait extends Limits {
-  /** Gets what is missing, or the last console line of a machine that is silent. */
-  detail?: ((text: string) => void) | undefined
-}
+export type Limits = Pick<Partial<WaitLimits>, 'timeout' | 'signal'>
+/** The timeout is BOOT_TIMEOUT by default; `detail` gets the last console line of a silent machine. */
+type Wait = Partial<WaitLimits>
 
 /** Waits until ssh works. @throws StepError at once if QEMU has ended or the boot has failed */
 export async function waitForSsh(cluster: Cluster, node: Node, wait: Wait = {}): Promise<void> {

@@ -2,15 +2,18 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { busyApiServer, type Explanation, explain, StepError } from './errors.mts'
 
-interface Wait extends Pick<Explanation, 'command' | 'hint' | 'log'> {
-  /** The beginning of the error: "no metrics" gives "no metrics after 300 s". */
-  failure: string
+export interface WaitLimits {
   /** Seconds. */
   timeout: number
   /** Gets the first line of what is missing, after each attempt. */
-  detail?: (text: string) => void
+  detail?: ((text: string) => void) | undefined
   /** Ends the wait with its reason. */
-  signal?: AbortSignal
+  signal?: AbortSignal | undefined
+}
+
+interface Wait extends WaitLimits, Pick<Explanation, 'command' | 'hint' | 'log'> {
+  /** The beginning of the error: "no metrics" gives "no metrics after 300 s". */
+  failure: string
   /** Milliseconds between two attempts; 1000 by default. */
   every?: number
 }
