@@ -114,9 +114,11 @@ async function stage(node: Node): Promise<void> {
   const files = filesOf(node)
   const login = { from: cluster.path('tls', 'ssh_ed25519.pub'), madeBy: certs }
   const [sshKey, ...contents] = await readAll(node, [login, ...files])
-  const digests = files.flatMap(({ digest }, index) =>
-    digest ? [[digest, digestOf(contents[index] ?? '')] as const] : [],
-  )
+  const digests = files.flatMap(({ digest }, index) => {
+    const hash = createHash('sha256').update(contents[index] ?? '')
+    // A part of it shows that a file has changed, and nothing about what is in it.
+    return digest ? [[digest, hash.digest('hex').slice(0, 16)] as const] : []
+  })
   const json = clusterJson(node, String(sshKey).trim(), Object.fromEntries(digests))
 
   const current = cluster.path('cloud-init', node.name, 'nixos')
@@ -155,11 +157,6 @@ async function readAll(node: Node, files: readonly Pick<StagedFile, 'from' | 'ma
     output: missing.map(({ from }) => relative(cluster.root, from)).join('\n'),
     hint: [...new Set(missing.map(({ madeBy }) => madeBy))].join('\n'),
   })
-}
-
-/** A part of SHA-256: it shows that a file has changed, and nothing about what is in it. */
-function digestOf(data: string | Buffer): string {
-  return createHash('sha256').update(data).digest('hex').slice(0, 16)
 }
 
 function list(node: Node): void {

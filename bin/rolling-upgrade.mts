@@ -119,11 +119,8 @@ ssh -F tls/ssh_config ${name} 'nixos-rebuild boot --rollback && reboot'`,
   return `NixOS ${now.nixos}, Kubernetes ${now.kubernetes} → ${release}`
 }
 
-/** Its path in the Nix store, and versions: "26.05.1234.abcdef0", "v1.36.3". */
-type System = Record<'path' | 'nixos' | 'kubernetes', string>
-
-/** The system that runs, and the one that was built. */
-async function readSystems(node: Node): Promise<{ now: System; built: System }> {
+/** The system that runs, and the one that was built: path, versions "26.05.1234.abcdef0", "v1.36.3". */
+async function readSystems(node: Node) {
   const unit = node.role === 'worker' ? 'kubelet' : 'kube-apiserver'
   const look = `for system in /run/current-system ${home}/result; do
       unit=$system/etc/systemd/system/${unit}.service
