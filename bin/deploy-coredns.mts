@@ -18,7 +18,7 @@ const { flags } = script({
   flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-coredns.mts', './bin/deploy-coredns.mts --print | less'],
 })
-const { timeout = 300 } = flags
+const { timeout = 300, 'force-conflicts': forceConflicts } = flags
 const cluster = loadCluster()
 const { COREDNS_VERSION, K8S_CLUSTER_DNS, K8S_CLUSTER_DOMAIN, SMOKE_IMAGE } = cluster.settings
 const outsideName = 'registry.k8s.io'
@@ -31,20 +31,14 @@ metadata: {name: coredns, namespace: kube-system}
 # It answers with what it reads of services and changes nothing.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
-metadata:
-  name: system:coredns
+metadata: {name: 'system:coredns'}
 rules:
-  - apiGroups: ['']
-    resources: [services, namespaces]
-    verbs: [list, watch]
-  - apiGroups: [discovery.k8s.io]
-    resources: [endpointslices]
-    verbs: [list, watch]
+  - {apiGroups: [''], resources: [services, namespaces], verbs: [list, watch]}
+  - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata:
-  name: system:coredns
+metadata: {name: 'system:coredns'}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: 'system:coredns'}
 subjects: [{kind: ServiceAccount, name: coredns, namespace: kube-system}]
 ---
@@ -145,25 +139,18 @@ spec:
 const signal = interruption()
 await kubectl.printOrDelete(cluster, 'CoreDNS', manifest, flags)
 const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
-await step(`CoreDNS ${COREDNS_VERSION} at ${K8S_CLUSTER_DNS}`, () => {
-  const forceConflicts = flags['force-conflicts']
-  return kubectl.apply(manifest, { manager: 'deploy-coredns', forceConflicts, signal })
-})
+await step(`CoreDNS ${COREDNS_VERSION} at ${K8S_CLUSTER_DNS}`, () =>
+  kubectl.apply(manifest, { manager: 'deploy-coredns', forceConflicts, signal }),
+)
 await step('CoreDNS is ready', (detail) =>
   waitForRollout('deployment/coredns', { namespace: 'kube-system', timeout, detail, signal }),
 )
 await step('lookups from every worker', async (detail) => {
   // Where this computer has no internet, a pod need not have it either.
   const outside = (await lookup(outsideName).catch(() => undefined)) !== undefined
-  const namespace = 'network-probe'
-  await withScratchNamespace(namespace, { timeout, signal }, async () => {
-    for (const pod of await startWebPods(cluster, {
-      namespace,
-      workers,
-      timeout,
-      detail,
-      signal,
-    })) {
+  const limits = { namespace: 'network-probe', timeout, detail, signal }
+  await withScratchNamespace(limits.namespace, limits, async () => {
+    for (const pod of await startWebPods(cluster, { workers, ...limits })) {
       detail(pod.node.name)
       await expectLookup(pod, `kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`, 10)
       await expectLookup(pod, `no-such-service.default.svc.${K8S_CLUSTER_DOMAIN}`, 0)
@@ -176,11 +163,7 @@ console.log(
   `Try: kubectl run dns -it --rm --restart=Never --image=${SMOKE_IMAGE} -- nslookup kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`,
 )
 
-/**
- * Looks a name up so often that each replica gets a query.
- *
- * @param times 0 for a missing name: there must be a negative answer, not silence
- */
+/** Looks a name up so often that each replica gets a query; 0 times: its absence must be answered. */
 async function expectLookup(pod: WebPod, name: string, times: number): Promise<void> {
   const command = `nslookup ${name}. ${K8S_CLUSTER_DNS}`
   const output = await pod.run(

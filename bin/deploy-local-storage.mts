@@ -20,7 +20,7 @@ and checks that claims of all of them are bound and keep their data when their p
   flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-local-storage.mts', './bin/deploy-local-storage.mts --print | less'],
 })
-const { timeout = 300 } = flags
+const { timeout = 300, 'force-conflicts': forceConflicts } = flags
 const cluster = loadCluster()
 const { LOCAL_PATH_VERSION, SMOKE_IMAGE } = cluster.settings
 const provisioner = 'rancher.io/local-path'
@@ -208,7 +208,6 @@ await kubectl.printOrDelete(cluster, 'local storage', manifest, flags, async () 
 })
 const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`local-path-provisioner ${LOCAL_PATH_VERSION}`, async () => {
-  const forceConflicts = flags['force-conflicts']
   await kubectl.apply(manifest, { manager: 'deploy-local-storage', forceConflicts, signal })
   // Classes of workers that cluster.env no longer has.
   const names = cluster.workers.map(({ name }) => name).join(',')

@@ -21,7 +21,7 @@ const { flags } = script({
   flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-metrics-server.mts', './bin/deploy-metrics-server.mts --print | less'],
 })
-const { timeout = 300 } = flags
+const { timeout = 300, 'force-conflicts': forceConflicts } = flags
 const cluster = loadCluster()
 const { METRICS_SERVER_VERSION } = cluster.settings
 
@@ -33,28 +33,21 @@ metadata: {name: metrics-server, namespace: kube-system}
 # What it measures, and where it reads it.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
-metadata:
-  name: system:metrics-server
+metadata: {name: 'system:metrics-server'}
 rules:
-  - apiGroups: ['']
-    resources: [nodes/metrics]
-    verbs: [get]
-  - apiGroups: ['']
-    resources: [pods, nodes]
-    verbs: [get, list, watch]
+  - {apiGroups: [''], resources: [nodes/metrics], verbs: [get]}
+  - {apiGroups: [''], resources: [pods, nodes], verbs: [get, list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata:
-  name: system:metrics-server
+metadata: {name: 'system:metrics-server'}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: 'system:metrics-server'}
 subjects: [{kind: ServiceAccount, name: metrics-server, namespace: kube-system}]
 ---
 # It lets the API server authenticate and authorize its clients.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata:
-  name: metrics-server:system:auth-delegator
+metadata: {name: 'metrics-server:system:auth-delegator'}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: 'system:auth-delegator'}
 subjects: [{kind: ServiceAccount, name: metrics-server, namespace: kube-system}]
 ---
@@ -78,9 +71,7 @@ metadata:
     rbac.authorization.k8s.io/aggregate-to-edit: 'true'
     rbac.authorization.k8s.io/aggregate-to-admin: 'true'
 rules:
-  - apiGroups: [metrics.k8s.io]
-    resources: [pods, nodes]
-    verbs: [get, list, watch]
+  - {apiGroups: [metrics.k8s.io], resources: [pods, nodes], verbs: [get, list, watch]}
 ---
 apiVersion: apps/v1
 kind: Deployment
@@ -141,8 +132,7 @@ spec:
 # The API server forwards /apis/metrics.k8s.io/v1beta1 to that service.
 apiVersion: apiregistration.k8s.io/v1
 kind: APIService
-metadata:
-  name: v1beta1.metrics.k8s.io
+metadata: {name: v1beta1.metrics.k8s.io}
 spec:
   group: metrics.k8s.io
   version: v1beta1
@@ -163,7 +153,6 @@ await kubectl.printOrDelete(
 )
 const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`metrics-server ${METRICS_SERVER_VERSION}`, async () => {
-  const forceConflicts = flags['force-conflicts']
   const how = { manager: 'deploy-metrics-server', forceConflicts, signal }
   // The certificate by which the API server verifies it. Not in the manifest, which anybody may see.
   const files = [`--cert=${tls('metrics-server.pem')}`, `--key=${tls('metrics-server-key.pem')}`]

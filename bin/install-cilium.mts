@@ -31,7 +31,7 @@ changed. Waits until its agents run and all workers are Ready.`,
   },
   examples: ['./bin/install-cilium.mts', './bin/install-cilium.mts --print-values'],
 })
-const { timeout = 600 } = flags
+const { timeout = 600, 'force-conflicts': forceConflicts } = flags
 const cluster = loadCluster()
 const { CILIUM_VERSION, CILIUM_CHART, CLUSTER_NAME, KUBE_PROXY_MODE, K8S_POD_CIDR, API_PORT } =
   cluster.settings
@@ -43,21 +43,15 @@ const { CILIUM_VERSION, CILIUM_CHART, CLUSTER_NAME, KUBE_PROXY_MODE, K8S_POD_CID
 const manifest = `\
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
-metadata:
-  name: kubelet-api-full
+metadata: {name: kubelet-api-full}
 rules:
-  - apiGroups: ['']
-    resources: [nodes/proxy]
-    verbs: [get, create]
+  - {apiGroups: [''], resources: [nodes/proxy], verbs: [get, create]}
   # For kubectl get --raw /api/v1/nodes/NODE/proxy/...: these are read, and not by proxy.
-  - apiGroups: ['']
-    resources: [nodes/stats, nodes/log, nodes/metrics]
-    verbs: [get]
+  - {apiGroups: [''], resources: [nodes/stats, nodes/log, nodes/metrics], verbs: [get]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata:
-  name: kubelet-api-full
+metadata: {name: kubelet-api-full}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: kubelet-api-full}
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: kubernetes}]
 `
@@ -117,10 +111,9 @@ if (cluster.workers.length === 0) {
     hint: 'WORKER_NODES in cluster.env is empty: make add-worker NAME=sigma',
   })
 }
-await step('the API server may call kubelets', () => {
-  const forceConflicts = flags['force-conflicts']
-  return kubectl.apply(manifest, { manager: 'install-cilium', forceConflicts, signal })
-})
+await step('the API server may call kubelets', () =>
+  kubectl.apply(manifest, { manager: 'install-cilium', forceConflicts, signal }),
+)
 await step('pod ranges and labels of the workers', async (detail) => {
   const nodes = await kubectl.getNodes()
   const missing = cluster.workers.map(({ name }) => name).filter((name) => !nodes.has(name))
