@@ -104,6 +104,7 @@ interface Finding {
   state: keyof typeof marks
   advice?: string // what is wrong and what to do about it
 }
+type Check = (finding: Finding) => Promise<string | undefined>
 
 let result = await checkAll()
 if (flags.install && result.commands.length > 0) {
@@ -146,11 +147,7 @@ async function checkAll() {
 }
 
 /** One check, which may return a warning or other advice; what it throws is a `problem`. */
-async function check(
-  name: string,
-  wanted: string,
-  work: (finding: Finding) => Promise<string | undefined>,
-): Promise<Finding> {
+async function check(name: string, wanted: string, work: Check): Promise<Finding> {
   const finding: Finding = { name, found: '-', wanted, state: 'ok' }
   try {
     const advice = await work(finding)

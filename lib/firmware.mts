@@ -45,19 +45,14 @@ interface Pair {
   secure: boolean
 }
 
+type Search = { arch: Architecture; qemu: string; code: string; vars: string; root?: string }
+
 /**
  * Finds the firmware: cluster.env's own (`code` and `vars`, if not empty), else one that a descriptor
  * of QEMU's interop format (docs/interop/firmware.json) describes, else one in a known place, such as
  * the package of the program `qemu`. In tests, `root` is another "/".
  */
-export async function findFirmware(search: {
-  arch: Architecture
-  qemu: string
-  code: string
-  vars: string
-  root?: string
-}): Promise<Firmware> {
-  const { arch, qemu, code, vars, root = '/' } = search
+export async function findFirmware({ arch, qemu, code, vars, root = '/' }: Search) {
   const at = (path: string) => join(root, path)
   // share/qemu next to the program, both by its name and where symbolic links lead.
   const programs = existsSync(qemu) ? [qemu, realpathSync(qemu)] : [qemu]

@@ -52,7 +52,7 @@ export async function connect(cluster: Cluster, node: Node, limits: Limits = {})
     if ((await call(['-O', 'check', node.name])).status === 0) return
     // It goes to the background by itself, and ends a minute after the last call.
     const { status, said } = await call(['-M', '-o', 'ControlPersist=60', node.name, 'true'])
-    if (status !== 0) throw failure(node.name, 'ssh', status, said, timeout)
+    if (status !== 0) throw failed(node.name, 'ssh', status, said, timeout)
   } finally {
     signal?.throwIfAborted()
   }
@@ -75,16 +75,11 @@ export async function remote(
   signal?.throwIfAborted()
   if (output.exitCode === 0) return output.stdout
   const status = output.duration < timeout * 1000 ? output.exitCode : null
-  throw failure(node.name, command, status, output.stderr || output.stdout, timeout)
+  throw failed(node.name, command, status, output.stderr || output.stdout, timeout)
 }
 
-function failure(
-  name: string,
-  command: string,
-  status: number | null,
-  said: string,
-  limit: number,
-) {
+/** Why an ssh call failed; its status is null if it took more than `limit` seconds. */
+function failed(name: string, command: string, status: number | null, said: string, limit: number) {
   const output = lastLines(said)
   if (status === null) return new NoAnswer(`${name} did not answer within ${limit} s`)
   if (status !== 255) {
