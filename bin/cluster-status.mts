@@ -89,6 +89,8 @@ const report = {
     ? { known: true as const, status: lanSwitch }
     : { known: false as const, reason: 'the LAN switch does not answer' },
 }
+/** The result of --json, but for its "healthy" and "problems". */
+export type Status = typeof report
 const problems = problemsOf(report)
 if (flags.json) {
   console.log(JSON.stringify({ healthy: problems.length === 0, problems, ...report }, null, 2))
@@ -127,7 +129,7 @@ async function askMachine(node: Node) {
 }
 
 /** Everything that is wrong, a line each. */
-function problemsOf({ machines, local, lanSwitch }: typeof report): string[] {
+function problemsOf({ machines, local, lanSwitch }: Status): string[] {
   const found: string[] = []
   for (const { name, system, services, certificates } of machines) {
     if (!system.known || !services.known || !certificates.known) {
@@ -155,7 +157,7 @@ function problemsOf({ machines, local, lanSwitch }: typeof report): string[] {
   return found
 }
 
-function print({ machines, api, nodes, pods, local, lanSwitch }: typeof report): void {
+function print({ machines, api, nodes, pods, local, lanSwitch }: Status): void {
   const rows = machines.map(({ name, process, system, services }) => [
     name,
     process.state === 'stopped' ? 'stopped' : `${process.state} (pid ${process.pid})`,

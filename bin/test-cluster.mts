@@ -1,12 +1,11 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Tests the running cluster, from the machines' services up to a pod that requests a page of another.
-import { randomBytes, X509Certificate } from 'node:crypto'
+import { randomBytes } from 'node:crypto'
 import { $ } from 'zx/core'
-import { loadCluster, type Node } from '../lib/cluster.mts'
+import { loadCluster } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
 import { formatDuration } from '../lib/format.mts'
-import { probeApiServer, probeServices } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { apply, kubectlJson } from '../lib/kubectl.mts'
 import {
@@ -16,8 +15,9 @@ import {
   type WebPod,
 } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
-import { connect, remote } from '../lib/ssh.mts'
+import { remote } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
+import type { Status } from './cluster-status.mts'
 
 const { flags } = script({
   does: `Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption
@@ -43,39 +43,43 @@ interface Result {
   seconds: number
 }
 const results: Result[] = []
+const began = performance.now()
+const { machines, api, nodes, local } = await step('the state of the cluster', async () => {
+  const status = await $({ signal })`./bin/cluster-status.mts --json --timeout 60`
+  return JSON.parse(status.stdout) as Status
+})
 
 // ── Machines ─────────────────────────────────────────────────────────────────────────────────
-for (const node of cluster.nodes) {
-  const { name } = node
-  const up = await check(`${name} is up`, false, async () => {
-    await connect(cluster, node, { signal })
-    const failed = 'systemctl list-units --state=failed --plain --no-legend | cut -d " " -f 1'
-    const units = (await remote(node, failed)).trim().replaceAll('\n', ', ')
-    if (units) throw new StepError(`failed units: ${units}`)
-    return (await remote(node, 'systemctl is-system-running || true')).trim()
+for (const { name, system, services, certificates } of machines) {
+  const up = await check(`${name} is up`, false, () => {
+    if (!system.known) throw new StepError(system.reason)
+    const { state, failedUnits } = system
+    if (failedUnits.length > 0) throw new StepError(`failed units: ${failedUnits.join(', ')}`)
+    return state
   })
   const skip = !up && `${name} is not up`
-  await check(`the services of ${name} are healthy`, skip, async () => {
-    const unhealthy = (await probeServices(cluster, node)).filter(({ healthy }) => !healthy)
+  await check(`the services of ${name} are healthy`, skip, () => {
+    const unhealthy = services.known ? services.list.filter(({ healthy }) => !healthy) : []
     if (unhealthy.length > 0) throw new StepError(unhealthy.map(({ reason }) => reason).join('\n'))
   })
-  await check(`the certificates on ${name} are valid long enough`, skip, () => daysLeft(node))
+  await check(`the certificates on ${name} are valid long enough`, skip, () => {
+    const list = certificates.known ? certificates.list : []
+    const [first] = list.sort((a, b) => a.daysLeft - b.daysLeft)
+    if (!first) throw new StepError('there are none')
+    const { file, daysLeft } = first
+    if (daysLeft >= settings.CERT_RENEW_DAYS) return `${daysLeft} days`
+    const hint = 'make certs, make reconfig'
+    throw new StepError(`${file} has ${daysLeft} days left`, { hint })
+  })
 }
-await check('the certificates in tls/ are right', false, async () => {
-  const found = await $({ nothrow: true, signal })`./bin/generate-certs.mts --check --json`
-  if (!found.stdout) throw found
-  type Certificate = { name: string; problems: string[] }
-  const { certificates }: { certificates: Certificate[] } = JSON.parse(found.stdout)
-  const problems = certificates.flatMap(({ name, problems }) =>
-    problems.map((problem) => `${name}: ${problem}`),
-  )
+await check('the certificates in tls/ are right', false, () => {
+  const problems = local.flatMap(({ name, problems }) => problems.map((one) => `${name}: ${one}`))
   if (problems.length > 0) throw new StepError(problems.join('\n'), { hint: 'make certs-check' })
 })
 
 // ── Control plane ────────────────────────────────────────────────────────────────────────────
-const api = await probeApiServer(cluster, { signal })
 const skip = !api.ready && 'the API server is not ready'
-await check('the API server is ready', false, async () => {
+await check('the API server is ready', false, () => {
   if (!api.ready) throw new StepError(api.reason)
 })
 for (const name of ['kube-controller-manager', 'kube-scheduler']) {
@@ -88,9 +92,10 @@ for (const name of ['kube-controller-manager', 'kube-scheduler']) {
     throw new StepError(`no process has renewed the lease ${name} for a minute`)
   })
 }
-await check('every worker is Ready, at its LAN address', skip, async () => {
+await check('every worker is Ready, at its LAN address', skip, () => {
+  if (!nodes.known) throw new StepError(nodes.reason)
   for (const { name, ip } of workers) {
-    const node = api.nodes?.get(name)
+    const node = nodes.list.find((each) => each.name === name)
     if (!node) throw new StepError(`${name} has not registered`)
     if (!node.ready) throw new StepError(`${name}: ${node.reason}`, { hint: 'make network' })
     if (node.address !== ip) throw new StepError(`${name} is at ${node.address}, not ${ip}`)
@@ -154,9 +159,8 @@ try {
 }
 
 const count = (wanted: string) => results.filter(({ result }) => result === wanted).length
-const seconds = results.reduce((sum, result) => sum + result.seconds, 0)
 const counts = ['passed', 'failed', 'skipped'].map((result) => `${count(result)} ${result}`)
-console.error(`\n${counts.join(', ')} (${formatDuration(seconds * 1000)})`)
+console.error(`\n${counts.join(', ')} (${formatDuration(performance.now() - began)})`)
 if (flags.json) console.log(JSON.stringify(results, null, 2))
 if (count('failed') > 0) {
   throw new StepError(`${count('failed')} of ${results.length} checks failed`, {
@@ -166,17 +170,10 @@ if (count('failed') > 0) {
 }
 
 /**
- * Does a check and prints it as a line. A failure is noted, and the next checks are done.
- *
- * @param skip why there is nothing to check, if so
- * @param work passes unless it throws; a text that it returns is noted
- * @returns whether it passed
+ * Does a check and prints it as a line. It passes unless `work` throws; a text that it returns is
+ * noted. @param skip why there is nothing to check, if so @returns whether it passed
  */
-async function check(
-  name: string,
-  skip: string | false,
-  work: () => Promise<unknown>,
-): Promise<boolean> {
+async function check(name: string, skip: string | false, work: () => unknown): Promise<boolean> {
   const began = performance.now()
   const note = (result: Result['result'], detail: string) => {
     const seconds = Math.round((performance.now() - began) / 100) / 10
@@ -196,32 +193,6 @@ async function check(
     console.error(reason.replace(/^/gm, '    '))
     return note('failed', reason)
   }
-}
-
-/** The days for which all certificates on a machine are valid. No private key leaves it. */
-async function daysLeft(node: Node): Promise<string> {
-  const output = await remote(
-    node,
-    `cd /var/lib/kubernetes
-    for file in $(ls pki/*.pem | grep -v -e -key.pem); do echo "== $file"; cat $file; done
-    for file in $(ls | grep kubeconfig); do
-      echo "== $file"
-      sed -n 's/.*client-certificate-data: *//p' $file | base64 -d
-    done`,
-    { signal },
-  )
-  const found = output.split(/^== /m).flatMap((section) => {
-    // service-account.pem may be a public key.
-    if (!section.includes('BEGIN CERTIFICATE')) return []
-    const left = Date.parse(new X509Certificate(section).validTo) - Date.now()
-    return { file: section.split('\n')[0], days: Math.floor(left / 86_400_000) }
-  })
-  const [first] = found.sort((a, b) => a.days - b.days)
-  if (!first) throw new StepError('there are none')
-  if (first.days >= settings.CERT_RENEW_DAYS) return `${first.days} days`
-  throw new StepError(`${first.file} has ${first.days} days left`, {
-    hint: 'make certs, make reconfig',
-  })
 }
 
 /** Creates a Secret and reads it from etcd. @returns what encrypted it, such as "secretbox" */
