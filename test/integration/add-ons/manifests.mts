@@ -141,10 +141,10 @@ export const manifests = (shared: Shared) =>
         })
 
         it('would be refused with a field that Kubernetes does not know', async () => {
-          const broken = manifests[script].replace(/^ {2}name: /m, '  nmae: x\n$&')
+          const broken = manifests[script].replace(/^kind: /m, 'nmae: x\n$&')
           const { exitCode, stderr } = await apply(broken, ...strictly, '--dry-run=server')
           assert.notEqual(exitCode, 0)
-          assert.match(stderr, /unknown field "metadata.nmae"|nmae/)
+          assert.match(stderr, /unknown field "nmae"|nmae/)
         })
 
         it('cannot be printed and deleted at the same time', async () => {
