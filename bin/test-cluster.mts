@@ -7,7 +7,7 @@ import { loadCluster } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
 import { formatDuration } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { apply, kubectlJson } from '../lib/kubectl.mts'
+import { apply, kubectlJson, useCluster } from '../lib/kubectl.mts'
 import {
   createScratchNamespace,
   deleteScratchNamespace,
@@ -48,6 +48,7 @@ const { machines, api, nodes, local } = await step('the state of the cluster', a
   const status = await $({ signal })`./bin/cluster-status.mts --json --timeout 60`
   return JSON.parse(status.stdout) as Status
 })
+if (api.ready) await useCluster(cluster)
 
 // ── Machines ─────────────────────────────────────────────────────────────────────────────────
 for (const { name, system, services, certificates } of machines) {
