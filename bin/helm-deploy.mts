@@ -204,14 +204,12 @@ async function usableRelease(): Promise<Release | undefined> {
 async function changedValues(): Promise<string[]> {
   const isMap = (value: unknown): value is Record<string, unknown> =>
     typeof value === 'object' && value !== null && !Array.isArray(value)
-  const compare = (wanted: unknown, has: unknown, name: string): string[] =>
-    isMap(wanted)
-      ? Object.entries(wanted).flatMap(([key, value]) =>
-          compare(value, isMap(has) ? has[key] : undefined, name ? `${name}.${key}` : key),
-        )
-      : isDeepStrictEqual(wanted ?? null, has ?? null)
-        ? []
-        : [name]
+  const compare = (wanted: unknown, has: unknown, path: string[]): string[] => {
+    const isSame = isDeepStrictEqual(wanted ?? null, has ?? null)
+    if (!isMap(wanted)) return isSame ? [] : [path.join('.')]
+    const former = isMap(has) ? has : {}
+    return Object.keys(wanted).flatMap((key) => compare(wanted[key], former[key], [...path, key]))
+  }
   const given = await $`helm get values ${release} --namespace ${namespace} --output json`
-  return compare(values ? parse(await readFile(values, 'utf8')) : {}, JSON.parse(given.stdout), '')
+  return compare(values ? parse(await readFile(values, 'utf8')) : {}, JSON.parse(given.stdout), [])
 }
