@@ -16,7 +16,8 @@ import { extractKernel, inspectIso, verifiedIso } from '../lib/iso.mts'
 import { withLock } from '../lib/lock.mts'
 import { machineProxy } from '../lib/proxy.mts'
 import { qemuArguments } from '../lib/qemu.mts'
-import { script } from '../lib/script.mts'
+import { runScript, script } from '../lib/script.mts'
+import { suspended } from '../lib/snapshots.mts'
 import { waitForSsh, waitForSystem } from '../lib/ssh.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
 import {
@@ -31,17 +32,19 @@ import {
 } from '../lib/vm.mts'
 
 const { flags, args } = script({
-  does: `Starts installed machines in the background: all of them, or those that are named. With --iso it
-installs NixOS on new disks instead: the machines boot the installer ISO, the commands are typed
-on their serial consoles, and at the end they are powered off.`,
+  does: `Starts installed machines in the background: all of them, or those that are named. After make
+suspend, all continue from where they were. With --iso it installs NixOS on new disks instead: the
+machines boot the installer ISO, the commands are typed on their serial consoles, and at the end
+they are powered off.`,
   reads: ['cluster.env', 'images/NODE.qcow2', '--iso: images/nixos-VERSION-ARCH.iso, cloud-init/'],
   writes: [
     'run/',
-    'images/NODE-efivars.fd',
+    'images/NODE.efivars.qcow2',
     'images/NODE-console.log',
     '--iso: images/NODE.qcow2, images/NODE-install.log',
   ],
   flags: {
+    'disks-only': { help: 'boot suspended machines; their memory is lost' },
     wait: { help: 'wait until ssh and systemd of the started machines are up' },
     iso: { help: 'install; a node that has a disk is refused' },
     'iso-file': { value: 'FILE', help: 'install from this ISO' },
@@ -62,7 +65,7 @@ const nodes = chooseNodes(cluster, args)
 const names = nodes.map(({ name }) => name)
 const installing = flags.iso || flags['iso-file'] !== undefined
 const wrong = installing
-  ? flags.wait && '--wait is for starting: --iso powers the machines off'
+  ? (flags.wait || flags['disks-only']) && '--wait is for starting: --iso powers the machines off'
   : flags.force && '--force is for --iso: starting a machine replaces nothing'
 if (wrong) throw new StepError(wrong, { exitCode: 2 })
 const host = await detectHost(cluster)
@@ -102,6 +105,10 @@ if (installing) {
   }
   await assertPortsFree(cluster, nodes)
   if (host.warning) console.error(`! ${host.warning}`)
+  if (existsSync(cluster.path('snapshots', suspended))) {
+    const how = flags['disks-only'] ? ['--disks-only'] : []
+    await runScript('restore', ['--start-only', ...how, suspended])
+  }
   const width = Math.max(...names.map((name) => name.length))
   const states = await inParallel(names, (name, row) => start(cluster.node(name), row))
   console.log(states.map((state, index) => `${names[index]?.padEnd(width)}  ${state}`).join('\n'))

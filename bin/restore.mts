@@ -1,30 +1,36 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Goes back to a snapshot: the machines stop, their disks, the keys and the settings become what
-// they were, and the machines start.
+// they were, and the machines continue from their memory of that moment, or boot.
 import { createHash } from 'node:crypto'
-import { readFile, rm } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
+import { readFile, rename, rm } from 'node:fs/promises'
 import { $ } from 'zx/core'
-import { loadCluster, type Node } from '../lib/cluster.mts'
+import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
 import { readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { formatBytes, formatDuration, timestamp } from '../lib/format.mts'
-import { detectHost } from '../lib/host.mts'
+import { detectHost, type Host } from '../lib/host.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
+import { qemuArguments } from '../lib/qemu.mts'
+import { Qmp } from '../lib/qmp.mts'
 import { runScript, script } from '../lib/script.mts'
+import { hardware, inspect, liveParts, suspended } from '../lib/snapshots.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
-import { freeBytes, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
+import { filesOf, freeBytes, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
 import type { Snapshot } from './snapshot.mts'
 
 const { flags, args } = script({
-  does: `Restores a snapshot of the cluster, the newest unless one is named: disks, UEFI variables,
-certificates, kubeconfigs, encryption key and cluster.env. What they replace is kept as a snapshot
-of its own. Ends when the cluster answers. Refuses before anything is changed.`,
+  does: `Restores a snapshot of the cluster, the newest unless one is named: memory, disks, UEFI variables,
+certificates, kubeconfigs, encryption key and cluster.env. The machines continue from that moment,
+or boot if the snapshot is without memory. What is replaced is kept as a snapshot of its own. Ends
+when the cluster answers. Refuses before anything is changed.`,
   reads: ['cluster.env', 'snapshots/NAME/', 'images/'],
   writes: ['images/', 'tls/', 'configs/', 'cluster.env', 'snapshots/', 'run/'],
   flags: {
+    'disks-only': { help: 'leave its memory; the machines boot' },
     'start-only': { help: 'end when the machines have been started' },
     timeout: { value: 'SECONDS', number: true, help: 'for the cluster to answer (WAIT_TIMEOUT)' },
   },
@@ -41,42 +47,56 @@ const marker = cluster.path('snapshots', '.restoring')
 const restored = await withClusterLock(cluster, 'restoring a snapshot', async () => {
   // 1. Everything that prevents a restore is found before anything is changed.
   const snapshot = await find(args[0])
-  await step(`check the snapshot ${snapshot.name}`, () => check(snapshot))
   const host = await detectHost(cluster)
+  const live = snapshot.kind === 'live' && !flags['disks-only']
+  await step(`check the snapshot ${snapshot.name}`, () => check(snapshot, live && host))
 
   // 2. The machines stop, and what is there now becomes a snapshot.
   // 3. Disks, keys and settings are put back. If that fails, the machines that ran run on.
-  const saved = `before-restore-${timestamp()}`
-  const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
-  const running = cluster.nodes.filter((_, index) => states[index])
-  await syncGuests(cluster, signal)
-  signal.throwIfAborted()
-  await takingTime(async () => {
-    try {
-      // As if the plug were pulled: what is on their disks is of no use any more.
-      await runScript('shutdown', ['--now'])
-      await withMachineLocks(cluster, cluster.nodes, 'restoring a snapshot', async () => {
-        await runScript('snapshot', ['--automatic', saved])
-        await step('put back disks, keys and settings', () => replace(snapshot, saved))
-      })
-    } catch (error) {
-      for (const node of running) {
-        if (await isRunning(cluster, node)) continue
-        await startMachine(cluster, node, host).catch((second) => {
-          console.error(`! ${node.name} was not started again: ${describeError(second)}`)
+  // Suspended machines are as the snapshot is; none runs but what a killed run has started.
+  const isSuspended = snapshot.name === suspended
+  if (isSuspended) await runScript('shutdown', ['--now'])
+  else {
+    const saved = `before-restore-${timestamp()}`
+    const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
+    const running = cluster.nodes.filter((_, index) => states[index])
+    await syncGuests(cluster, signal)
+    signal.throwIfAborted()
+    await takingTime(async () => {
+      try {
+        // As if the plug were pulled: what is on their disks is of no use any more.
+        await runScript('shutdown', ['--now'])
+        await withMachineLocks(cluster, cluster.nodes, 'restoring a snapshot', async () => {
+          await runScript('snapshot', ['--automatic', '--disks-only', saved])
+          await step('put back disks, keys and settings', () => replace(snapshot, saved))
         })
+      } catch (error) {
+        for (const node of running) {
+          if (await isRunning(cluster, node)) continue
+          await startMachine(cluster, node, host).catch((second) => {
+            console.error(`! ${node.name} was not started again: ${describeError(second)}`)
+          })
+        }
+        throw error
       }
-      throw error
-    }
-  })
-  console.log(`what was replaced is kept: make restore NAME=${saved}`)
+    })
+    console.log(`what was replaced is kept: make restore NAME=${saved}`)
+  }
 
-  // 4. The machines start, with the cluster.env of the snapshot.
+  // 4. The machines start, with the cluster.env of the snapshot; with memory, all together. From
+  // then on, the moment of make suspend is none to go back to.
   const then = loadCluster()
-  await inParallel(names, async (name, row) => {
-    row.step('power on')
-    await startMachine(then, then.node(name), host)
+  await takingTime(async () => {
+    const folder = cluster.path('snapshots', snapshot.name)
+    if (live) await load(snapshot.name, then, host)
+    if (isSuspended) await rename(folder, cluster.path(`snapshots/.${suspended}.partial`))
+    await inParallel(names, async (name, row) => {
+      row.step(live ? 'continue' : 'power on')
+      await startMachine(then, then.node(name), host)
+    })
+    if (isSuspended) await runScript('snapshot', ['--delete', suspended])
   })
+  if (live) await setClocks(then, signal)
   return then
 })
 
@@ -94,6 +114,23 @@ if (!flags['start-only']) {
 }
 console.log(`restored in ${formatDuration(performance.now() - began)}`)
 
+/** Starts the machines, which stay paused, and loads their memory. If one fails, none stays. */
+async function load(tag: string, then: Cluster, host: Host): Promise<void> {
+  await inParallel(names, async (name, row) => {
+    row.step('load its memory')
+    const node = then.node(name)
+    await startMachine(then, node, host, async () => {
+      const qmp = await Qmp.connect(filesOf(then, node).qmp)
+      await qmp.job('snapshot-load', { tag, ...liveParts }).finally(() => qmp.close())
+    })
+  }).catch(async (error) => {
+    await runScript('shutdown', ['--now'])
+    const hint = 'without it, from their disks of that moment: make up FLAGS=--disks-only'
+    const output = describeError(error)
+    throw new StepError('the machines cannot continue from their memory', { output, hint })
+  })
+}
+
 async function allSnapshots(): Promise<Snapshot[]> {
   return JSON.parse((await $`./bin/snapshot.mts --list --json`).stdout)
 }
@@ -110,7 +147,7 @@ async function find(name?: string): Promise<Snapshot> {
 }
 
 /** @throws StepError with every reason why the snapshot cannot be restored */
-async function check({ name: snapshot, machines, files }: Snapshot): Promise<void> {
+async function check({ name: snapshot, machines, files }: Snapshot, live: Host | false) {
   const problems: string[] = []
   const title = ({ name, role }: Pick<Node, 'name' | 'role'>) => `${name} (${role})`
   const [then, now] = [machines.map(title), cluster.nodes.map(title)]
@@ -125,12 +162,9 @@ async function check({ name: snapshot, machines, files }: Snapshot): Promise<voi
     } else if (!hasDisk(cluster, cluster.node(name))) {
       problems.push(`${name} has no disk: ${image} is missing`)
     } else {
-      // -U: reading the list of snapshots is safe while a machine runs.
-      const info = JSON.parse((await $`qemu-img info -U --output=json ${image}`).stdout)
-      const same = info.snapshots?.find((each: { name: string }) => each.name === disk.name)
-      const time = same && same['date-sec'] + same['date-nsec'] / 1e9
+      const same = (await inspect(image)).snapshots.find((each) => each.name === disk.name)
       if (!same) problems.push(`the disk of ${name} does not have it`)
-      else if (same.id !== disk.id || time !== disk.time) {
+      else if (same.id !== disk.id || same.time !== disk.time) {
         problems.push(`the disk of ${name} has another snapshot of that name`)
       }
     }
@@ -145,13 +179,27 @@ async function check({ name: snapshot, machines, files }: Snapshot): Promise<voi
   const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
   const isShort = free < needed && process.platform !== 'darwin'
   if (isShort) problems.push(`not enough disk space: ${amounts}`)
+  let hint = './bin/snapshot.mts --list shows the others'
+  if (live && problems.length === 0) {
+    // With the settings that the machines will have.
+    const file = cluster.path(snapshot === suspended ? '.' : `snapshots/${snapshot}`, 'cluster.env')
+    const settings = loadCluster({ text: await readFile(file, 'utf8') })
+    for (const { name, hardware: former } of machines) {
+      const mode = { kind: 'boot' } as const
+      const node = settings.node(name)
+      const args = qemuArguments({ cluster: settings, node, host: live, mode })
+      const now = hardware(live.qemu.version, args.join(' '))
+      if (now !== former) problems.push(`${name} was saved on ${former}, and would be on ${now}`)
+    }
+    hint = `its disks alone: ./bin/restore.mts --disks-only ${snapshot}`
+  }
   if (problems.length === 0) return
   const later = cluster.workers.filter(({ name }) => !machines.some((each) => each.name === name))
   const removals = later.map(({ name }) => `make remove-worker NAME=${name}`).join(', ')
   const remove = `remove the workers that were added after it: ${removals}`
   throw new StepError(`the snapshot "${snapshot}" cannot be restored; nothing was changed`, {
     output: problems.join('\n'),
-    hint: removals ? remove : './bin/snapshot.mts --list shows the others',
+    hint: removals ? remove : hint,
   })
 }
 
@@ -192,6 +240,13 @@ async function putBack({ name, machines, files }: Snapshot): Promise<void> {
       throw new StepError(`${machine} runs, so its disk is not changed`)
     }
     await $`qemu-img snapshot -q -a ${name} images/${machine}.qcow2`
+    // UEFI variables that were raw are among the files.
+    await $`rm -f images/${machine}-efivars.fd`
+    const variables = `images/${machine}.efivars.qcow2`
+    if (!existsSync(cluster.path(variables))) continue
+    const { snapshots } = await inspect(variables)
+    if (!snapshots.some((each) => each.name === name)) continue
+    await $`qemu-img snapshot -q -a ${name} ${variables}`
   }
   for (const { path, mode } of files) {
     const data = await readFile(cluster.path('snapshots', name, path))

@@ -1,30 +1,37 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// A snapshot of the whole cluster at one moment: the disks of all machines, and the keys and
-// settings that belong to them. qcow2 keeps a disk's snapshots in the image itself.
+// A snapshot of the whole cluster at one moment: the memory and the disks of all machines, and the
+// keys and settings that belong to them. qcow2 keeps all snapshots of a machine in its disk itself.
 import { createHash } from 'node:crypto'
-import { constants, existsSync } from 'node:fs'
-import { copyFile, readdir, readFile, rename, rm, stat } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
+import { readdir, readFile, rename, rm, stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
+import { describeError, StepError } from '../lib/errors.mts'
 import { privateFolder, readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { formatBytes, formatTable, timestamp } from '../lib/format.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
+import { stopLanSwitch } from '../lib/lan.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
+import { commandLine, isGone, memoryOf } from '../lib/processes.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { script } from '../lib/script.mts'
+import { hardware, inspect, liveParts, type OnDisk, suspended } from '../lib/snapshots.mts'
 import { setClocks, syncGuests } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
 import { filesOf, freeBytes, hasDisk, machineState } from '../lib/vm.mts'
+import { becomes } from '../lib/wait.mts'
 
 const { flags, args } = script({
-  does: `Takes a snapshot of all machines, running or not, under NAME or the current time. Running machines
-are paused for a moment, so that all disks show the same moment. UEFI variables, certificates,
-kubeconfigs, the encryption key and cluster.env are kept with them. make restore goes back to it.`,
+  does: `Takes a snapshot of all machines under NAME or the current time: their memory and disks, or the
+disks alone if one is off or its memory cannot be saved. Running machines are paused meanwhile, so
+that all show the same moment. UEFI variables, certificates, kubeconfigs, the encryption key and
+cluster.env are kept with them. make restore goes back to it.`,
   reads: ['cluster.env', 'run/', 'images/', 'tls/', 'configs/'],
-  writes: ['images/NODE.qcow2', 'snapshots/NAME/'],
+  writes: ['images/NODE.qcow2', 'images/NODE.efivars.qcow2', 'snapshots/NAME/'],
   flags: {
+    'disks-only': { help: 'without memory: make restore boots the machines; takes less space' },
+    suspend: { help: 'then end the machines (make suspend); make up continues from there' },
     list: { help: 'show the snapshots' },
     delete: { value: 'NAME', help: 'remove this snapshot; the machines may run' },
     automatic: { help: 'mark it as what a restore overwrites: a later restore removes it' },
@@ -37,8 +44,10 @@ kubeconfigs, the encryption key and cluster.env are kept with them. make restore
     './bin/snapshot.mts --delete before-lab-3',
   ],
 })
-if ([flags.list, flags.delete, args[0]].filter(Boolean).length > 1) {
-  throw new StepError('only one of NAME, --list and --delete NAME', { exitCode: 2 })
+const { suspend, 'disks-only': disksOnly } = flags
+if ([flags.list, flags.delete, suspend, args[0], suspend && disksOnly].filter(Boolean).length > 1) {
+  const reason = 'only one of NAME, --list, --delete NAME and --suspend, which needs the memory'
+  throw new StepError(reason, { exitCode: 2 })
 }
 
 /** The record of a snapshot: snapshots/NAME/snapshot.json. */
@@ -46,30 +55,37 @@ export interface Snapshot {
   name: string
   taken: string // ISO 8601
   automatic: boolean // by a restore, of what it was about to overwrite
+  kind?: Kind // older ones are of disks
   nixos: string
   pause: number // seconds for which the running machines were paused
-  /** `bytes`: what the disk took on this computer. */
-  machines: (Pick<Node, 'name' | 'role'> & { running: boolean; bytes: number; disk: OnDisk })[]
+  machines: (Pick<Node, 'name' | 'role'> & {
+    running: boolean
+    bytes: number // what the disk took on this computer
+    disk: OnDisk
+    hardware?: string // live: what the memory depends on
+  })[]
   /** Paths in the project, and in snapshots/NAME/; the mode is that of the original. */
   files: { path: string; mode: number; sha256: string }[]
 }
-/** A snapshot in an image, identified by all three. `time`: seconds since 1970. */
-type OnDisk = { name: string; id: string; time: number }
-/** `qmp`: the machine runs, so only its QEMU may change its image. */
-type Machine = { node: Node; image: string; qmp?: Qmp }
+/** live: with the machines' memory. */
+type Kind = 'live' | 'disks'
+/** One that runs has `qmp` and `pid`: only its QEMU may change its images. */
+type Machine = { node: Node; disk: string; images: Image[]; qmp?: Qmp; pid?: number }
+/** The disk or the UEFI variables: QEMU's name of it, and its path. */
+type Image = { device: 'disk' | 'efivars'; path: string }
 
 const cluster = loadCluster()
 // From here on, Ctrl-C cuts off nothing that does not get this signal.
 const signal = interruption()
 if (flags.list) await list()
 else if (flags.delete) await remove(flags.delete)
-else await take(args[0] ?? timestamp())
+else await take(suspend ? suspended : (args[0] ?? timestamp()))
 
 async function take(name: string): Promise<void> {
   // An image takes a number for a snapshot's id. A leading dot means unfinished.
-  if (!/^(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(name)) {
+  if (!suspend && !/^(?!\d+$|suspended$)[a-z0-9][a-z0-9._-]{0,62}$/i.test(name)) {
     const hint =
-      'up to 63 letters, digits, dots, dashes and underscores; a letter or digit first; not only digits'
+      'up to 63 letters, digits, dots, dashes and underscores; a letter or digit first; not only digits, not "suspended"'
     throw new StepError(`a snapshot cannot be named "${name}"`, { hint, exitCode: 2 })
   }
   const snapshot = await withMachines(`taking the snapshot ${name}`, cluster.nodes, (machines) =>
@@ -77,97 +93,158 @@ async function take(name: string): Promise<void> {
   )
   const paused = snapshot.machines.flatMap((machine) => (machine.running ? machine.name : []))
   // The clock of a paused machine is behind afterwards.
-  if (paused.length > 0) await setClocks(cluster, signal)
+  if (paused.length > 0 && !suspend) await setClocks(cluster, signal)
   if (flags.json) return console.log(JSON.stringify(snapshot, null, 2))
   console.log(contents(snapshot))
   if (paused.length > 0) {
     console.log(`paused for ${Math.round(snapshot.pause * 1000)} ms: ${paused.join(', ')}`)
   }
-  console.log(`go back to it: make restore NAME=${name}`)
+  console.log(suspend ? 'continue: make up' : `go back to it: make restore NAME=${name}`)
 }
 
 /** In the end the snapshot is complete or nothing of it is left, and the machines run. */
 async function takeSnapshot(name: string, machines: Machine[], detail: (text: string) => void) {
   await removeUnfinished(machines)
-  await assertPossible(name, machines)
+  const wanted = kindFor(machines)
+  await assertPossible(name, machines, wanted)
   // From now on a snapshot of this name on a disk belongs to this folder.
-  const partial = `snapshots/.${name}.partial`
+  const partial = partialOf(name)
   await privateFolder(cluster.path('snapshots'))
   await privateFolder(cluster.path(partial))
   try {
     // 1. cluster.env, certificates, keys and kubeconfigs (a dot first: it is being written), and
-    // UEFI variables.
+    // UEFI variables of machines that were last started by an earlier version.
     const found =
-      await $`{ ls -dp cluster.env tls/* configs/*.kubeconfig configs/encryption-config.yaml 2>/dev/null || true; } | grep -v '/$'`
-    const settings = found.stdout.trim().split('\n')
-    await $`tar -cf - ${settings} | tar -xpf - -C ${partial}`
-    const copied = Date.now()
-    const variables = await copyVariables(partial)
+      await $`{ ls -dp cluster.env tls/* configs/*.kubeconfig configs/encryption-config.yaml images/*-efivars.fd 2>/dev/null || true; } | grep -v '/$'`
+    const files = found.stdout.trim().split('\n')
+    await $`tar -cf - ${files} | tar -xpf - -C ${partial}`
 
     // 2. What the machines' kernels and this computer hold in memory is written to the disks, so
     // that the pause need not wait for it. A machine that is off does not change: no pause for it.
     detail('the machines write out their data')
     await syncGuests(cluster, signal)
     signal.throwIfAborted()
-    await $`sync ${machines.map(({ image }) => image)}`
-    for (const { qmp, image } of machines) {
-      if (!qmp) await $`qemu-img snapshot -q -c ${name} ${image}`
+    await $`sync ${machines.flatMap(({ images }) => images.map(({ path }) => path))}`
+    for (const { qmp, images } of machines) {
+      for (const { path } of qmp ? [] : images) await $`qemu-img snapshot -q -c ${name} ${path}`
     }
 
-    // 3. The disks of running machines, and those UEFI variables that have changed since 1, which
-    // is rare: they are 64 MB each on arm64. (A second less, for file systems with coarse times.)
-    const pause = await takingTime(() =>
-      atOneMoment(name, machines, () => copyVariables(partial, copied - 1000)),
-    )
+    // 3. The running machines.
+    detail('the machines stand still')
+    const { pause, kind } = await takingTime(() => atOneMoment(name, machines, wanted))
 
-    // 4. The record, and with it the name.
+    // 4. The record, and with it the name; before that, it is no moment to continue from.
     await $`chmod -R go= ${partial}`
     const record: Snapshot = {
-      ...{ name, taken: new Date().toISOString(), automatic: flags.automatic },
-      ...{ nixos: cluster.settings.NIXOS_VERSION, pause, machines: [], files: [] },
+      ...{ name, taken: new Date().toISOString(), automatic: flags.automatic || suspend },
+      ...{ kind, nixos: cluster.settings.NIXOS_VERSION, pause, machines: [], files: [] },
     }
-    for (const { node, image, qmp } of machines) {
+    for (const { node, disk: image, qmp, pid } of machines) {
       const { bytes, snapshots } = await inspect(image)
       const disk = snapshots.find((each) => each.name === name)
       if (!disk) throw new StepError(`the disk of ${node.name} does not list the new snapshot`)
-      const running = qmp !== undefined
-      record.machines.push({ name: node.name, role: node.role, running, bytes, disk })
+      const machine = { name: node.name, role: node.role, running: qmp !== undefined, bytes, disk }
+      record.machines.push(machine)
+      if (kind === 'disks' || !qmp || !pid) continue
+      const { qemu } = (await qmp.execute('query-version')) as { qemu: Record<string, number> }
+      const version = `${qemu.major}.${qemu.minor}.${qemu.micro}`
+      Object.assign(machine, { hardware: hardware(version, (await commandLine(pid)) ?? '') })
     }
-    for (const path of [...settings, ...variables]) {
+    for (const path of files) {
       const mode = (await stat(cluster.path(path))).mode & 0o777
       const hash = createHash('sha256').update(await readFile(cluster.path(partial, path)))
       record.files.push({ path, mode, sha256: hash.digest('hex') })
     }
     const text = JSON.stringify(record, null, 2)
     await writeFileAtomic(cluster.path(partial, 'snapshot.json'), text, 0o600)
+    if (suspend) {
+      signal.throwIfAborted()
+      await takingTime(() => endAll(machines))
+    }
     await rename(cluster.path(partial), cluster.path('snapshots', name))
     return record
   } catch (error) {
+    if (suspend) await takingTime(() => resume(machines)).catch(() => {})
     // The next snapshot removes what cannot be removed now.
     await takingTime(() => removeUnfinished(machines)).catch(() => {})
     throw error
   }
 }
 
-/** Takes the snapshot on all disks while all machines are paused. @returns seconds of the pause */
-async function atOneMoment(name: string, machines: Machine[], whilePaused: () => Promise<unknown>) {
-  // Of those that run.
-  const all = (command: string, args = {}) =>
-    Promise.allSettled(machines.map(({ qmp }) => qmp?.execute(command, args, { timeout: 60 })))
+/** With memory, unless a machine is off. */
+function kindFor(machines: Machine[]): Kind {
+  if (disksOnly) return 'disks'
+  const off = machines.flatMap(({ node, qmp }) => (qmp ? [] : node.name))
+  if (off.length === 0) return 'live'
+  return withoutMemory(`${off.join(', ')} ${off.length > 1 ? 'are' : 'is'} off`)
+}
+
+/** Says why only the disks are kept. @throws StepError if that is not enough */
+function withoutMemory(reason: string): Kind {
+  if (!suspend) console.error(`! disks only: ${reason}`)
+  else throw new StepError(`cannot suspend: ${reason}`, { hint: 'make down shuts machines down' })
+  return 'disks'
+}
+
+/** Takes the snapshot of all running machines while they are paused; `pause` is in seconds. */
+async function atOneMoment(name: string, machines: Machine[], wanted: Kind) {
   const began = performance.now()
-  const outcomes = await all('stop')
-  if (outcomes.every(({ status }) => status === 'fulfilled')) {
-    const disks = all('blockdev-snapshot-internal-sync', { device: 'disk', name })
-    outcomes.push(...(await Promise.allSettled([whilePaused()])), ...(await disks))
+  const save = (qmp: Qmp) => qmp.job('snapshot-save', { tag: name, ...liveParts })
+  let kind: Kind = 'disks'
+  try {
+    await onAll(machines, (qmp) => qmp.execute('stop', {}, { timeout: 60 }))
+    if (wanted === 'live') {
+      kind = await onAll(machines, save).then(
+        () => 'live',
+        async (error) => {
+          await removeFromDisks(machines, name)
+          return withoutMemory(describeError(error))
+        },
+      )
+    }
+    if (kind === 'disks') await onAll(machines, (qmp, { images }) => saveDisks(name, qmp, images))
+  } finally {
+    // Whatever happened.
+    if (kind === 'disks' || !suspend) await resume(machines)
   }
-  const resumed = await all('cont') // Whatever happened.
-  const stuck = machines.filter((_, index) => resumed[index]?.status === 'rejected')
-  for (const { node } of stuck) {
-    console.error(`! ${node.name} may still be paused: make up resumes it`)
+  return { kind, pause: (performance.now() - began) / 1000 }
+}
+
+async function saveDisks(name: string, qmp: Qmp, images: Image[]): Promise<void> {
+  const command = 'blockdev-snapshot-internal-sync'
+  for (const { device } of images) await qmp.execute(command, { device, name }, { timeout: 60 })
+}
+
+async function resume(machines: Machine[]): Promise<void> {
+  await onAll(machines, async (qmp, { node }) => {
+    await qmp.execute('cont', {}, { timeout: 60 }).catch((error) => {
+      console.error(`! ${node.name} may still be paused: make up resumes it`)
+      throw error
+    })
+  })
+}
+
+/** Ends the QEMUs of paused machines, and the LAN switch. */
+async function endAll(machines: Machine[]): Promise<void> {
+  await onAll(machines, async (qmp, { pid = 0 }) => {
+    // A QEMU that quits may close the connection before it answers.
+    await qmp.execute('quit').catch(() => {})
+    if (await becomes(() => isGone(pid), 60)) return
+    throw new StepError('its QEMU does not end')
+  })
+  await stopLanSwitch(cluster)
+}
+
+/** Asks all QEMUs at once and waits for all. @throws the first failure, with the machine's name */
+async function onAll(
+  machines: Machine[],
+  ask: (qmp: Qmp, machine: Machine) => Promise<unknown>,
+): Promise<void> {
+  const asked = machines.map(async (machine) => machine.qmp && ask(machine.qmp, machine))
+  for (const [index, outcome] of (await Promise.allSettled(asked)).entries()) {
+    if (outcome.status === 'fulfilled') continue
+    throw new StepError(`${machines[index]?.node.name}: ${describeError(outcome.reason)}`)
   }
-  const failed = [...outcomes, ...resumed].find(({ status }) => status === 'rejected')
-  if (failed?.status === 'rejected') throw failed.reason
-  return (performance.now() - began) / 1000
 }
 
 async function list(): Promise<void> {
@@ -183,23 +260,25 @@ async function list(): Promise<void> {
   console.log(formatTable(['NAME', 'TAKEN', 'DISKS THEN', 'CONTENTS'], rows))
 }
 
-function contents({ machines, nixos, files, automatic }: Snapshot): string {
+function contents({ name, kind, machines, nixos, files, automatic }: Snapshot): string {
   const names = machines.map(({ name, running }) => `${name}${running ? '' : ' (was off)'}`)
-  const why = automatic ? '; what a restore overwrote' : ''
-  return `${names.join(', ')}; NixOS ${nixos}; ${files.length} files${why}`
+  const ended = name === suspended ? '; make up continues from it' : '; what a restore overwrote'
+  const why = automatic ? ended : ''
+  return `${names.join(', ')}${kind === 'live' ? ' with memory' : ''}; NixOS ${nixos}; ${files.length} files${why}`
 }
 
 async function remove(name: string): Promise<void> {
   const names = (await readSnapshots()).map((snapshot) => snapshot.name)
-  if (!names.includes(name)) {
+  const partial = cluster.path(partialOf(name))
+  if (!names.includes(name) && !existsSync(partial)) {
     const hint = names.length > 0 ? `there are ${names.join(', ')}` : 'there are none'
     throw new StepError(`there is no snapshot "${name}"`, { hint, exitCode: 2 })
   }
   const nodes = cluster.nodes.filter((node) => hasDisk(cluster, node))
   await withMachines(`removing the snapshot ${name}`, nodes, (machines) =>
     step(`remove ${name}`, async () => {
-      await removeFromDisks(machines, name)
-      await rm(cluster.path('snapshots', name), { recursive: true, force: true })
+      if (names.includes(name)) await rename(cluster.path('snapshots', name), partial)
+      await removeUnfinished(machines)
     }),
   )
   if (flags.json) console.log(JSON.stringify({ removed: name }))
@@ -236,16 +315,23 @@ async function open(node: Node): Promise<Machine> {
   if (found.state === 'running' && found.mode === 'install') {
     throw new StepError(`${node.name} is being installed`, { hint: 'wait until it is installed' })
   }
-  const image = `images/${node.name}.qcow2`
+  const disk = `images/${node.name}.qcow2`
   if (!hasDisk(cluster, node)) {
     const hint = `install it first: make install-${node.name}`
-    throw new StepError(`${node.name} has no disk: ${image} is missing`, { hint })
+    throw new StepError(`${node.name} has no disk: ${disk} is missing`, { hint })
   }
-  if (found.state === 'stopped') return { node, image }
-  return { node, image, qmp: await Qmp.connect(filesOf(cluster, node).qmp) }
+  const images: Image[] = [{ device: 'disk', path: disk }]
+  // Not those of a machine that has not been started since they were raw.
+  const efivars = `images/${node.name}.efivars.qcow2`
+  if (existsSync(cluster.path(efivars))) images.push({ device: 'efivars', path: efivars })
+  if (found.state === 'stopped') return { node, disk, images }
+  return { node, disk, images, pid: found.pid, qmp: await Qmp.connect(filesOf(cluster, node).qmp) }
 }
 
-async function assertPossible(name: string, machines: Machine[]): Promise<void> {
+async function assertPossible(name: string, machines: Machine[], kind: Kind): Promise<void> {
+  if (existsSync(cluster.path('snapshots', suspended)) && machines.some(({ qmp }) => qmp)) {
+    throw new StepError('not all suspended machines have continued', { hint: 'make up' })
+  }
   // Not every file system distinguishes case.
   const names = await readdir(cluster.path('snapshots')).catch(() => [])
   const taken = names.find((other) => other.toLowerCase() === name.toLowerCase())
@@ -253,38 +339,38 @@ async function assertPossible(name: string, machines: Machine[]): Promise<void> 
     const hint = `use another name, or remove it: ./bin/snapshot.mts --delete ${taken}`
     throw new StepError(`there is a snapshot "${taken}" already`, { hint })
   }
-  for (const { node, image } of machines) {
-    if (!(await inspect(image)).snapshots.some((each) => each.name === name)) continue
+  for (const { node, disk } of machines) {
+    if (!(await inspect(disk)).snapshots.some((each) => each.name === name)) continue
     const hint = 'this script did not take it: use another name'
     throw new StepError(`the disk of ${node.name} has a snapshot "${name}" of its own`, { hint })
   }
-  // What the machines change after a snapshot takes new space in their images.
-  const [needed, free] = [machines.length * 2 ** 30, await freeBytes(cluster.path('images'))]
+  // Their memory, and what the machines change after a snapshot, take new space in their images.
+  const memory = machines.map(({ pid }) => (kind === 'live' && pid ? memoryOf(pid) : 0))
+  const needed = (await Promise.all(memory)).reduce((sum, bytes) => sum + bytes + 2 ** 30, 0)
+  const free = await freeBytes(cluster.path('images'))
   if (free >= needed) return
   const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
   const reason = `not enough disk space: ${amounts}`
-  const hint = 'free space where images/ is, or remove a snapshot: ./bin/snapshot.mts --list'
+  const less = kind === 'live' ? '--disks-only needs less; ' : ''
+  const hint = `${less}free space where images/ is, or remove a snapshot: ./bin/snapshot.mts --list`
   if (process.platform !== 'darwin') throw new StepError(reason, { hint })
   console.error(`! ${reason}; macOS may free more by itself`)
 }
 
-/** The size of an image on this computer and its snapshots. -U: its machine may run. */
-async function inspect(image: string): Promise<{ bytes: number; snapshots: OnDisk[] }> {
-  const info = JSON.parse((await $`qemu-img info -U --output=json ${image}`).stdout)
-  const snapshots: OnDisk[] = []
-  for (const { name, id, 'date-sec': seconds, 'date-nsec': nano } of info.snapshots ?? []) {
-    snapshots.push({ name, id, time: seconds + nano / 1e9 })
+async function removeFromDisks(machines: Machine[], name: string): Promise<void> {
+  for (const { images, qmp } of machines) {
+    for (const { device, path } of images) {
+      if (!(await inspect(path)).snapshots.some((each) => each.name === name)) continue
+      const command = 'blockdev-snapshot-delete-internal-sync'
+      if (qmp) await qmp.execute(command, { device, name }, { timeout: 60 })
+      else await $`qemu-img snapshot -q -d ${name} ${path}`
+    }
   }
-  return { bytes: info['actual-size'] ?? 0, snapshots }
 }
 
-async function removeFromDisks(machines: Machine[], name: string): Promise<void> {
-  for (const { image, qmp } of machines) {
-    if (!(await inspect(image)).snapshots.some((each) => each.name === name)) continue
-    const command = 'blockdev-snapshot-delete-internal-sync'
-    if (qmp) await qmp.execute(command, { device: 'disk', name }, { timeout: 60 })
-    else await $`qemu-img snapshot -q -d ${name} ${image}`
-  }
+/** The folder of a snapshot that is being taken or removed. */
+function partialOf(name: string): string {
+  return `snapshots/.${name}.partial`
 }
 
 /** Of a snapshot that failed, or was interrupted by force or by the end of this computer. */
@@ -295,16 +381,4 @@ async function removeUnfinished(machines: Machine[]): Promise<void> {
     await removeFromDisks(machines, name)
     await rm(cluster.path('snapshots', folder), { recursive: true })
   }
-}
-
-/** Copies UEFI variables that were written after a time, in ms since 1970. @returns all of them */
-async function copyVariables(folder: string, after = 0): Promise<string[]> {
-  await privateFolder(cluster.path(folder, 'images'))
-  const all = cluster.nodes.map(({ name }) => `images/${name}-efivars.fd`)
-  const there = all.filter((path) => existsSync(cluster.path(path)))
-  for (const path of there) {
-    if ((await stat(cluster.path(path))).mtimeMs <= after) continue
-    await copyFile(cluster.path(path), cluster.path(folder, path), constants.COPYFILE_FICLONE)
-  }
-  return there
 }

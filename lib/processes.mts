@@ -29,6 +29,13 @@ export async function commandLine(pid: number, os: NodeJS.Platform = process.pla
   return line.match(/^[^Z\s]\S*\s+(.*)$/s)?.[1]
 }
 
+/** The bytes of memory that a process uses. */
+export async function memoryOf(pid: number): Promise<number> {
+  const status = await readFile(`/proc/${pid}/status`, 'utf8').catch(() => '')
+  const found = status.match(/^VmRSS:\s+(\d+) kB$/m)?.[1]
+  return 1024 * Number(found ?? (await outputOf('ps', '-o', 'rss=', '-p', `${pid}`)))
+}
+
 /**
  * Whether a process has ended completely. Its arguments disappear a moment earlier, when its ports
  * and files are still open.

@@ -8,8 +8,9 @@ export function filesOf({ path }: Pick<Cluster, 'path'>, { name }: Pick<Node, 'n
     /** The disk, qcow2, once a system is installed on it; the name it has until then. */
     disk: path('images', `${name}.qcow2`),
     partialDisk: path('images', `${name}.qcow2.partial`),
-    /** The machine's own UEFI variables. */
-    efiVars: path('images', `${name}-efivars.fd`),
+    /** The machine's own UEFI variables, qcow2; and as they were before they held snapshots. */
+    efiVars: path('images', `${name}.efivars.qcow2`),
+    rawEfiVars: path('images', `${name}-efivars.fd`),
     /** Output of the serial console since the last start; dialogue of the installation. */
     consoleLog: path('images', `${name}-console.log`),
     installLog: path('images', `${name}-install.log`),
@@ -46,7 +47,7 @@ export function qemuArguments(machine: {
   const { cluster, node, host, mode } = machine
   const { QEMU_DISK_CACHE, API_PORT, LAN_SWITCH_PORT } = cluster.settings
   const files = filesOf(cluster, node)
-  const { code, vars } = host.firmware
+  const { code } = host.firmware
   // A disk that is deleted if the installation fails needs no care while it runs.
   const [disk, cache] =
     mode.kind === 'boot' ? [files.disk, QEMU_DISK_CACHE] : [files.partialDisk, 'unsafe']
@@ -62,12 +63,13 @@ export function qemuArguments(machine: {
     ...['-device', 'virtio-rng-pci'],
     // UEFI: its code, which no machine can change, and the machine's own variables.
     ...drive(`if=pflash,unit=0,format=${code.format},readonly=on`, code.path),
-    ...drive(`if=pflash,unit=1,format=${vars.format}`, files.efiVars),
+    // The node names are for snapshots of the machine's memory.
+    ...drive('if=pflash,unit=1,format=qcow2,node-name=efivars', files.efiVars),
     ...['-pidfile', files.pid],
     ...['-chardev', `socket,id=qmp,path=${node.name}.qmp,server=on,wait=off`],
     ...['-mon', 'chardev=qmp,mode=control'],
     // discard: what the machine trims, the file gives back.
-    ...drive(`if=none,id=disk,format=qcow2,discard=unmap,cache=${cache}`, disk),
+    ...drive(`if=none,id=disk,node-name=disk0,format=qcow2,discard=unmap,cache=${cache}`, disk),
     ...['-device', 'virtio-blk-pci,drive=disk,bootindex=1'],
   ]
   if (mode.kind === 'install') {

@@ -4,6 +4,7 @@ import { EventEmitter, once } from 'node:events'
 import { connect, type Socket } from 'node:net'
 import { basename, dirname } from 'node:path'
 import { createInterface } from 'node:readline'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx/core'
 import { StepError } from './errors.mts'
 import { quote } from './format.mts'
@@ -12,6 +13,8 @@ import { quote } from './format.mts'
 const defaultTimeout = 10
 /** The longest path of a unix socket in bytes, on macOS; Linux has 107. */
 const longestPath = 103
+
+type Job = { id: string; status: string; error?: string }
 
 export class Qmp {
   private readonly socket: Socket
@@ -70,6 +73,19 @@ export class Qmp {
     const answer = await this.message(`${id}`, `QEMU did not answer ${command}`, timeout)
     if (answer.error) throw new StepError(`QEMU refused ${command}: ${answer.error.desc}`)
     return answer.return
+  }
+
+  /** Runs a job such as "snapshot-save" to its end. @throws StepError with QEMU's reason */
+  async job(command: string, args: Record<string, unknown>): Promise<void> {
+    const id = `${command}-${Date.now()}`
+    // While it saves or loads memory, QEMU answers nothing else.
+    const ask = (what: string, about = {}) => this.execute(what, about, { timeout: 600 })
+    const query = async () => ((await ask('query-jobs')) as Job[]).find((each) => each.id === id)
+    await ask(command, { 'job-id': id, ...args })
+    let job = await query()
+    for (; job && job.status !== 'concluded'; job = await query()) await sleep(20)
+    await ask('job-dismiss', { id })
+    if (job?.error) throw new StepError(`QEMU failed at ${command}: ${job.error}`)
   }
 
   close(): void {

@@ -1,12 +1,12 @@
 // A machine as a process: QEMU in the background, which continues when the script has ended; and
 // its disk and UEFI variables as files.
 import { existsSync } from 'node:fs'
-import { mkdir, readFile, rename, stat, statfs } from 'node:fs/promises'
+import { mkdir, readFile, rename, rm, stat, statfs } from 'node:fs/promises'
 import { basename, dirname, relative } from 'node:path'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { knownProblem, lastLines, StepError } from './errors.mts'
-import { privateFolder, writeFileAtomic } from './files.mts'
+import { privateFolder } from './files.mts'
 import type { Host } from './host.mts'
 import { ensureLanSwitch } from './lan.mts'
 import { withLock } from './lock.mts'
@@ -86,12 +86,15 @@ export async function prepareFolders(cluster: Cluster): Promise<void> {
 /**
  * Starts a machine from its installed disk, and the LAN switch if it does not run. A machine that
  * runs is left alone; one that is paused continues. Returns when QEMU answers, before the boot.
+ *
+ * @param load loads the machine's memory, instead of a boot; it stays paused, also on an error
  * @throws StepError if there is no disk, a port is taken, or QEMU ends; it is then not left running
  */
 export async function startMachine(
   cluster: Cluster,
   node: Node,
   host: Host,
+  load?: () => Promise<void>,
 ): Promise<{ pid: number; alreadyRunning: boolean }> {
   const files = filesOf(cluster, node)
   const start = async () => {
@@ -114,7 +117,9 @@ export async function startMachine(
     await assertFree(portsOf(cluster, node))
     await prepareEfiVars(cluster, node, host)
     await ensureLanSwitch(cluster)
-    return { pid: await launch(cluster, node, host), alreadyRunning: false }
+    const pid = await launch(cluster, node, host, load !== undefined)
+    await load?.()
+    return { pid, alreadyRunning: false }
   }
   await prepareFolders(cluster)
   return withLock(files.lock, `starting ${node.name}`, start, { wait: answerTimeout })
@@ -122,25 +127,26 @@ export async function startMachine(
 
 /**
  * Whether QEMU answers on its QMP socket; not while it serves another client. A machine that is
- * paused, by a snapshot that was killed or a disk that was full, continues.
+ * paused, by a script that was killed or a disk that was full, continues unless `paused` is wanted.
  */
-export async function answers(socket: string): Promise<boolean> {
+export async function answers(socket: string, paused = false): Promise<boolean> {
   const qmp = await Qmp.connect(socket, { timeout: 5 }).catch(() => undefined)
   if (!qmp) return false
   try {
     const { status } = (await qmp.execute('query-status')) as { status: string }
-    if (status === 'paused' || status === 'io-error') await qmp.execute('cont')
+    if (!paused && /^(paused|prelaunch|io-error)$/.test(status)) await qmp.execute('cont')
     return true
   } finally {
     qmp.close()
   }
 }
 
-async function launch(cluster: Cluster, node: Node, host: Host): Promise<number> {
+async function launch(cluster: Cluster, node: Node, host: Host, paused: boolean) {
   const { consoleLog, qemuLog, qmp } = filesOf(cluster, node)
   // The console output of the previous run is often what explains why it ended.
   await rename(consoleLog, `${consoleLog}.1`).catch(() => {})
   const args = qemuArguments({ cluster, node, host, mode: { kind: 'boot' } })
+  if (paused) args.push('-S')
   const log = relative(cluster.root, qemuLog)
   // In a process group of its own, so that no Ctrl-C reaches it.
   const shell = $({ cwd: cluster.root, detached: true })
@@ -148,7 +154,7 @@ async function launch(cluster: Cluster, node: Node, host: Host): Promise<number>
     await shell`(umask 077; cd run && exec ${host.qemu.path} ${args}) </dev/null >${log} 2>&1 & echo $!`
   const pid = Number(started.stdout)
 
-  const settled = async () => (await isGone(pid)) || (await answers(qmp).catch(() => false))
+  const settled = async () => (await isGone(pid)) || (await answers(qmp, paused).catch(() => false))
   const inTime = await becomes(settled, answerTimeout)
   const ended = await isGone(pid)
   if (inTime && !ended) return pid
@@ -196,9 +202,10 @@ export async function freeBytes(folder: string): Promise<number> {
 }
 
 /**
- * Creates the machine's UEFI variables from the firmware's template. Existing ones are kept, but not
- * for an installation (`fresh`) or if a firmware of another size could not use them. (The machine
- * needs nothing in them: it boots from the path for removable media.)
+ * Creates the machine's UEFI variables from the firmware's template, or from a raw file that an
+ * earlier version left. Existing ones are kept, but not for an installation (`fresh`) or if a
+ * firmware of another size could not use them. (The machine needs nothing in them: it boots from the
+ * path for removable media.)
  */
 export async function prepareEfiVars(
   cluster: Cluster,
@@ -206,12 +213,23 @@ export async function prepareEfiVars(
   { firmware: { vars } }: Host,
   { fresh = false } = {},
 ): Promise<void> {
-  const { efiVars } = filesOf(cluster, node)
-  const existing = fresh ? undefined : await stat(efiVars).catch(() => undefined)
-  if (existing) {
-    // A qcow2 file grows, so its size means nothing.
-    if (vars.format === 'qcow2' || existing.size === (await stat(vars.path)).size) return
-    await rename(efiVars, `${efiVars}.old`)
+  const { efiVars, rawEfiVars } = filesOf(cluster, node)
+  const size = await virtualSize(vars.path)
+  for (const path of [efiVars, rawEfiVars].filter(existsSync)) {
+    if (fresh) await rm(path)
+    else if ((await virtualSize(path)) !== size) await rename(path, `${path}.old`)
   }
-  await writeFileAtomic(efiVars, await readFile(vars.path), 0o600)
+  if (!existsSync(efiVars)) {
+    const temporary = `${efiVars}.tmp`
+    await $`(umask 077 && qemu-img convert -f ${vars.format} -O qcow2 ${vars.path} ${temporary})`
+    await rename(temporary, efiVars)
+  }
+  if (!existsSync(rawEfiVars)) return
+  // Into the existing file, which may hold snapshots.
+  await $`qemu-img convert -n -f raw -O qcow2 ${rawEfiVars} ${efiVars}`
+  await rm(rawEfiVars)
+}
+
+async function virtualSize(path: string): Promise<number> {
+  return JSON.parse((await $`qemu-img info --output=json ${path}`).stdout)['virtual-size']
 }

@@ -101,6 +101,11 @@ export class UefiShell {
     return shell
   }
 
+  /** Attaches to the console of a machine whose shell gives its prompt. */
+  static at(cluster: Cluster, node: Node): UefiShell {
+    return new UefiShell(connectUnixSocket(filesOf(cluster, node).console))
+  }
+
   /** Types a command. @returns what it printed, once the prompt appears again */
   async run(command: string): Promise<string> {
     this.type(command)

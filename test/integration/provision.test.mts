@@ -108,7 +108,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       assert.equal(outcome.exitCode, 1)
       assert.match(outcome.stderr, /provision: sigma has no staged configuration/)
       assert.match(outcome.stderr, /hint: +\.\/bin\/generate-nocloud-iso\.mts sigma/)
-      assert.deepEqual((await disks()).sort(), ['alpha-efivars.fd', 'alpha.qcow2'])
+      assert.deepEqual((await disks()).sort(), ['alpha.efivars.qcow2', 'alpha.qcow2'])
       await assertNoMachine()
     })
 

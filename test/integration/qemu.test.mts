@@ -1,13 +1,14 @@
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { copyFile, rename, writeFile } from 'node:fs/promises'
+import { copyFile, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { which } from 'zx'
 import { type Architecture, findFirmware } from '../../lib/firmware.mts'
 import { detectQemu, detectSystem, type Host } from '../../lib/host.mts'
 import { filesOf, type Mode, qemuArguments } from '../../lib/qemu.mts'
 import { Qmp } from '../../lib/qmp.mts'
+import { prepareEfiVars } from '../../lib/vm.mts'
 import { giveDisk, type Machines, makeMachines, noMachines } from '../uefi-machine.mts'
 
 /** This computer as if its processor had that architecture: QEMU emulates either. */
@@ -45,8 +46,7 @@ describe('QEMU', { skip: noMachines }, () => {
         const node = cluster.node(name)
         const host = await emulating(arch)
         const files = filesOf(cluster, node)
-        await copyFile(host.firmware.vars.path, `${files.efiVars}.tmp`)
-        await rename(`${files.efiVars}.tmp`, files.efiVars)
+        await prepareEfiVars(cluster, node, host, { fresh: true })
         const mode: Mode =
           kind === 'boot' ? { kind } : { kind, iso: cluster.path('images', 'empty.iso') }
         const args = qemuArguments({ cluster, node, host, mode })

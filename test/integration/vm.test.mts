@@ -8,7 +8,7 @@ import type { Node } from '../../lib/cluster.mts'
 import { commandLine } from '../../lib/processes.mts'
 import { qemuArguments } from '../../lib/qemu.mts'
 import { Qmp } from '../../lib/qmp.mts'
-import { filesOf, machineState } from '../../lib/vm.mts'
+import { filesOf, machineState, prepareEfiVars } from '../../lib/vm.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type Outcome, run } from '../checkout.mts'
 import { giveDisk, type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
@@ -121,7 +121,7 @@ describe('starting a machine', { skip: noMachines }, () => {
     const files = filesOf(cluster, alpha)
     await giveDisk(cluster, alpha)
     await copyFile(files.disk, files.partialDisk)
-    await copyFile(host.firmware.vars.path, files.efiVars)
+    await prepareEfiVars(cluster, alpha, host)
     const iso = cluster.path('images', 'empty.iso')
     await writeFile(iso, Buffer.alloc(65536))
 

@@ -1,10 +1,13 @@
 import assert from 'node:assert/strict'
-import { type ChildProcess, spawn } from 'node:child_process'
+import { type ChildProcess, execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { existsSync } from 'node:fs'
 import { chmod, mkdir, mkdtemp, readFile, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, it } from 'node:test'
+import { promisify } from 'node:util'
+import { which } from 'zx'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
 import type { Host } from '../../lib/host.mts'
 import { assertDiskSpace, filesOf, machineState, portsOf, prepareEfiVars } from '../../lib/vm.mts'
@@ -96,7 +99,12 @@ describe('whether a machine runs', () => {
   })
 })
 
-describe('the UEFI variables', () => {
+/** A raw file with these words in it, as the firmware takes it. */
+const raw = (words: string, bytes = 1024) => Buffer.alloc(bytes, words.padEnd(bytes, '\0'))
+const exec = promisify(execFile)
+const noQemuIo = (await which('qemu-io', { nothrow: true })) ? false : 'qemu-io is missing'
+
+describe('the UEFI variables', { skip: noQemuIo }, () => {
   let checkout: Checkout
   let cluster: Cluster
   let folder: string
@@ -106,7 +114,7 @@ describe('the UEFI variables', () => {
     cluster = loadCluster({ root: checkout.root })
     folder = await mkdtemp(join(tmpdir(), 'vars-'))
     const template = join(folder, 'vars.fd')
-    await writeFile(template, 'template', { mode: 0o444 })
+    await writeFile(template, raw('template'), { mode: 0o444 })
     host = {
       os: 'linux',
       arch: 'x86_64',
@@ -124,27 +132,58 @@ describe('the UEFI variables', () => {
     await rm(folder, { recursive: true })
   })
 
-  it('are a writable copy of the template', async () => {
+  const words = async (path: string) => {
+    const copy = join(folder, 'copy')
+    await exec('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', path, copy])
+    return (await readFile(copy, 'utf8')).replace(/\0+$/, '')
+  }
+  const prepare = (options?: { fresh: boolean }) =>
+    prepareEfiVars(cluster, cluster.controlPlane, host, options)
+
+  it('are a writable copy of the template, which can hold snapshots', async () => {
     const { efiVars } = filesOf(cluster, cluster.controlPlane)
-    await prepareEfiVars(cluster, cluster.controlPlane, host)
-    assert.equal(await readFile(efiVars, 'utf8'), 'template')
+    await prepare()
+    assert.equal(await words(efiVars), 'template')
     assert.equal((await stat(efiVars)).mode & 0o777, 0o600)
   })
 
   it('are kept from boot to boot, and replaced for an installation', async () => {
     const { efiVars } = filesOf(cluster, cluster.controlPlane)
-    await writeFile(efiVars, 'oftheVM!')
-    await prepareEfiVars(cluster, cluster.controlPlane, host)
-    assert.equal(await readFile(efiVars, 'utf8'), 'oftheVM!')
-    await prepareEfiVars(cluster, cluster.controlPlane, host, { fresh: true })
-    assert.equal(await readFile(efiVars, 'utf8'), 'template')
+    await prepare()
+    await exec('qemu-io', ['-f', 'qcow2', '-c', 'write -P 65 0 512', efiVars])
+    await prepare()
+    assert.equal(await words(efiVars), 'A'.repeat(512))
+    await prepare({ fresh: true })
+    assert.equal(await words(efiVars), 'template')
+  })
+
+  it('become qcow2 where an earlier version left them raw; snapshots stay', async () => {
+    const { efiVars, rawEfiVars } = filesOf(cluster, cluster.controlPlane)
+    await writeFile(rawEfiVars, raw('of the machine'))
+    await prepare()
+    assert.equal(await words(efiVars), 'of the machine')
+    assert.equal(existsSync(rawEfiVars), false)
+
+    await exec('qemu-img', ['snapshot', '-c', 'first', efiVars])
+    await writeFile(rawEfiVars, raw('from an old snapshot'))
+    await prepare()
+    assert.equal(await words(efiVars), 'from an old snapshot')
+    await exec('qemu-img', ['snapshot', '-a', 'first', efiVars])
+    assert.equal(await words(efiVars), 'of the machine')
   })
 
   it('are replaced, and the old ones kept as .old, when the firmware has another size', async () => {
-    const { efiVars } = filesOf(cluster, cluster.controlPlane)
-    await writeFile(efiVars, 'of a firmware of 2 MB')
-    await prepareEfiVars(cluster, cluster.controlPlane, host)
-    assert.equal(await readFile(efiVars, 'utf8'), 'template')
-    assert.equal(await readFile(`${efiVars}.old`, 'utf8'), 'of a firmware of 2 MB')
+    const { efiVars, rawEfiVars } = filesOf(cluster, cluster.controlPlane)
+    await writeFile(rawEfiVars, raw('of a firmware of 2 MB', 2048))
+    await prepare()
+    assert.equal(await words(efiVars), 'template')
+    assert.match(await readFile(`${rawEfiVars}.old`, 'utf8'), /^of a firmware of 2 MB/)
+  })
+
+  it('have names that no other machine has, whatever it is called', () => {
+    const paths = ['a', 'a-efivars', 'a-efivars-fd', 'a-qcow2', 'a-qcow2-partial'].flatMap((name) =>
+      Object.values(filesOf(cluster, { name })),
+    )
+    assert.equal(new Set(paths).size, paths.length)
   })
 })
