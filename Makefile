@@ -9,7 +9,7 @@ $(foreach variable,FLAGS NAME FILE NODES YES KEEP DAY_TWO CHART REPO RELEASE NS 
 # The steps build on each other, also under make -j.
 .NOTPARALLEL:
 .PHONY: check all up down wait status network dns storage metrics smoke test snapshot restore \
-  reconfig add-worker remove-worker upgrade etcd-snapshot etcd-restore clean clobber \
+  suspend reconfig add-worker remove-worker upgrade etcd-snapshot etcd-restore clean clobber \
   download certs certs-check kubeconfigs encryption pki configs prepare install logs \
   health helm-deploy rehearse rehearse-proxy help packages
 
@@ -53,8 +53,11 @@ test: packages ## Test the running cluster, from services to pod traffic
 snapshot: packages ## Save cluster state for instant restore (NAME=before-lab-3)
 	@./bin/snapshot.mts $(FLAGS) $(if $(NAME),"$(NAME)")
 
-restore: packages ## Restore from snapshot (~30s vs ~15min rebuild; NAME=before-lab-3)
+restore: packages ## Restore from snapshot (seconds vs ~15min rebuild; NAME=before-lab-3)
 	@./bin/restore.mts $(FLAGS) $(if $(NAME),"$(NAME)")
+
+suspend: packages ## Save the running machines and end them; make up continues from there
+	@./bin/snapshot.mts --suspend $(FLAGS)
 
 reconfig: packages ## Push config changes to running nodes (FLAGS=--dry-run)
 	@./bin/reconfig.mts $(FLAGS)

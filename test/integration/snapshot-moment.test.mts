@@ -17,6 +17,7 @@ const exec = promisify(execFile)
 const skip = (await which('qemu-img', { nothrow: true })) ? false : 'qemu-img is missing'
 const create = 'blockdev-snapshot-internal-sync'
 const remove = 'blockdev-snapshot-delete-internal-sync'
+const save = 'snapshot-save'
 
 let checkout: Checkout
 let cluster: Cluster
@@ -61,6 +62,8 @@ describe('the moment of a snapshot', { skip }, () => {
     const args = ['-c', 'read -r _', 'qemu-system-x86_64', '-pidfile', files.pid, '-S']
     const child: ChildProcess = spawn('sh', args, { stdio: ['pipe', 'ignore', 'ignore'] })
     await writeFile(files.pid, `${child.pid}`)
+    const job = (id: string, error?: string) => ({ id, status: 'concluded', error })
+    let jobs: ReturnType<typeof job>[] = []
     const server: Server = createServer((socket) => {
       socket.write('{"QMP": {}}\n')
       socket.on('error', () => {})
@@ -68,14 +71,23 @@ describe('the moment of a snapshot', { skip }, () => {
         const { execute: command, id, arguments: given } = JSON.parse(line)
         events.push(`${command} ${name} begins`)
         const failed = refused.includes(`${command} ${name}`)
-        if (!failed && command === create) {
+        if (!failed && (command === create || command === save)) {
           await pause()
-          await exec('qemu-img', ['snapshot', '-c', given.name, files.disk])
+          await exec('qemu-img', ['snapshot', '-c', given.tag ?? given.name, files.disk])
         }
+        if (command === save) jobs = [job(given['job-id'], failed ? `${name} refuses` : undefined)]
         if (command === remove) await exec('qemu-img', ['snapshot', '-d', given.name, files.disk])
         await sleep(Math.random() * 20)
         events.push(`${command} ${name} ends`)
-        const answer = failed ? { error: { desc: `${name} refuses` } } : { return: {} }
+        const refusal = failed && command !== save
+        const answers: Record<string, unknown> = {
+          'query-jobs': jobs,
+          'query-version': { qemu: { major: 7, minor: 2, micro: 22 } },
+        }
+        const answer = refusal
+          ? { error: { desc: `${name} refuses` } }
+          : { return: answers[command] ?? {} }
+        if (command === 'quit') child.stdin?.end()
         socket.write(`${JSON.stringify({ ...answer, id })}\n`)
       }
       // One command after the other.
@@ -174,6 +186,64 @@ describe('the moment of a snapshot', { skip }, () => {
     assert.equal((await record('late')).machines.length, 3)
     assert.equal((await snapshot('--delete', 'late')).exitCode, 0)
     await assertNothingLeft('late')
+  })
+
+  describe('with memory', () => {
+    const names = ['alpha', 'sigma', 'gamma']
+    before(() => simulate('gamma'))
+
+    it('is saved by all machines while all are paused', async () => {
+      const { stderr, exitCode } = await take('memory')
+      assert.equal(exitCode, 0, stderr)
+      const paused = Math.max(...names.map((name) => at(`stop ${name} ends`)))
+      const done = Math.max(...names.map((name) => at(`${save} ${name} ends`)))
+      for (const name of names) {
+        assert.ok(paused < at(`${save} ${name} begins`), events.join('\n'))
+        assert.ok(done < at(`cont ${name} begins`), events.join('\n'))
+      }
+      assert.ok(!events.some((event) => event.startsWith(create)))
+    })
+
+    it('is given up for all when one cannot save it, and the disks are of the same pause', async () => {
+      const { stderr, exitCode } = await take('disks', `${save} sigma`)
+      assert.equal(exitCode, 0)
+      assert.match(stderr, /! disks only: sigma: QEMU failed at snapshot-save: sigma refuses/)
+      const saved = Math.max(...names.map((name) => at(`${save} ${name} ends`)))
+      const done = Math.max(...names.map((name) => at(`${create} ${name} ends`)))
+      for (const name of names) {
+        assert.ok(saved < at(`${create} ${name} begins`), events.join('\n'))
+        assert.ok(done < at(`cont ${name} begins`), events.join('\n'))
+      }
+      await assertNothingLeft('disks')
+    })
+
+    it('is not left behind by make suspend when it is interrupted: all machines continue', async () => {
+      events.length = 0
+      refused = []
+      let child: ChildProcess | undefined
+      pause = async () => {
+        if (!child?.killed) child?.kill('SIGINT')
+        await sleep(200)
+      }
+      child = spawn(checkout.path('bin', 'snapshot.mts'), ['--suspend'], { stdio: 'ignore' })
+      const status = await new Promise((resolve) => child?.once('exit', resolve))
+      pause = async () => {}
+      assert.equal(status, 130)
+      for (const name of names) assert.ok(at(`cont ${name} ends`) > at(`${save} ${name} ends`))
+      assert.ok(!events.some((event) => event.startsWith('quit')))
+      await assertNothingLeft('suspended')
+    })
+
+    it('is the end of the machines with make suspend, none of which continues', async () => {
+      events.length = 0
+      const { stderr, exitCode } = await snapshot('--suspend')
+      assert.equal(exitCode, 0, stderr)
+      assert.ok(!events.some((event) => event.startsWith('cont')))
+      const saved = Math.max(...names.map((name) => at(`${save} ${name} ends`)))
+      for (const name of names) assert.ok(at(`quit ${name} begins`) > saved)
+      const { automatic, kind } = await record('suspended')
+      assert.deepEqual({ automatic, kind }, { automatic: true, kind: 'live' })
+    })
   })
 })
 

@@ -41,7 +41,7 @@ const further: readonly Step[] = [
   ['make smoke, deleted again', (rehearsal) => rehearsal.script('smoke', '--cleanup')],
   ['make status', (rehearsal) => rehearsal.script('cluster-status')],
   ['make logs', logs],
-  ...dayTwoChecks.filter(([what]) => !what.startsWith('make snapshot')),
+  ...dayTwoChecks.filter(([what]) => !/^make (snapshot|suspend)/.test(what)),
   ['the services of the control plane are restarted', restartedServices],
   ['add-on checks, at the end', addOnChecks],
   ['make test, at the end', (rehearsal) => rehearsal.script('test-cluster')],

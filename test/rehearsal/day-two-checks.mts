@@ -5,8 +5,10 @@ import { X509Certificate } from 'node:crypto'
 import { readFile, writeFile } from 'node:fs/promises'
 import { $ } from 'zx'
 import type { Node } from '../../lib/cluster.mts'
+import { formatDuration } from '../../lib/format.mts'
 import { servicesOf, waitForReady } from '../../lib/health.mts'
 import { kubectlJson } from '../../lib/kubectl.mts'
+import { isRunning } from '../../lib/vm.mts'
 import { waitFor } from '../../lib/wait.mts'
 import { podsTalk } from './pods-talk.mts'
 import type { Rehearsal, Step } from './rehearsal.mts'
@@ -17,6 +19,7 @@ const snapshot = 'day-two'
 
 export const dayTwoChecks: readonly Step[] = [
   ['make snapshot, breaking a worker, make restore', snapshotAndRestore],
+  ['make suspend, make up', suspendAndUp],
   ['make etcd-snapshot, deleting objects, make etcd-restore', backupAndRestore],
   ['make reconfig with a changed setting of a kubelet', changedSetting],
   ['make reconfig with a renewed certificate', renewedCertificate],
@@ -25,6 +28,7 @@ export const dayTwoChecks: readonly Step[] = [
 async function snapshotAndRestore(rehearsal: Rehearsal): Promise<void> {
   const worker = firstWorker(rehearsal)
   await makeSecret()
+  const running = await containers()
   await rehearsal.script('snapshot', snapshot)
   await removeNamespace()
   const healthz = 'curl -fs -m 10 http://127.0.0.1:10248/healthz >/dev/null && echo yes || echo no'
@@ -36,14 +40,49 @@ async function snapshotAndRestore(rehearsal: Rehearsal): Promise<void> {
   await rehearsal.on(worker, `${breakIt}; ${switchTo}`, 900)
   assert.equal(await healthy(), false, 'the kubelet is healthy with a flag that it does not know')
 
-  await rehearsal.script('restore', snapshot)
+  await untilReady('restored', () => rehearsal.script('restore', '--start-only', snapshot))
   await settled(rehearsal)
   await assertSecret()
+  assert.deepEqual(await containers(), running, 'a container was started again')
   await rehearsal.on(worker, 'grep -q -e --node-ip= /etc/nixos/worker.nix')
   assert.equal(await healthy(), true)
   await assertWorks(rehearsal)
   await removeNamespace()
+  await rehearsal.script('snapshot', '--disks-only', 'disks')
   await removeSnapshots(rehearsal)
+}
+
+async function suspendAndUp(rehearsal: Rehearsal): Promise<void> {
+  const running = await containers()
+  await rehearsal.script('snapshot', '--suspend')
+  for (const node of rehearsal.cluster.nodes) {
+    assert.equal(await isRunning(rehearsal.cluster, node), false, node.name)
+  }
+  await untilReady('continued', () => rehearsal.script('provision'))
+  await settled(rehearsal)
+  assert.deepEqual(await containers(), running, 'a container was started again')
+  await assertWorks(rehearsal)
+}
+
+/** Measures the work together with the time until the API server says that all nodes are Ready. */
+async function untilReady(done: string, work: () => Promise<void>): Promise<void> {
+  const began = performance.now()
+  await work()
+  const started = performance.now()
+  await waitFor({ failure: 'nodes not Ready', timeout: 60, every: 100 }, async () => {
+    const wait = $({ nothrow: true })`kubectl wait node --all --for=condition=Ready --timeout=5s`
+    const { exitCode, stderr } = await wait
+    return exitCode === 0 ? undefined : stderr
+  })
+  const [all, first] = [performance.now() - began, started - began].map(formatDuration)
+  console.error(`${done} in ${first}, all nodes Ready after ${all}`)
+}
+
+/** The containers of all pods, as the API server knows them. */
+async function containers(): Promise<string[]> {
+  const ids = '{.items[*].status.containerStatuses[*].containerID}'
+  const { stdout } = await $`kubectl get pods --all-namespaces --output=jsonpath=${ids}`
+  return stdout.split(' ').sort()
 }
 
 /** That of the test, and the one that restore took before it overwrote anything. */
