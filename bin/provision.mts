@@ -32,10 +32,9 @@ import {
 } from '../lib/vm.mts'
 
 const { flags, args } = script({
-  does: `Starts installed machines in the background: all of them, or those that are named. After make
-suspend, all continue from where they were. With --iso it installs NixOS on new disks instead: the
-machines boot the installer ISO, the commands are typed on their serial consoles, and at the end
-they are powered off.`,
+  does: `Starts installed machines in the background: all, or those that are named; suspended ones continue,
+all of them. With --iso it installs NixOS on new disks instead: the machines boot the installer
+ISO, the commands are typed on their serial consoles, and at the end they are powered off.`,
   reads: ['cluster.env', 'images/NODE.qcow2', '--iso: images/nixos-VERSION-ARCH.iso, cloud-init/'],
   writes: [
     'run/',

@@ -190,8 +190,7 @@ async function removeFiles(): Promise<string | undefined> {
   if (await isRunning(cluster, node)) throw new StepError(`${name} was started meanwhile`)
   await $`rm -rf cloud-init/${name} configs/${name}.kubeconfig logs/${name}-qemu.log`
   await $`rm -f tls/${name}{,-key}.pem tls/ssh_host_${name}_ed25519{,.pub}`
-  await $`rm -f images/${name}{.qcow2.partial,-console.log{,.1},-install.log}`
-  await $`rm -f images/${name}{.efivars.qcow2,-efivars.fd}{,.old}`
+  await $`rm -f images/${name}{.qcow2.partial,{.efivars.qcow2,-efivars.fd}{,.old},-console.log{,.1},-install.log}`
   // All but its lock, which is ours.
   const ours = ['(', '-name', `${name}.*`, '-o', '-name', `${name}-install`, ')']
   await $`find run -maxdepth 1 ${ours} ! -name ${name}.lock* -exec rm -rf {} +`

@@ -4,7 +4,7 @@
 // they were, and the machines continue from their memory of that moment, or boot.
 import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
-import { readFile, rename, rm } from 'node:fs/promises'
+import { readFile, rm } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
@@ -16,17 +16,22 @@ import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { qemuArguments } from '../lib/qemu.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { runScript, script } from '../lib/script.mts'
-import { hardware, inspect, liveParts, suspended } from '../lib/snapshots.mts'
+import {
+  hardware,
+  inspect,
+  liveParts,
+  readSnapshots,
+  type Snapshot,
+  suspended,
+} from '../lib/snapshots.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
 import { filesOf, freeBytes, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
-import type { Snapshot } from './snapshot.mts'
 
 const { flags, args } = script({
-  does: `Restores a snapshot of the cluster, the newest unless one is named: memory, disks, UEFI variables,
-certificates, kubeconfigs, encryption key and cluster.env. The machines continue from that moment,
-or boot if the snapshot is without memory. What is replaced is kept as a snapshot of its own. Ends
-when the cluster answers. Refuses before anything is changed.`,
+  does: `Restores a snapshot of the cluster, the newest unless one is named: memory (without it, the machines
+boot), disks, UEFI variables, certificates, kubeconfigs, encryption key and cluster.env. What they
+replace is kept as a snapshot. Ends when the cluster answers. Refuses before anything is changed.`,
   reads: ['cluster.env', 'snapshots/NAME/', 'images/'],
   writes: ['images/', 'tls/', 'configs/', 'cluster.env', 'snapshots/', 'run/'],
   flags: {
@@ -87,9 +92,8 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
   // then on, the moment of make suspend is none to go back to.
   const then = loadCluster()
   await takingTime(async () => {
-    const folder = cluster.path('snapshots', snapshot.name)
     if (live) await load(snapshot.name, then, host)
-    if (isSuspended) await rename(folder, cluster.path(`snapshots/.${suspended}.partial`))
+    if (isSuspended) await $`mv snapshots/${suspended} snapshots/.${suspended}.partial`
     await inParallel(names, async (name, row) => {
       row.step(live ? 'continue' : 'power on')
       await startMachine(then, then.node(name), host)
@@ -131,13 +135,9 @@ async function load(tag: string, then: Cluster, host: Host): Promise<void> {
   })
 }
 
-async function allSnapshots(): Promise<Snapshot[]> {
-  return JSON.parse((await $`./bin/snapshot.mts --list --json`).stdout)
-}
-
 /** The snapshot of that name; without a name the newest that was taken on purpose. */
 async function find(name?: string): Promise<Snapshot> {
-  const all = await allSnapshots()
+  const all = await readSnapshots(cluster)
   const found = all.findLast((each) => (name ? each.name === name : !each.automatic))
   if (found) return found
   const reason = name ? `there is no snapshot "${name}"` : 'there is no snapshot yet'
@@ -147,7 +147,7 @@ async function find(name?: string): Promise<Snapshot> {
 }
 
 /** @throws StepError with every reason why the snapshot cannot be restored */
-async function check({ name: snapshot, machines, files }: Snapshot, live: Host | false) {
+async function check({ name: snapshot, machines, files, ...kept }: Snapshot, live: Host | false) {
   const problems: string[] = []
   const title = ({ name, role }: Pick<Node, 'name' | 'role'>) => `${name} (${role})`
   const [then, now] = [machines.map(title), cluster.nodes.map(title)]
@@ -184,7 +184,7 @@ async function check({ name: snapshot, machines, files }: Snapshot, live: Host |
     // With the settings that the machines will have.
     const file = cluster.path(snapshot === suspended ? '.' : `snapshots/${snapshot}`, 'cluster.env')
     const settings = loadCluster({ text: await readFile(file, 'utf8') })
-    for (const { name, hardware: former } of machines) {
+    for (const [name, former] of Object.entries(kept.hardware)) {
       const mode = { kind: 'boot' } as const
       const node = settings.node(name)
       const args = qemuArguments({ cluster: settings, node, host: live, mode })
@@ -225,7 +225,7 @@ async function replace(snapshot: Snapshot, saved: string): Promise<void> {
   }
   await rm(marker, { force: true })
   // Of what restores have replaced the last is enough: each snapshot keeps the images from shrinking.
-  for (const { name, automatic } of await allSnapshots()) {
+  for (const { name, automatic } of await readSnapshots(cluster)) {
     if (!automatic || [saved, snapshot.name, interrupted].includes(name)) continue
     await runScript('snapshot', ['--delete', name]).catch((error) => {
       console.error(`! what an earlier restore replaced is still there: ${describeError(error)}`)

@@ -8,7 +8,7 @@ import { readdir, readFile, rename, rm, stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
-import { privateFolder, readIfThere, writeFileAtomic } from '../lib/files.mts'
+import { privateFolder, writeFileAtomic } from '../lib/files.mts'
 import { formatBytes, formatTable, timestamp } from '../lib/format.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { stopLanSwitch } from '../lib/lan.mts'
@@ -16,17 +16,24 @@ import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { commandLine, isGone, memoryOf } from '../lib/processes.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { script } from '../lib/script.mts'
-import { hardware, inspect, liveParts, type OnDisk, suspended } from '../lib/snapshots.mts'
+import {
+  hardware,
+  inspect,
+  type Kind,
+  liveParts,
+  readSnapshots,
+  type Snapshot,
+  suspended,
+} from '../lib/snapshots.mts'
 import { setClocks, syncGuests } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
 import { filesOf, freeBytes, hasDisk, machineState } from '../lib/vm.mts'
 import { becomes } from '../lib/wait.mts'
 
 const { flags, args } = script({
-  does: `Takes a snapshot of all machines under NAME or the current time: their memory and disks, or the
-disks alone if one is off or its memory cannot be saved. Running machines are paused meanwhile, so
-that all show the same moment. UEFI variables, certificates, kubeconfigs, the encryption key and
-cluster.env are kept with them. make restore goes back to it.`,
+  does: `Takes a snapshot of all machines under NAME or the current time: memory and disks, or disks alone if
+one is off or cannot save its memory. Running ones are paused, so that all show the same moment.
+UEFI variables, certificates, kubeconfigs, encryption key and cluster.env are kept with them.`,
   reads: ['cluster.env', 'run/', 'images/', 'tls/', 'configs/'],
   writes: ['images/NODE.qcow2', 'images/NODE.efivars.qcow2', 'snapshots/NAME/'],
   flags: {
@@ -50,29 +57,14 @@ if ([flags.list, flags.delete, suspend, args[0], suspend && disksOnly].filter(Bo
   throw new StepError(reason, { exitCode: 2 })
 }
 
-/** The record of a snapshot: snapshots/NAME/snapshot.json. */
-export interface Snapshot {
-  name: string
-  taken: string // ISO 8601
-  automatic: boolean // by a restore, of what it was about to overwrite
-  kind?: Kind // older ones are of disks
-  nixos: string
-  pause: number // seconds for which the running machines were paused
-  machines: (Pick<Node, 'name' | 'role'> & {
-    running: boolean
-    bytes: number // what the disk took on this computer
-    disk: OnDisk
-    hardware?: string // live: what the memory depends on
-  })[]
-  /** Paths in the project, and in snapshots/NAME/; the mode is that of the original. */
-  files: { path: string; mode: number; sha256: string }[]
-}
-/** live: with the machines' memory. */
-type Kind = 'live' | 'disks'
 /** One that runs has `qmp` and `pid`: only its QEMU may change its images. */
 type Machine = { node: Node; disk: string; images: Image[]; qmp?: Qmp; pid?: number }
+type Ask = (qmp: Qmp, machine: Machine) => Promise<unknown>
 /** The disk or the UEFI variables: QEMU's name of it, and its path. */
 type Image = { device: 'disk' | 'efivars'; path: string }
+
+/** The folder of a snapshot that is being taken or removed. */
+const partialOf = (name: string) => `snapshots/.${name}.partial`
 
 const cluster = loadCluster()
 // From here on, Ctrl-C cuts off nothing that does not get this signal.
@@ -83,9 +75,9 @@ else await take(suspend ? suspended : (args[0] ?? timestamp()))
 
 async function take(name: string): Promise<void> {
   // An image takes a number for a snapshot's id. A leading dot means unfinished.
-  if (!suspend && !/^(?!\d+$|suspended$)[a-z0-9][a-z0-9._-]{0,62}$/i.test(name)) {
+  if (!suspend && !/^(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(name)) {
     const hint =
-      'up to 63 letters, digits, dots, dashes and underscores; a letter or digit first; not only digits, not "suspended"'
+      'up to 63 letters, digits, dots, dashes and underscores; a letter or digit first; not only digits'
     throw new StepError(`a snapshot cannot be named "${name}"`, { hint, exitCode: 2 })
   }
   const snapshot = await withMachines(`taking the snapshot ${name}`, cluster.nodes, (machines) =>
@@ -137,18 +129,19 @@ async function takeSnapshot(name: string, machines: Machine[], detail: (text: st
     await $`chmod -R go= ${partial}`
     const record: Snapshot = {
       ...{ name, taken: new Date().toISOString(), automatic: flags.automatic || suspend },
-      ...{ kind, nixos: cluster.settings.NIXOS_VERSION, pause, machines: [], files: [] },
+      ...{ nixos: cluster.settings.NIXOS_VERSION, pause, machines: [], files: [] },
+      ...{ kind, hardware: {} },
     }
     for (const { node, disk: image, qmp, pid } of machines) {
       const { bytes, snapshots } = await inspect(image)
       const disk = snapshots.find((each) => each.name === name)
       if (!disk) throw new StepError(`the disk of ${node.name} does not list the new snapshot`)
-      const machine = { name: node.name, role: node.role, running: qmp !== undefined, bytes, disk }
-      record.machines.push(machine)
+      const running = qmp !== undefined
+      record.machines.push({ name: node.name, role: node.role, running, bytes, disk })
       if (kind === 'disks' || !qmp || !pid) continue
       const { qemu } = (await qmp.execute('query-version')) as { qemu: Record<string, number> }
       const version = `${qemu.major}.${qemu.minor}.${qemu.micro}`
-      Object.assign(machine, { hardware: hardware(version, (await commandLine(pid)) ?? '') })
+      record.hardware[node.name] = hardware(version, (await commandLine(pid)) ?? '')
     }
     for (const path of files) {
       const mode = (await stat(cluster.path(path))).mode & 0o777
@@ -157,10 +150,7 @@ async function takeSnapshot(name: string, machines: Machine[], detail: (text: st
     }
     const text = JSON.stringify(record, null, 2)
     await writeFileAtomic(cluster.path(partial, 'snapshot.json'), text, 0o600)
-    if (suspend) {
-      signal.throwIfAborted()
-      await takingTime(() => endAll(machines))
-    }
+    if (suspend) await takingTime(() => endAll(machines))
     await rename(cluster.path(partial), cluster.path('snapshots', name))
     return record
   } catch (error) {
@@ -189,30 +179,25 @@ function withoutMemory(reason: string): Kind {
 /** Takes the snapshot of all running machines while they are paused; `pause` is in seconds. */
 async function atOneMoment(name: string, machines: Machine[], wanted: Kind) {
   const began = performance.now()
-  const save = (qmp: Qmp) => qmp.job('snapshot-save', { tag: name, ...liveParts })
+  const command = 'blockdev-snapshot-internal-sync'
+  const saveDisks = async (qmp: Qmp, { images }: Machine) => {
+    for (const { device } of images) await qmp.execute(command, { device, name }, { timeout: 60 })
+  }
+  const saveAll = (qmp: Qmp) => qmp.job('snapshot-save', { tag: name, ...liveParts })
+  const onlyDisks = async (error: unknown) => {
+    await removeFromDisks(machines, name)
+    return withoutMemory(describeError(error))
+  }
   let kind: Kind = 'disks'
   try {
     await onAll(machines, (qmp) => qmp.execute('stop', {}, { timeout: 60 }))
-    if (wanted === 'live') {
-      kind = await onAll(machines, save).then(
-        () => 'live',
-        async (error) => {
-          await removeFromDisks(machines, name)
-          return withoutMemory(describeError(error))
-        },
-      )
-    }
-    if (kind === 'disks') await onAll(machines, (qmp, { images }) => saveDisks(name, qmp, images))
+    if (wanted === 'live') kind = await onAll(machines, saveAll).then(() => 'live', onlyDisks)
+    if (kind === 'disks') await onAll(machines, saveDisks)
   } finally {
     // Whatever happened.
     if (kind === 'disks' || !suspend) await resume(machines)
   }
   return { kind, pause: (performance.now() - began) / 1000 }
-}
-
-async function saveDisks(name: string, qmp: Qmp, images: Image[]): Promise<void> {
-  const command = 'blockdev-snapshot-internal-sync'
-  for (const { device } of images) await qmp.execute(command, { device, name }, { timeout: 60 })
 }
 
 async function resume(machines: Machine[]): Promise<void> {
@@ -226,20 +211,17 @@ async function resume(machines: Machine[]): Promise<void> {
 
 /** Ends the QEMUs of paused machines, and the LAN switch. */
 async function endAll(machines: Machine[]): Promise<void> {
+  signal.throwIfAborted()
   await onAll(machines, async (qmp, { pid = 0 }) => {
     // A QEMU that quits may close the connection before it answers.
     await qmp.execute('quit').catch(() => {})
-    if (await becomes(() => isGone(pid), 60)) return
-    throw new StepError('its QEMU does not end')
+    if (!(await becomes(() => isGone(pid), 60))) throw new StepError('its QEMU does not end')
   })
   await stopLanSwitch(cluster)
 }
 
 /** Asks all QEMUs at once and waits for all. @throws the first failure, with the machine's name */
-async function onAll(
-  machines: Machine[],
-  ask: (qmp: Qmp, machine: Machine) => Promise<unknown>,
-): Promise<void> {
+async function onAll(machines: Machine[], ask: Ask): Promise<void> {
   const asked = machines.map(async (machine) => machine.qmp && ask(machine.qmp, machine))
   for (const [index, outcome] of (await Promise.allSettled(asked)).entries()) {
     if (outcome.status === 'fulfilled') continue
@@ -248,7 +230,7 @@ async function onAll(
 }
 
 async function list(): Promise<void> {
-  const snapshots = await readSnapshots()
+  const snapshots = await readSnapshots(cluster)
   if (flags.json) return console.log(JSON.stringify(snapshots, null, 2))
   if (snapshots.length === 0) return console.log('There is no snapshot yet: make snapshot')
   const rows = snapshots.map((snapshot) => [
@@ -262,13 +244,12 @@ async function list(): Promise<void> {
 
 function contents({ name, kind, machines, nixos, files, automatic }: Snapshot): string {
   const names = machines.map(({ name, running }) => `${name}${running ? '' : ' (was off)'}`)
-  const ended = name === suspended ? '; make up continues from it' : '; what a restore overwrote'
-  const why = automatic ? ended : ''
+  const why = automatic && name !== suspended ? '; what a restore overwrote' : ''
   return `${names.join(', ')}${kind === 'live' ? ' with memory' : ''}; NixOS ${nixos}; ${files.length} files${why}`
 }
 
 async function remove(name: string): Promise<void> {
-  const names = (await readSnapshots()).map((snapshot) => snapshot.name)
+  const names = (await readSnapshots(cluster)).map((snapshot) => snapshot.name)
   const partial = cluster.path(partialOf(name))
   if (!names.includes(name) && !existsSync(partial)) {
     const hint = names.length > 0 ? `there are ${names.join(', ')}` : 'there are none'
@@ -282,22 +263,6 @@ async function remove(name: string): Promise<void> {
     }),
   )
   if (flags.json) console.log(JSON.stringify({ removed: name }))
-}
-
-/** All snapshots, oldest first. */
-async function readSnapshots(): Promise<Snapshot[]> {
-  const names = await readdir(cluster.path('snapshots')).catch(() => [])
-  const snapshots: Snapshot[] = []
-  for (const name of names.filter((each) => !each.startsWith('.'))) {
-    const text = await readIfThere(cluster.path('snapshots', name, 'snapshot.json'))
-    try {
-      if (text !== undefined) snapshots.push({ ...JSON.parse(text), name })
-    } catch (cause) {
-      const hint = `without it this snapshot cannot be restored: remove snapshots/${name}`
-      throw new StepError(`snapshots/${name}/snapshot.json cannot be read`, { hint, cause })
-    }
-  }
-  return snapshots.sort((one, other) => Date.parse(one.taken) - Date.parse(other.taken))
 }
 
 /** Works while no other script changes the cluster, and none starts or stops a machine. */
@@ -366,11 +331,6 @@ async function removeFromDisks(machines: Machine[], name: string): Promise<void>
       else await $`qemu-img snapshot -q -d ${name} ${path}`
     }
   }
-}
-
-/** The folder of a snapshot that is being taken or removed. */
-function partialOf(name: string): string {
-  return `snapshots/.${name}.partial`
 }
 
 /** Of a snapshot that failed, or was interrupted by force or by the end of this computer. */

@@ -13,6 +13,7 @@ import { withLock } from './lock.mts'
 import { assertFree, commandLine, isGone, type Port, pidFrom } from './processes.mts'
 import { filesOf, qemuArguments } from './qemu.mts'
 import { Qmp } from './qmp.mts'
+import { inspect } from './snapshots.mts'
 import { becomes } from './wait.mts'
 
 export { filesOf }
@@ -214,10 +215,10 @@ export async function prepareEfiVars(
   { fresh = false } = {},
 ): Promise<void> {
   const { efiVars, rawEfiVars } = filesOf(cluster, node)
-  const size = await virtualSize(vars.path)
+  const { size } = await inspect(vars.path)
   for (const path of [efiVars, rawEfiVars].filter(existsSync)) {
     if (fresh) await rm(path)
-    else if ((await virtualSize(path)) !== size) await rename(path, `${path}.old`)
+    else if ((await inspect(path)).size !== size) await rename(path, `${path}.old`)
   }
   if (!existsSync(efiVars)) {
     const temporary = `${efiVars}.tmp`
@@ -228,8 +229,4 @@ export async function prepareEfiVars(
   // Into the existing file, which may hold snapshots.
   await $`qemu-img convert -n -f raw -O qcow2 ${rawEfiVars} ${efiVars}`
   await rm(rawEfiVars)
-}
-
-async function virtualSize(path: string): Promise<number> {
-  return JSON.parse((await $`qemu-img info --output=json ${path}`).stdout)['virtual-size']
 }

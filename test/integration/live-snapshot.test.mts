@@ -3,9 +3,9 @@ import { existsSync } from 'node:fs'
 import { readdir, readFile, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { $ } from 'zx'
-import type { Snapshot } from '../../bin/snapshot.mts'
 import type { Cluster, Node } from '../../lib/cluster.mts'
 import { Qmp } from '../../lib/qmp.mts'
+import type { Snapshot } from '../../lib/snapshots.mts'
 import { filesOf, isRunning } from '../../lib/vm.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type Outcome, run } from '../checkout.mts'
@@ -78,7 +78,7 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
     await remember('first')
     const { stdout, stderr } = await succeeds('snapshot', 'one')
     assert.doesNotMatch(stderr, /disks only/)
-    const { kind, pause, machines: kept } = await record('one')
+    const { kind, pause, hardware } = await record('one')
     assert.equal(kind, 'live')
     assert.match(stdout, /alpha, sigma, gamma with memory/)
     assert.match(
@@ -86,7 +86,7 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
       new RegExp(`^paused for ${Math.round(pause * 1000)} ms: alpha, sigma, gamma$`, 'm'),
     )
     assert.ok(pause > 0 && pause < 10, `${pause} s`)
-    for (const { hardware } of kept) assert.match(hardware ?? '', /^QEMU \d.* -m 256$/)
+    for (const { name } of cluster.nodes) assert.match(hardware[name] ?? '', /^QEMU \d.* -m 256$/)
     for (const node of cluster.nodes) {
       const { disk, efiVars } = filesOf(cluster, node)
       assert.deepEqual([await namesOn(disk), await namesOn(efiVars)], [['one'], ['one']])
@@ -175,13 +175,13 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
     const { stdout } = await succeeds('snapshot', '--suspend')
     assert.match(stdout, /^continue: make up$/m)
     assert.deepEqual(await isUp(), [false, false, false])
-    assert.match((await succeeds('snapshot', '--list')).stdout, /^suspended .*make up continues/m)
+    assert.match((await succeeds('snapshot', '--list')).stdout, /^_suspended .* with memory/m)
 
     const env = { WORKER_MEM: '300' }
     const other = await run(machines.checkout, 'bin/provision.mts', [], { env })
     assert.match(
       other.stderr,
-      /sigma was saved on .* -m 256, and would be on .* -m 300(.|\n)*--disks-only suspended/,
+      /sigma was saved on .* -m 256, and would be on .* -m 300(.|\n)*--disks-only _suspended/,
     )
     assert.deepEqual(await isUp(), [false, false, false])
 
@@ -191,7 +191,7 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
     await assertRemembered('suspended')
     for (const node of cluster.nodes) {
       const { disk, efiVars } = filesOf(cluster, node)
-      for (const path of [disk, efiVars]) assert.ok(!(await namesOn(path)).includes('suspended'))
+      for (const path of [disk, efiVars]) assert.ok(!(await namesOn(path)).includes('_suspended'))
     }
     assert.deepEqual(
       (await readdir(cluster.path('snapshots'))).filter((name) => name.includes('suspended')),
@@ -202,14 +202,14 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
   it('of suspended machines is given up by make up with --disks-only, and by a restore', async () => {
     await succeeds('snapshot', '--suspend')
     assert.equal((await restore('one')).exitCode, 0)
-    assert.ok(!existsSync(cluster.path('snapshots', 'suspended')))
+    assert.ok(!existsSync(cluster.path('snapshots', '_suspended')))
     await assertRemembered('first')
 
     await succeeds('snapshot', '--suspend')
     await succeeds('provision', '--disks-only')
     await assertRunning()
     assert.ok(await becomes(() => booted(gamma), 60))
-    assert.ok(!existsSync(cluster.path('snapshots', 'suspended')))
+    assert.ok(!existsSync(cluster.path('snapshots', '_suspended')))
   })
 
   it('is left out where a machine is off, which is named', async () => {

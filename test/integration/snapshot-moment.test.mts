@@ -8,8 +8,8 @@ import { after, before, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import { which } from 'zx'
-import type { Snapshot } from '../../bin/snapshot.mts'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
+import type { Snapshot } from '../../lib/snapshots.mts'
 import { filesOf } from '../../lib/vm.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 
@@ -231,7 +231,7 @@ describe('the moment of a snapshot', { skip }, () => {
       assert.equal(status, 130)
       for (const name of names) assert.ok(at(`cont ${name} ends`) > at(`${save} ${name} ends`))
       assert.ok(!events.some((event) => event.startsWith('quit')))
-      await assertNothingLeft('suspended')
+      await assertNothingLeft('_suspended')
     })
 
     it('is the end of the machines with make suspend, none of which continues', async () => {
@@ -241,7 +241,7 @@ describe('the moment of a snapshot', { skip }, () => {
       assert.ok(!events.some((event) => event.startsWith('cont')))
       const saved = Math.max(...names.map((name) => at(`${save} ${name} ends`)))
       for (const name of names) assert.ok(at(`quit ${name} begins`) > saved)
-      const { automatic, kind } = await record('suspended')
+      const { automatic, kind } = await record('_suspended')
       assert.deepEqual({ automatic, kind }, { automatic: true, kind: 'live' })
     })
   })
