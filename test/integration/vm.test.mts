@@ -8,7 +8,7 @@ import type { Node } from '../../lib/cluster.mts'
 import { commandLine } from '../../lib/processes.mts'
 import { qemuArguments } from '../../lib/qemu.mts'
 import { Qmp } from '../../lib/qmp.mts'
-import { filesOf, machineState, prepareEfiVars } from '../../lib/vm.mts'
+import { filesOf, machineState, prepareEfiVars, startMachine } from '../../lib/vm.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type Outcome, run } from '../checkout.mts'
 import { giveDisk, type Machines, makeMachines, noMachines, UefiShell } from '../uefi-machine.mts'
@@ -72,6 +72,17 @@ describe('starting a machine', { skip: noMachines }, () => {
     assert.equal(await status('stop'), 'paused')
     assert.match((await provision()).stdout, /^alpha +runs already/)
     assert.equal(await status(), 'running')
+  })
+
+  it('boots one that a killed restore has left without memory', async () => {
+    const { cluster, host } = machines
+    await giveDisk(cluster, alpha)
+    await startMachine(cluster, alpha, host, async () => {})
+    assert.match((await provision()).stdout, /^alpha +runs already/)
+    const qmp = await Qmp.connect(filesOf(cluster, alpha).qmp)
+    const { status } = (await qmp.execute('query-status')) as { status: string }
+    qmp.close()
+    assert.equal(status, 'running')
   })
 
   it('is refused while another program has its port, which is named', async () => {
