@@ -128,9 +128,8 @@ async function takeSnapshot(name: string, machines: Machine[], detail: (text: st
     // 4. The record, and with it the name; before that, it is no moment to continue from.
     await $`chmod -R go= ${partial}`
     const record: Snapshot = {
-      ...{ name, taken: new Date().toISOString(), automatic: flags.automatic || suspend },
-      ...{ nixos: cluster.settings.NIXOS_VERSION, pause, machines: [], files: [] },
-      ...{ kind, hardware: {} },
+      ...{ name, taken: new Date().toISOString(), automatic: flags.automatic || suspend, kind },
+      ...{ nixos: cluster.settings.NIXOS_VERSION, pause, machines: [], hardware: {}, files: [] },
     }
     for (const { node, disk: image, qmp, pid } of machines) {
       const { bytes, snapshots } = await inspect(image)
@@ -194,8 +193,7 @@ async function atOneMoment(name: string, machines: Machine[], wanted: Kind) {
     if (wanted === 'live') kind = await onAll(machines, saveAll).then(() => 'live', onlyDisks)
     if (kind === 'disks') await onAll(machines, saveDisks)
   } finally {
-    // Whatever happened.
-    if (kind === 'disks' || !suspend) await resume(machines)
+    if (kind === 'disks' || !suspend) await resume(machines) // Whatever happened.
   }
   return { kind, pause: (performance.now() - began) / 1000 }
 }

@@ -1,6 +1,7 @@
 // Snapshots in the machines' images. With the disk's own, QEMU can keep the machine's memory there:
 // its jobs snapshot-save and snapshot-load.
 import { readdir } from 'node:fs/promises'
+import { cpus } from 'node:os'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { StepError } from './errors.mts'
@@ -61,5 +62,6 @@ export async function inspect(image: string) {
 
 /** What a machine's memory depends on, out of QEMU's version and its arguments (in one line). */
 export function hardware(version: string, args: string): string {
-  return `QEMU ${version} ${args.match(/-machine .+? -m \d+/)?.[0] ?? ''}`
+  const host = args.includes(' -cpu host') ? ` on ${cpus()[0]?.model}` : ''
+  return `QEMU ${version} ${args.match(/-machine .+? -m \d+/)?.[0] ?? ''}${host}`
 }
