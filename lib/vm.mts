@@ -87,7 +87,6 @@ export async function prepareFolders(cluster: Cluster): Promise<void> {
 /**
  * Starts a machine from its installed disk, and the LAN switch if it does not run. A machine that
  * runs is left alone; one that is paused continues. Returns when QEMU answers, before the boot.
- *
  * @param load loads the machine's memory, instead of a boot; it stays paused, also on an error
  * @throws StepError if there is no disk, a port is taken, or QEMU ends; it is then not left running
  */
@@ -107,7 +106,8 @@ export async function startMachine(
         throw new StepError(reason, { hint, log: files.installLog })
       }
       await ensureLanSwitch(cluster)
-      await answers(files.qmp)
+      // Later, if it is saving its memory for a script that was killed.
+      await becomes(() => answers(files.qmp), answerTimeout)
       return { pid: found.pid, alreadyRunning: true }
     }
     if (!hasDisk(cluster, node)) {

@@ -217,6 +217,20 @@ describe('the moment of a snapshot', { skip }, () => {
       await assertNothingLeft('disks')
     })
 
+    it('needs disk space for what the machines use', async (t) => {
+      events.length = 0
+      // 1 MiB more than the disks need; each process uses about that.
+      const small =
+        'mount -t tmpfs -o size=3073m none images && truncate -s 0 images/{alpha,sigma,gamma}.qcow2'
+      const args = ['--mount', 'bash', '-c', `${small} && ./bin/snapshot.mts x`]
+      const { stderr, exitCode } = await run(checkout, 'unshare', args)
+      if (/unshare|mount:/.test(stderr)) return t.skip('a file system cannot be mounted here')
+      assert.match(stderr, /not enough disk space: 3.2 GB are needed/)
+      assert.match(stderr, /hint: +--disks-only needs less/)
+      assert.equal(exitCode, 1)
+      assert.ok(!events.some((event) => event.startsWith('stop')))
+    })
+
     it('is not left behind by make suspend when it is interrupted: all machines continue', async () => {
       events.length = 0
       refused = []

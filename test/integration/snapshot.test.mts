@@ -135,6 +135,11 @@ describe('snapshot and restore', { skip: noMachines, timeout: 600_000 }, () => {
     await writeFile(cluster.path('tls', 'ca.pem'), 'second CA')
     await writeFile(cluster.path('tls', 'ca-key.pem'), 'second key')
     await writeFile(cluster.path('tls', 'mine.txt'), 'of somebody')
+    // As an earlier version has recorded it.
+    const file = cluster.path('snapshots', 'first', 'snapshot.json')
+    const { kind, hardware, ...older } = JSON.parse(await readFile(file, 'utf8')) as Snapshot
+    assert.deepEqual({ kind, hardware }, { kind: 'disks', hardware: {} })
+    await writeFile(file, JSON.stringify(older))
     await machines.checkout.set({ WORKER_MEM: 300 })
 
     const { stdout, stderr, exitCode } = await restore()
