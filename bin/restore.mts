@@ -60,11 +60,11 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
   // 3. Disks, keys and settings are put back. If that fails, the machines that ran run on.
   // Suspended machines are as the snapshot is; none runs but what a killed run has started.
   const isSuspended = snapshot.name === suspended
-  if (isSuspended) await runScript('shutdown', ['--now'])
-  else {
+  const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
+  const running = cluster.nodes.filter((_, index) => states[index])
+  if (isSuspended && running.length > 0) await runScript('shutdown', ['--now'])
+  if (!isSuspended) {
     const saved = `before-restore-${timestamp()}`
-    const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
-    const running = cluster.nodes.filter((_, index) => states[index])
     await syncGuests(cluster, signal)
     signal.throwIfAborted()
     await takingTime(async () => {
@@ -178,7 +178,7 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
   const [needed, free] = [names.length * 2 ** 30, await freeBytes(cluster.path('images'))]
   const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
   const isShort = free < needed && process.platform !== 'darwin'
-  if (isShort) problems.push(`not enough disk space: ${amounts}`)
+  if (isShort && snapshot !== suspended) problems.push(`not enough disk space: ${amounts}`)
   let hint = './bin/snapshot.mts --list shows the others'
   if (live && problems.length === 0) {
     // With the settings that the machines will have.
