@@ -13,7 +13,8 @@ describe('the QMP client', () => {
   let path: string
   let server: Server
   let silent = false
-  let answer: (command: { execute: string; id: number }, socket: Socket) => void = () => {}
+  type Command = { execute: string; id: number; arguments?: Record<string, string> }
+  let answer: (command: Command, socket: Socket) => void = () => {}
   before(async () => {
     folder = await mkdtemp(join(tmpdir(), 'qmp-'))
     path = join(folder, 'alpha.qmp')
@@ -56,6 +57,27 @@ describe('the QMP client', () => {
     answer = ({ id }, socket) =>
       socket.write(`{"error": {"class": "GenericError", "desc": "no such device"}, "id": ${id}}\n`)
     await assert.rejects(qmp.execute('eject'), /QEMU refused eject: no such device/)
+    qmp.close()
+  })
+
+  it('runs a job until it is concluded, dismisses it, and reports its error', async () => {
+    const qmp = await Qmp.connect(path)
+    const jobs = new Map<string, { id: string; status: string; error?: string }>()
+    answer = ({ id, execute, arguments: given = {} }, socket) => {
+      if (execute === 'query-jobs') {
+        socket.write(`${JSON.stringify({ return: [...jobs.values()], id })}\n`)
+        for (const job of jobs.values()) job.status = 'concluded'
+        return
+      }
+      const { 'job-id': job = '', tag: error, id: dismissed = '' } = given
+      if (execute === 'snapshot-save') jobs.set(job, { id: job, status: 'running', error })
+      else assert.ok(execute === 'job-dismiss' && jobs.delete(dismissed))
+      socket.write(`{"return": {}, "id": ${id}}\n`)
+    }
+    await qmp.job('snapshot-save', {})
+    const failing = qmp.job('snapshot-save', { tag: 'no space' })
+    await assert.rejects(failing, /QEMU failed at snapshot-save: no space/)
+    assert.equal(jobs.size, 0)
     qmp.close()
   })
 
