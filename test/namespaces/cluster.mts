@@ -1,13 +1,12 @@
 // A cluster of namespaces to play with: `npm run cluster` raises it, and with --down takes it away.
-import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { describeError } from '../../lib/errors.mts'
 import { formatTable } from '../../lib/format.mts'
 import { differences } from './differences.mts'
-import { cannotRun, clusterFolder, raise, takeAway } from './namespace-cluster.mts'
+import { cannotRun, keptFolder, raise, takeAway } from './namespace-cluster.mts'
 
 const { values } = parseArgs({ options: { down: { type: 'boolean' } } })
-const folder = join(clusterFolder, 'kept')
+const folder = keptFolder
 const reason = cannotRun()
 try {
   if (reason) console.error(`skipped: ${reason}`)

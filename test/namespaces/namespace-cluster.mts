@@ -4,16 +4,18 @@
 import { spawn } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { existsSync, openSync } from 'node:fs'
-import { cp, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { mkdir, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { stringify } from 'yaml'
 import { $ } from 'zx'
-import { type Cluster, loadCluster, type Node } from '../../lib/cluster.mts'
+import { type Cluster, loadCluster } from '../../lib/cluster.mts'
 import { lastLines, StepError } from '../../lib/errors.mts'
+import { stopLanSwitch } from '../../lib/lan.mts'
 import { filesOf } from '../../lib/qemu.mts'
 import { step } from '../../lib/steps.mts'
 import { waitFor } from '../../lib/wait.mts'
-import { makeCheckout, projectRoot, run } from '../checkout.mts'
+import { type Checkout, makeCheckout, projectRoot, run } from '../checkout.mts'
+import { installerFiles, makeIso } from '../installer-iso.mts'
 import { goPrograms, kubernetesPrograms } from '../kubernetes/programs.mts'
 import { freePorts } from '../ports.mts'
 import { debianLayer } from '../rehearsal/debian-layer.mts'
@@ -30,6 +32,7 @@ const python = '/usr/bin/python3'
 
 /** The clusters of this checkout, each in a folder of its own. */
 export const clusterFolder = join(projectRoot, 'namespaces')
+export const keptFolder = join(clusterFolder, 'kept')
 
 /** Why there can be no such cluster here; false if there can. */
 export function cannotRun(): string | false {
@@ -44,6 +47,9 @@ export function cannotRun(): string | false {
     'iptables',
     'nix-instantiate',
     'qemu-system-x86_64',
+    'qemu-img',
+    'xorriso',
+    'bsdtar',
   )
 }
 
@@ -95,7 +101,7 @@ export interface NamespaceCluster {
   cluster: Cluster
   /** Of its checkout, with `bin/` and the file of values for `install-cilium --values`. */
   root: string
-  /** Where kubectl and helm of the right versions are. */
+  /** Where kubectl and helm of the right versions are, and the QEMU that switches machines on. */
   path: string[]
 }
 
@@ -130,8 +136,12 @@ export async function raise({
   const checkout = await makeCheckout({
     folder: join(folder, 'checkout'),
     settings: {
-      ...(await sshPorts()),
       CILIUM_CHART: parts.cilium.chart,
+      NIXOS_ISO_URL: join(folder, 'installer.iso'),
+      // Its own QEMU emulates nothing, and needs no firmware.
+      QEMU_ACCEL: 'tcg',
+      QEMU_FIRMWARE_CODE: join(folder, 'firmware'),
+      QEMU_FIRMWARE_VARS: join(folder, 'firmware'),
       KUBE_LOG_LEVEL: 1,
       ...settings,
     },
@@ -140,17 +150,34 @@ export async function raise({
   await step('certificates, kubeconfigs, staged configuration', async (detail) => {
     for (const name of scripts) {
       detail(name)
-      const { exitCode, stderr } = await run(checkout, `bin/${name}.mts`)
-      if (exitCode !== 0) throw new StepError(`${name} failed`, { output: lastLines(stderr) })
+      await runOrFail(checkout, name)
     }
   })
   const cluster = loadCluster({ root, env: {} })
   await writeFile(join(root, 'differences.yaml'), ciliumValues())
+  const path = [...parts.path, join(folder, 'bin')]
   await step('machines', async () => {
-    for (const node of cluster.nodes) await layOut(folder, cluster, node, parts)
-    await startMachines(folder, cluster, parts, keep)
+    await layOut(folder, cluster, parts)
+    await startSupervisor(folder, parts, keep)
+    await runOrFail(checkout, 'provision', { PATH: [...path, process.env.PATH].join(':') })
   })
-  return { cluster, root, path: parts.path }
+  return { cluster, root, path }
+}
+
+async function runOrFail(checkout: Checkout, name: string, env = {}): Promise<void> {
+  const { exitCode, stderr } = await run(checkout, `bin/${name}.mts`, [], { env })
+  if (exitCode !== 0) throw new StepError(`${name} failed`, { output: lastLines(stderr) })
+}
+
+/** The cluster that `npm run cluster` has raised. */
+export async function keptCluster(): Promise<NamespaceCluster> {
+  const root = join(keptFolder, 'checkout')
+  if (!existsSync(join(keptFolder, 'ready'))) {
+    throw new StepError('there is no cluster', { hint: 'npm run cluster' })
+  }
+  const parts = await makeParts()
+  const path = [...parts.path, join(keptFolder, 'bin')]
+  return { cluster: loadCluster({ root, env: {} }), root, path }
 }
 
 /** Ends a cluster, also one whose supervisor was killed, and removes its files. */
@@ -165,6 +192,7 @@ export async function takeAway(folder: string): Promise<void> {
       async () => (existsSync(`/proc/${pid}`) ? 'it is still running' : undefined),
     )
   }
+  await stopLanSwitch({ path: (...parts) => join(folder, 'checkout', ...parts) })
   // What a killed supervisor could not remove: the kernel has removed all the rest.
   if (existsSync(folder))
     await $({ quiet: true })`${python} -IB ${supervisor} --clear ${idOf(folder)}`
@@ -174,82 +202,47 @@ export async function takeAway(folder: string): Promise<void> {
 const supervisor = join(here, 'supervisor.py')
 
 /** Part of the names of what is one for the whole computer: no two folders have the same. */
-function idOf(folder: string): string {
+export function idOf(folder: string): string {
   return createHash('sha256').update(folder).digest('hex').slice(0, 8)
 }
 
-async function sshPorts(): Promise<Record<string, number>> {
-  const { nodes } = loadCluster({ env: {} })
-  const ports = await freePorts(nodes.length)
-  const names = nodes.map(({ name }) => `SSH_PORT_${name.replaceAll('-', '_')}`)
-  return Object.fromEntries(names.map((name, index) => [name, ports[index] ?? 0]))
-}
-
-/** The files of a machine before its first start. */
-async function layOut(folder: string, cluster: Cluster, node: Node, parts: Parts): Promise<void> {
-  const root = join(folder, 'machines', node.name)
-  await mkdir(root, { recursive: true, mode: 0o755 })
-  await cp(cluster.path('cloud-init', node.name, 'nixos'), root, { recursive: true })
+/** The files of the machines before their first start, and what switches them on. */
+async function layOut(folder: string, cluster: Cluster, parts: Parts): Promise<void> {
   const outside = '[Network]\nDHCP=no\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nDNS=10.0.2.3\n'
   const files: Record<string, string> = {
-    'install.py': await readFile(join(here, 'install.py'), 'utf8'),
-    'differences.json': JSON.stringify(differences()),
+    // The signature by which the scripts know firmware.
+    firmware: '_FVH',
+    'blank/nix/machine/install.py': await readFile(join(here, 'install.py'), 'utf8'),
+    'blank/nix/machine/differences.json': JSON.stringify(differences()),
     // nixos-install expects a kernel on its CD.
-    'cd/boot/nix/store/0-linux/bzImage': 'none',
-    'cd/boot/nix/store/0-initrd-linux/initrd': 'none',
-    'systemd/network/10-outside.network.d/50-machine.conf': outside,
+    'blank/nix/machine/cd/boot/nix/store/0-linux/bzImage': 'none',
+    'blank/nix/machine/cd/boot/nix/store/0-initrd-linux/initrd': 'none',
+    'blank/nix/machine/systemd/network/10-outside.network.d/50-machine.conf': outside,
     // Its messages are this computer's.
-    'systemd/journald.conf.d/50-machine.conf': '[Journal]\nReadKMsg=no\nAudit=no\n',
+    'blank/nix/machine/systemd/journald.conf.d/50-machine.conf':
+      '[Journal]\nReadKMsg=no\nAudit=no\n',
   }
   for (const [name, text] of Object.entries(files)) {
-    const path = join(root, 'nix/machine', name)
-    await mkdir(join(path, '..'), { recursive: true })
-    await writeFile(path, text)
+    await mkdir(join(folder, name, '..'), { recursive: true })
+    await writeFile(join(folder, name), text)
   }
-  if (node.role !== 'worker') return
-  const store = join(root, 'var/lib/containerd')
-  await mkdir(join(root, 'var/lib'), { recursive: true })
-  // Files of images never change, so the machines share them where a file system has both folders.
-  await $({ quiet: true })`cp -al ${parts.imageStore} ${store}`.catch(
-    () => $({ quiet: true })`rm -rf ${store} && cp -a --reflink=auto ${parts.imageStore} ${store}`,
-  )
-  const databases = await $({ quiet: true })`find ${store} -name '*.db'`
-  for (const database of databases.stdout.trim().split('\n')) {
-    await cp(database, `${database}.own`)
-    await rename(`${database}.own`, database)
+  await symlink(parts.imageStore, join(folder, 'images'))
+  await mkdir(join(folder, 'bin'))
+  for (const architecture of ['x86_64', 'aarch64']) {
+    await symlink(join(here, 'qemu.py'), join(folder, 'bin', `qemu-system-${architecture}`))
+  }
+  await makeIso(join(folder, 'installer.iso'), installerFiles)
+  await mkdir(cluster.path('images'), { recursive: true })
+  for (const node of cluster.nodes) {
+    const staged = cluster.path('cloud-init', node.name, 'nixos')
+    await $({ quiet: true })`sh ${join(here, 'lay-out.sh')} ${folder} ${node.name} ${staged}`
+    // By its disk the scripts know that a machine is installed.
+    await writeFile(filesOf(cluster, node).disk, '')
   }
 }
 
-async function startMachines(
-  folder: string,
-  cluster: Cluster,
-  parts: Parts,
-  keep: boolean,
-): Promise<void> {
-  await mkdir(cluster.path('run'), { recursive: true, mode: 0o700 })
-  await mkdir(cluster.path('images'), { recursive: true })
-  const machines = cluster.nodes.map((node) => {
-    const api = cluster.settings.API_PORT
-    return {
-      name: node.name,
-      root: join(folder, 'machines', node.name),
-      mac: node.mac,
-      lanMac: node.lanMac,
-      forwards: [[node.sshPort, 22], ...(node === cluster.controlPlane ? [[api, api]] : [])],
-      console: filesOf(cluster, node).consoleLog,
-    }
-  })
-  // By these the scripts know that machines run: a QEMU for each that emulates nothing, and the
-  // switch, to which none is connected.
-  const qemu = ['qemu-system-x86_64', '-machine', 'none', '-nodefaults', '-display', 'none']
-  const beside = [
-    [process.execPath, 'lib/launch.mjs', cluster.path('lib/lan-switch.mts')],
-    ...cluster.nodes.map((node) => {
-      const qmp = `unix:run/${node.name}.qmp,server=on,wait=off`
-      return [...qemu, '-pidfile', filesOf(cluster, node).pid, '-qmp', qmp]
-    }),
-  ]
-  const spec = { id: idOf(folder), root: cluster.root, layers: parts.layers, machines, beside }
+async function startSupervisor(folder: string, { layers }: Parts, keep: boolean): Promise<void> {
+  const spec = { id: idOf(folder), layers }
   await writeFile(join(folder, 'cluster.json'), JSON.stringify(spec, null, 2))
   const log = openSync(join(folder, 'supervisor.log'), 'a')
   const child = spawn(
@@ -259,12 +252,12 @@ async function startMachines(
   )
   child.unref()
   await writeFile(join(folder, 'supervisor.pid'), String(child.pid))
-  const failure = 'the machines do not start'
+  const failure = 'the machines have no supervisor'
   await waitFor(
     { failure, timeout: 120, every: 50, log: join(folder, 'supervisor.log') },
     async () => {
       if (existsSync(join(folder, 'ready'))) return undefined
-      if (child.exitCode === null) return 'no supervisor yet'
+      if (child.exitCode === null) return 'it has not started yet'
       const output = lastLines(await readFile(join(folder, 'supervisor.log'), 'utf8'))
       throw new StepError(failure, { output })
     },

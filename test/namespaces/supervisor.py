@@ -1,16 +1,17 @@
-"""Holds a namespace cluster: its networks, the forwarded ports, and a process for each machine.
+"""Holds a namespace cluster: its networks, and its machines while they are on.
 
     supervisor.py WORK/cluster.json [--with-parent]
+    supervisor.py --clear ID     what a killed one has left
 
-All that it starts dies with it, whatever ends it: the kernel then removes namespaces, mounts,
-network devices and processes. What it removes itself at its end are the machines' cgroup folders.
-With --with-parent it ends when its standard input does.
+Each connection to the socket WORK/supervisor is a machine: qemu.py sends what the machine is, and it
+is on until one of the two ends. All that is started here dies with it, whatever ends it: the kernel
+then removes namespaces, mounts, network devices and processes. What it removes itself are the
+machines' cgroup folders. With --with-parent it ends when its standard input does.
 """
 
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -27,8 +28,11 @@ PR_SET_PDEATHSIG, PR_CAPBSET_DROP, CAP_SYS_TIME = 1, 24, 25
 SO_ORIGINAL_DST = 80
 # As QEMU's user network has them, on every machine.
 GATEWAY, MACHINE = "10.0.2.2", "10.0.2.15"
+# systemd's signal for power-off.
+POWER_OFF = signal.SIGRTMIN + 4
 
 libc = ctypes.CDLL(None, use_errno=True)
+host_network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def main() -> None:
@@ -36,28 +40,38 @@ def main() -> None:
     work = Path(sys.argv[1]).resolve().parent
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
-    listeners = [
-        (machine, listen(host), port)
-        for machine in spec["machines"]
-        for host, port in machine["forwards"]
-    ]
-    children = [start_beside(command, spec["root"]) for command in spec["beside"]]
-    host_network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         call(libc.unshare(CLONE_NEWNS | CLONE_NEWNET), "unshare")
         run("mount", "--make-rprivate", "/")
         mount_layers(spec["layers"], work)
         build_switch()
-        for machine in spec["machines"]:
-            children.append(start(machine, spec["id"], work))
-        (work / "ready").write_text("")
-        asyncio.run(serve(listeners, children, host_network, "--with-parent" in sys.argv))
+        asyncio.run(serve(spec["id"], work, "--with-parent" in sys.argv))
     finally:
-        for child in children:
-            child.kill()
-            child.wait()
-        remove_cgroups(spec["id"])
+        remove_cgroups(f"khw-{spec['id']}-*")
         (work / "ready").unlink(missing_ok=True)
+
+
+async def serve(cluster: str, work: Path, with_parent: bool) -> None:
+    end = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, end.set)
+    if with_parent:
+        loop.add_reader(0, lambda: None if os.read(0, 4096) else end.set())
+    machines = set()
+
+    async def plug(reader, writer):
+        machines.add(asyncio.current_task())
+        await hold_machine(reader, writer, cluster, work)
+
+    # A relative path, as that of a unix socket is limited to some 100 bytes.
+    os.chdir(work)
+    await asyncio.start_unix_server(plug, "supervisor")
+    (work / "ready").write_text("")
+    await end.wait()
+    for machine in machines:
+        machine.cancel()
+    await asyncio.gather(*machines, return_exceptions=True)
 
 
 def call(result: int, what: str) -> None:
@@ -69,10 +83,15 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def listen(port: int) -> socket.socket:
-    listener = socket.create_server(("127.0.0.1", port), backlog=64)
-    listener.setblocking(False)
-    return listener
+def on_host(make):
+    """What a function returns that runs in this computer's own network."""
+    ours = os.open("/proc/self/ns/net", os.O_RDONLY)
+    call(libc.setns(host_network, CLONE_NEWNET), "setns")
+    try:
+        return make()
+    finally:
+        call(libc.setns(ours, CLONE_NEWNET), "setns")
+        os.close(ours)
 
 
 # ── Networks: one namespace is the switch of the LAN, and QEMU's gateway of each machine ──
@@ -97,9 +116,8 @@ def build_switch() -> None:
 
 def plug_in(machine: dict, pid: int) -> None:
     """The machine's two network cards, with the names that udev would give them."""
-    short = machine["name"][:10]
     for card, mac in (("lan", machine["lanMac"]), ("outside", machine["mac"])):
-        ours = f"{card[0]}-{short}"
+        ours = port_of(card, machine)
         run(*f"ip link add {ours} type veth peer name {card} address {mac} netns {pid}".split())
         if card == "lan":
             run(*f"ip link set {ours} master lan".split())
@@ -108,24 +126,99 @@ def plug_in(machine: dict, pid: int) -> None:
         run(*f"ip link set {ours} up".split())
 
 
+def pull_out(machine: dict) -> None:
+    """The kernel does so too, but a while after the machine has ended."""
+    for card in ("lan", "outside"):
+        command = ["ip", "link", "delete", port_of(card, machine)]
+        subprocess.run(command, stderr=subprocess.DEVNULL)
+
+
+def port_of(card: str, machine: dict) -> str:
+    return f"{card[0]}-{machine['name'][:10]}"
+
+
 # ── Machines ──
 
 
-def start(machine: dict, cluster: str, work: Path) -> subprocess.Popen:
-    groups = make_cgroups(f"khw-{cluster}-{machine['name']}")
+async def hold_machine(reader, writer, cluster: str, work: Path) -> None:
+    """Starts a machine, and starts it again when it reboots; ends it when its QEMU is gone."""
+    machine = json.loads(await reader.readline())
+    name = machine["name"]
+    group = f"khw-{cluster}-{name}"
+    child, way_out, servers = None, None, []
+    open(machine["console"], "wb").close()
+    try:
+        listeners = on_host(lambda: [(listen(host), port) for host, port in machine["forwards"]])
+        for listener, port in listeners:
+            servers.append(await asyncio.start_server(inward(machine, port), sock=listener))
+        orders = None
+        while True:
+            child = start(machine, group, work)
+            way_out = await asyncio.start_server(outward, sock=gateway(machine))
+            if not orders:
+                writer.write(b"started\n")
+                orders = asyncio.create_task(obey(reader, lambda: child))
+            ended = asyncio.create_task(end_of(child))
+            await asyncio.wait({orders, ended}, return_when=asyncio.FIRST_COMPLETED)
+            way_out.close()
+            # A reboot ends the first process of namespaces by this signal (reboot(2)).
+            if orders.done() or child.poll() != -signal.SIGHUP:
+                break
+            await clear(machine, group)
+    except OSError as error:
+        writer.write(f"{name} cannot be started: {error}\n".encode())
+    finally:
+        if child:
+            child.kill()
+            child.wait()
+        for server in [*servers, way_out]:
+            if server:
+                server.close()
+        await clear(machine, group)
+        writer.close()
+
+
+async def clear(machine: dict, group: str) -> None:
+    pull_out(machine)
+    await asyncio.to_thread(remove_cgroups, group)
+
+
+async def obey(reader, child) -> None:
+    """Until the machine's QEMU hangs up."""
+    while line := await reader.readline():
+        if line == b"powerdown\n":
+            first = Path(f"/proc/{child().pid}/task/{child().pid}/children").read_text().split()
+            for pid in first:
+                os.kill(int(pid), POWER_OFF)
+
+
+async def end_of(child: subprocess.Popen) -> None:
+    pid = os.pidfd_open(child.pid)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pid, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(pid)
+        os.close(pid)
+
+
+def start(machine: dict, group: str, work: Path) -> subprocess.Popen:
+    groups = make_cgroups(group)
 
     def prepare() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         # Nothing in a machine can set this computer's clock.
         libc.prctl(PR_CAPBSET_DROP, CAP_SYS_TIME)
-        for group in groups:
-            (group / "cgroup.procs").write_text("0")
+        for folder in groups:
+            (folder / "cgroup.procs").write_text("0")
 
     namespaces = ["--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup"]
-    command = ["unshare", *namespaces, "--fork", "--kill-child=SIGKILL"]
+    command = ["unshare", *namespaces, "--fork", "--kill-child=SIGKILL", "sh"]
+    root, layers = work / "machines" / machine["name"], work / "layers"
     with open(machine["console"], "ab") as console:
         child = subprocess.Popen(
-            [*command, "sh", str(HERE / "machine.sh"), machine["root"], str(work / "layers")],
+            [*command, str(HERE / "machine.sh"), str(root), str(layers)],
             stdin=subprocess.PIPE, stdout=console, stderr=console, preexec_fn=prepare,
         )
     ours = os.readlink("/proc/self/ns/net")
@@ -135,14 +228,6 @@ def start(machine: dict, cluster: str, work: Path) -> subprocess.Popen:
     child.stdin.write(b"\n")
     child.stdin.close()
     return child
-
-
-def start_beside(command: list[str], root: str) -> subprocess.Popen:
-    """A process of this computer that scripts expect where machines run."""
-    return subprocess.Popen(
-        command, cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
-    )
 
 
 def hierarchies() -> list[Path]:
@@ -168,11 +253,11 @@ def make_cgroups(name: str) -> list[Path]:
     return groups
 
 
-def remove_cgroups(cluster: str) -> None:
-    """Those of all machines of the cluster, after ending what is still in them."""
+def remove_cgroups(names: str) -> None:
+    """Those of machines, after ending what is still in them. @names: a pattern"""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        left = [g for h in hierarchies() for g in h.glob(f"khw-{cluster}-*")]
+        left = [g for h in hierarchies() for g in h.glob(names)]
         if not left:
             return
         for group in left:
@@ -188,43 +273,40 @@ def remove_cgroups(cluster: str) -> None:
 # ── Ports: in from this computer's loopback, and out to it ──
 
 
-async def serve(listeners, children, host_network: int, with_parent: bool) -> None:
-    loop = asyncio.get_running_loop()
-    end = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, end.set)
-    if with_parent:
-        loop.add_reader(0, lambda: None if os.read(0, 4096) else end.set())
-    for machine, listener, port in listeners:
-        async def inward(reader, writer, machine=machine, port=port):
-            other = socket.socket()
-            bind_to(other, machine)
-            await join(reader, writer, other, (MACHINE, port))
-        await asyncio.start_server(inward, sock=listener)
+def listen(port: int) -> socket.socket:
+    listener = socket.create_server(("127.0.0.1", port), backlog=64)
+    listener.setblocking(False)
+    return listener
 
-    async def outward(reader, writer):
-        found = writer.get_extra_info("socket").getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
-        ours = os.open("/proc/self/ns/net", os.O_RDONLY)
-        call(libc.setns(host_network, CLONE_NEWNET), "setns")
+
+def inward(machine: dict, port: int):
+    async def forward(reader, writer):
         other = socket.socket()
-        call(libc.setns(ours, CLONE_NEWNET), "setns")
-        os.close(ours)
-        await join(reader, writer, other, ("127.0.0.1", int.from_bytes(found[2:4], "big")))
+        with contextlib.suppress(OSError):
+            bind_to(other, machine)
+        await join(reader, writer, other, (MACHINE, port))
 
-    for machine in {machine["name"]: machine for machine, _, _ in listeners}.values():
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bind_to(listener, machine)
-        listener.bind(("0.0.0.0", 1))
-        listener.setblocking(False)
-        await asyncio.start_server(outward, sock=listener)
-    await end.wait()
+    return forward
+
+
+def gateway(machine: dict) -> socket.socket:
+    """All of a machine's connections to its gateway arrive here (build_switch)."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bind_to(listener, machine)
+    listener.bind(("0.0.0.0", 1))
+    listener.setblocking(False)
+    return listener
+
+
+async def outward(reader, writer) -> None:
+    found = writer.get_extra_info("socket").getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
+    await join(reader, writer, on_host(socket.socket), ("127.0.0.1", int.from_bytes(found[2:4], "big")))
 
 
 def bind_to(end: socket.socket, machine: dict) -> None:
     """All machines have the same address: the network card decides which one it is."""
-    card = f"o-{machine['name'][:10]}".encode()
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, card)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, port_of("outside", machine).encode())
 
 
 async def join(reader, writer, other: socket.socket, address: tuple[str, int]) -> None:
@@ -255,6 +337,6 @@ async def pump(source, target) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--clear":
-        remove_cgroups(sys.argv[2])
+        remove_cgroups(f"khw-{sys.argv[2]}-*")
     else:
         main()

@@ -1,155 +1,153 @@
 // The project's own scripts, unchanged, against a cluster of namespaces with the real Cilium:
 // `npm run test:cluster`. As with the rehearsal, whose checks are used: the first failure ends it.
+//   node --import tsx test/namespaces/test-cluster.mts --list  names the steps
+//   node --import tsx test/namespaces/test-cluster.mts WORD…   runs those whose names have a word,
+//     with the present scripts, on the cluster that `npm run cluster` has raised
 import assert from 'node:assert/strict'
+import { cp } from 'node:fs/promises'
 import { join } from 'node:path'
-import { $ } from 'zx'
 import { describeError } from '../../lib/errors.mts'
-import { servicesOf } from '../../lib/health.mts'
 import { interruption } from '../../lib/interrupt.mts'
-import { kubectlJson } from '../../lib/kubectl.mts'
-import { becomes } from '../../lib/wait.mts'
+import { projectRoot } from '../checkout.mts'
 import { addOnChecks } from '../rehearsal/add-on-checks.mts'
 import { rehearseSteps } from '../rehearsal/cluster-steps.mts'
 import { dayTwoChecks } from '../rehearsal/day-two-checks.mts'
 import { networkChecks } from '../rehearsal/network-checks.mts'
-import { podsTalk } from '../rehearsal/pods-talk.mts'
 import { Rehearsal, type Step } from '../rehearsal/rehearsal.mts'
-import { cannotRun, clusterFolder, makeParts, raise, takeAway } from './namespace-cluster.mts'
+import { workerCheck } from '../rehearsal/worker-checks.mts'
+import {
+  cannotRun,
+  clusterFolder,
+  keptCluster,
+  makeParts,
+  type NamespaceCluster,
+  raise,
+  takeAway,
+} from './namespace-cluster.mts'
+import {
+  brokenKubelet,
+  ciliumStatus,
+  generations,
+  killedTransfer,
+  looks,
+  offAndOn,
+  ownChart,
+  restartedServices,
+} from './operations.mts'
+import { podNetwork } from './pod-network.mts'
 
 const folder = join(clusterFolder, 'test')
 const signal = interruption()
-const values = join(folder, 'checkout', 'differences.yaml')
-const cilium = ['install-cilium', '--values', values]
+const addOns = ['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server']
 
 /** From machines without pods to a whole cluster. */
 const upToGreen: readonly Step[] = [
   ['make wait', (rehearsal) => rehearsal.script('wait-for-cluster')],
-  ['make network', (rehearsal) => script(rehearsal, cilium)],
-  ['make dns', (rehearsal) => rehearsal.script('deploy-coredns')],
-  ['make storage', (rehearsal) => rehearsal.script('deploy-local-storage')],
-  ['make metrics', (rehearsal) => rehearsal.script('deploy-metrics-server')],
+  ['make network', installCilium],
+  ['make dns, storage and metrics', deployAddOns],
   ['make test', (rehearsal) => rehearsal.script('test-cluster')],
 ]
 
 const further: readonly Step[] = [
   ['Cilium replaces kube-proxy, without a tunnel', ciliumStatus],
+  ['pod network', podNetwork],
   ['each install and deploy again changes nothing', nothingChanges],
   ['network checks', networkChecks],
   ['add-on checks', addOnChecks],
-  ['a network policy blocks and lets through', networkPolicy],
   ['make smoke', (rehearsal) => rehearsal.script('smoke')],
   ['make smoke, deleted again', (rehearsal) => rehearsal.script('smoke', '--cleanup')],
-  ['make status', (rehearsal) => rehearsal.script('cluster-status')],
-  ['make logs', logs],
-  ...dayTwoChecks.filter(([what]) => !/^make (snapshot|suspend)/.test(what)),
+  ['make status, health, logs, ssh', looks],
+  ['make helm-deploy with an own chart', ownChart],
+  // Snapshots are of disks, which only virtual machines have.
+  ...dayTwoChecks
+    .filter(([what]) => !/^make (snapshot|suspend)/.test(what))
+    .flatMap(([what, work]): Step[] => [
+      [what, work],
+      [`pod network after ${what}`, podNetwork],
+    ]),
+  ['make reconfig with a flag that breaks the kubelet', brokenKubelet],
+  ['make reconfig, killed while it sends', killedTransfer],
   ['the services of the control plane are restarted', restartedServices],
-  ['add-on checks, at the end', addOnChecks],
-  ['make test, at the end', (rehearsal) => rehearsal.script('test-cluster')],
+  ['pod network after the restart', podNetwork],
+  ['a worker is added and removed', (rehearsal) => workerCheck(rehearsal, podNetwork)],
+  ['pod network after the removal', podNetwork],
+  ['make down and make up', offAndOn],
+  ['pod network after make up', podNetwork],
 ]
 
+const words = process.argv.slice(2)
 try {
   const reason = cannotRun()
   if (reason) console.error(`skipped: ${reason}`)
-  else await test()
+  else if (words.includes('--list')) console.log(names([...upToGreen, ...further]))
+  else if (words.length > 0) await again()
+  else await test().finally(() => takeAway(folder))
 } catch (error) {
   console.error(`test:cluster: ${describeError(error)}`)
   process.exitCode = 1
-} finally {
-  await takeAway(folder)
 }
 
 async function test(): Promise<void> {
   // What is built once does not count.
   await makeParts()
   const began = performance.now()
-  const { cluster, path } = await raise({ folder })
-  const raised = performance.now() - began
-  process.env.PATH = [...path, process.env.PATH].join(':')
-  const rehearsal = new Rehearsal(cluster, cluster.nodes, signal)
-  rehearsal.note('machines, from nothing', raised)
-  await rehearsal.enter()
-  try {
+  const raised = await raise({ folder })
+  const took = performance.now() - began
+  await inCluster(raised, async (rehearsal) => {
+    rehearsal.note('machines, from nothing', took)
     await rehearseSteps(rehearsal, upToGreen)
     rehearsal.note('from nothing to a green test', performance.now() - began)
     await rehearseSteps(rehearsal, further)
+    rehearsal.note('all of it', performance.now() - began)
+  })
+}
+
+async function again(): Promise<void> {
+  const kept = await keptCluster()
+  for (const name of ['bin', 'lib']) {
+    await cp(join(projectRoot, name), join(kept.root, name), { recursive: true })
+  }
+  const steps = [...upToGreen, ...further].filter(([what]) =>
+    words.some((word) => what.includes(word)),
+  )
+  await inCluster(kept, (rehearsal) => rehearseSteps(rehearsal, steps))
+}
+
+async function inCluster(
+  { cluster, path }: NamespaceCluster,
+  work: (rehearsal: Rehearsal) => Promise<void>,
+): Promise<void> {
+  process.env.PATH = [...path, process.env.PATH].join(':')
+  const rehearsal = new Rehearsal(cluster, cluster.nodes, signal)
+  await rehearsal.enter()
+  try {
+    await work(rehearsal)
   } finally {
     console.log(`\n${rehearsal.timeTable()}`)
   }
 }
 
-function script(rehearsal: Rehearsal, [name = '', ...args]: readonly string[]): Promise<void> {
-  return rehearsal.script(name, ...args)
+function names(steps: readonly Step[]): string {
+  return steps.map(([what]) => what).join('\n')
 }
 
-async function ciliumStatus({ cluster }: Rehearsal): Promise<void> {
-  for (const { name } of cluster.workers) {
-    const of = ['--namespace=kube-system', '--selector=k8s-app=cilium', '--output=name']
-    const pod = (await $`kubectl get pods ${of} --field-selector=spec.nodeName=${name}`).stdout
-    const status = await $`kubectl exec --namespace=kube-system ${pod.trim()} -- cilium-dbg status`
-    assert.match(status.stdout, /^KubeProxyReplacement: +True/m)
-    assert.match(status.stdout, /^Routing: +Network: Native/m)
-  }
+function installCilium(rehearsal: Rehearsal): Promise<void> {
+  const values = rehearsal.cluster.path('differences.yaml')
+  return rehearsal.script('install-cilium', '--values', values)
 }
 
-/** Objects whose generation or revision would show a change. */
-async function generations(): Promise<string> {
-  const output = 'jsonpath={range .items[*]}{.kind}/{.metadata.name} {.metadata.generation}\n{end}'
-  const kinds = 'daemonsets,deployments'
-  const workloads = await $`kubectl get ${kinds} --all-namespaces --output=${output}`
-  const release = await $`helm list --all-namespaces --output=json`
-  const revisions = (JSON.parse(release.stdout) as { name: string; revision: string }[]).map(
-    ({ name, revision }) => `${name} ${revision}`,
-  )
-  return `${workloads.stdout}${revisions.join('\n')}`
+/** All at the same time, with plain lines, as bootstrap-cluster does. */
+async function deployAddOns(rehearsal: Rehearsal): Promise<void> {
+  const { TERM } = process.env
+  process.env.TERM = 'dumb'
+  const all = await Promise.allSettled(addOns.map((name) => rehearsal.script(name)))
+  process.env.TERM = TERM
+  for (const ended of all) if (ended.status === 'rejected') throw ended.reason
 }
 
 async function nothingChanges(rehearsal: Rehearsal): Promise<void> {
   const before = await generations()
-  const add = ['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server']
-  for (const command of [cilium, ...add.map((name) => [name])]) await script(rehearsal, command)
+  await installCilium(rehearsal)
+  await deployAddOns(rehearsal)
   assert.equal(await generations(), before)
-}
-
-async function networkPolicy({ cluster, signal }: Rehearsal): Promise<void> {
-  await podsTalk(cluster, signal, async ([from, to]) => {
-    assert.ok(from && to, 'two pods are needed')
-    const reaches = () =>
-      from.run(`wget -q -T 2 -O /dev/null http://${to.ip}:8080/`).then(
-        () => true,
-        () => false,
-      )
-    const policy = JSON.stringify({
-      apiVersion: 'networking.k8s.io/v1',
-      kind: 'NetworkPolicy',
-      metadata: { name: 'closed', namespace: 'pods-talk' },
-      spec: { podSelector: {}, policyTypes: ['Ingress'] },
-    })
-    assert.equal(await reaches(), true)
-    await $({ input: policy })`kubectl apply --filename=-`
-    assert.ok(
-      await becomes(async () => !(await reaches()), 60, signal),
-      'the policy blocks nothing',
-    )
-    await $`kubectl delete networkpolicy closed --namespace=pods-talk`
-    assert.ok(await becomes(reaches, 60, signal), 'blocked although the policy is gone')
-  })
-}
-
-async function logs({ cluster }: Rehearsal): Promise<void> {
-  const { controlPlane } = cluster
-  const found = await $`./bin/logs.mts --lines 5000 ${controlPlane.name}`
-  for (const unit of servicesOf(cluster, controlPlane)) {
-    assert.ok(found.stdout.includes(` ${unit}[`), `${unit} has no line in the journals`)
-  }
-}
-
-async function restartedServices(rehearsal: Rehearsal): Promise<void> {
-  const units = 'etcd kube-apiserver kube-controller-manager kube-scheduler'
-  // One after the other: an API server whose etcd stops at the same time takes 90 s to end.
-  const restart = `for unit in ${units}; do systemctl restart $unit; done`
-  await rehearsal.on(rehearsal.cluster.controlPlane, restart, 300)
-  await rehearsal.script('wait-for-cluster', '--ready')
-  const nodes = await kubectlJson<{ items: unknown[] }>('get', 'nodes')
-  assert.equal(nodes.items.length, rehearsal.cluster.workers.length)
-  await podsTalk(rehearsal.cluster, rehearsal.signal)
 }

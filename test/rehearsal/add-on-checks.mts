@@ -1,6 +1,7 @@
 // The add-ons as their users see them: names in pods of every worker, metrics of every worker.
 // deploy-local-storage itself checks that claims keep their data, smoke that a service has a name.
 import { $ } from 'zx'
+import type { Cluster } from '../../lib/cluster.mts'
 import { StepError } from '../../lib/errors.mts'
 import { kubectlJson } from '../../lib/kubectl.mts'
 import { type Pod, startWebPods, type WebPod, withScratchNamespace } from '../../lib/pods.mts'
@@ -59,16 +60,19 @@ export async function addOnChecks(rehearsal: Rehearsal): Promise<void> {
       return undefined
     })
   })
-  await list.check('kubectl top has every worker', async () => {
-    const table = (await $`kubectl top nodes --no-headers`).stdout
-    const found = table.trim().split('\n')
-    for (const { name } of workers) {
-      const row = found.find((line) => new RegExp(`^${name}\\s+\\d+m\\s.*\\d+Mi\\s`).test(line))
-      if (!row) throw new StepError(`no metrics of ${name}`, { output: table })
-    }
-    return found.join('; ').replaceAll(/ +/g, ' ')
-  })
+  await list.check('kubectl top has every worker', () => metricsOfEveryWorker(cluster))
   list.assertPassed()
+}
+
+/** @returns the rows of `kubectl top` @throws StepError if it has none of a worker */
+export async function metricsOfEveryWorker({ workers }: Cluster): Promise<string> {
+  const table = (await $`kubectl top nodes --no-headers`).stdout
+  const found = table.trim().split('\n')
+  for (const { name } of workers) {
+    const row = found.find((line) => new RegExp(`^${name}\\s+\\d+m\\s.*\\d+Mi\\s`).test(line))
+    if (!row) throw new StepError(`no metrics of ${name}`, { output: table })
+  }
+  return found.join('; ').replaceAll(/ +/g, ' ')
 }
 
 async function replicas(): Promise<Pod[]> {
@@ -84,7 +88,7 @@ async function replicas(): Promise<Pod[]> {
  * @param how.times of each pod
  * @throws StepError with the last failure of a pod
  */
-async function lookUp(
+export async function lookUp(
   pods: readonly WebPod[],
   { name, server, times }: { name: string; server: string; times: number },
 ): Promise<string> {

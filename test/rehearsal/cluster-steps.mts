@@ -24,7 +24,7 @@ export const clusterSteps: readonly Step[] = [
 /** Operations on a running cluster; each step continues with the result of the previous one. */
 export const dayTwoSteps: readonly Step[] = [
   ...dayTwoChecks,
-  ['a worker is added and removed', workerCheck],
+  ['a worker is added and removed', (rehearsal) => workerCheck(rehearsal)],
   ['make upgrade of one worker', upgradeCheck],
   ['make status, at the end', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]

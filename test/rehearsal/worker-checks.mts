@@ -15,7 +15,11 @@ import type { Rehearsal } from './rehearsal.mts'
 const name = 'delta'
 const namespace = 'on-delta'
 
-export async function workerCheck(rehearsal: Rehearsal): Promise<void> {
+/** @param meanwhile a further check with three workers */
+export async function workerCheck(
+  rehearsal: Rehearsal,
+  meanwhile?: (rehearsal: Rehearsal) => Promise<void>,
+): Promise<void> {
   const { cluster, signal } = rehearsal
   const original = await settingsText(cluster)
   await addInTwoAttempts(rehearsal)
@@ -32,6 +36,7 @@ export async function workerCheck(rehearsal: Rehearsal): Promise<void> {
     ),
   )
   await startAppOn(longer)
+  await meanwhile?.(rehearsal)
 
   await rehearsal.timed('make remove-worker', () =>
     rehearsal.script('remove-worker', name, '--purge'),

@@ -7,7 +7,11 @@ import { noSshd, type Sshd, startSshd } from '../../sshd.mts'
 import type { Shared } from './shared.mts'
 
 interface Pods {
-  items: { metadata: { name: string }; spec: { nodeName: string }; status: { podIP: string } }[]
+  items: {
+    metadata: { name: string; uid: string }
+    spec: { nodeName: string }
+    status: { podIP: string }
+  }[]
 }
 
 export const smoke = (shared: Shared) =>
@@ -137,6 +141,27 @@ export const smoke = (shared: Shared) =>
       assert.equal(exitCode, 1)
       assert.match(stderr, /deployment\/nginx is not ready after 1 s/)
       assert.match(stderr, /no space left on device/)
+    })
+
+    it('says why the pods have no network', async () => {
+      await hollow.letPodsWait('smoke', 'ContainerCreating', '')
+      const { items } = await getPods()
+      const message = 'plugin type="cilium-cni" failed (add): failed to find plugin "cilium-cni"'
+      for (const { metadata } of items) {
+        const event = {
+          ...{ apiVersion: 'v1', kind: 'Event', type: 'Warning', message },
+          metadata: { generateName: 'no-sandbox-', namespace: 'smoke' },
+          involvedObject: {
+            ...{ kind: 'Pod', namespace: 'smoke' },
+            ...{ name: metadata.name, uid: metadata.uid },
+          },
+          reason: 'FailedCreatePodSandBox',
+        }
+        await hollow.kubectl(['create', '--filename=-'], JSON.stringify(event))
+      }
+      const { exitCode, stderr } = await smoke('--timeout', '1')
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /failed to find plugin "cilium-cni"/)
     })
 
     it('refuses what it does not know', async () => {
