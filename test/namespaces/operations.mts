@@ -6,7 +6,7 @@ import { once } from 'node:events'
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { $ } from 'zx'
-import type { Node } from '../../lib/cluster.mts'
+import { loadCluster, type Node } from '../../lib/cluster.mts'
 import { describeError } from '../../lib/errors.mts'
 import { servicesOf } from '../../lib/health.mts'
 import { kubectlJson } from '../../lib/kubectl.mts'
@@ -14,16 +14,20 @@ import { becomes } from '../../lib/wait.mts'
 import { projectRoot } from '../checkout.mts'
 import type { Rehearsal } from '../rehearsal/rehearsal.mts'
 
-export async function ciliumStatus({ cluster }: Rehearsal): Promise<void> {
-  const replaces = cluster.settings.KUBE_PROXY_MODE === 'cilium'
+/** With the values for what differs from a real machine. */
+export function installCilium(rehearsal: Rehearsal): Promise<void> {
+  const values = rehearsal.cluster.path('differences.yaml')
+  return rehearsal.script('install-cilium', '--values', values)
+}
+
+export async function ciliumStatus(rehearsal: Rehearsal): Promise<void> {
+  const cluster = loadCluster({ root: rehearsal.cluster.root })
+  const replaces = cluster.settings.KUBE_PROXY_MODE === 'cilium' ? 'True' : 'False'
   for (const { name } of cluster.workers) {
     const of = ['--namespace=kube-system', '--selector=k8s-app=cilium', '--output=name']
     const pod = (await $`kubectl get pods ${of} --field-selector=spec.nodeName=${name}`).stdout
     const status = await $`kubectl exec --namespace=kube-system ${pod.trim()} -- cilium-dbg status`
-    assert.match(
-      status.stdout,
-      replaces ? /^KubeProxyReplacement: +True/m : /^KubeProxyReplacement: +False/m,
-    )
+    assert.match(status.stdout, new RegExp(`^KubeProxyReplacement: +${replaces}`, 'm'))
     assert.match(status.stdout, /^Routing: +Network: Native/m)
   }
 }

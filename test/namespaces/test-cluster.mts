@@ -1,8 +1,8 @@
 // The project's own scripts, unchanged, against a cluster of namespaces with the real Cilium:
 // `npm run test:cluster`. As with the rehearsal, whose checks are used: the first failure ends it.
-//   node --import tsx test/namespaces/test-cluster.mts --list  names the steps
-//   node --import tsx test/namespaces/test-cluster.mts WORD…   runs those whose names have a word,
-//     with the present scripts, on the cluster that `npm run cluster` has raised
+// With --kube-proxy (`npm run test:cluster:kube-proxy`) the same up to a green test, and then Cilium
+// beside kube-proxy. With --list it names the steps; with words it runs those whose names have one of
+// them, with the present scripts, on the cluster that `npm run cluster` has raised.
 import assert from 'node:assert/strict'
 import { cp } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -15,6 +15,7 @@ import { dayTwoChecks } from '../rehearsal/day-two-checks.mts'
 import { networkChecks } from '../rehearsal/network-checks.mts'
 import { Rehearsal, type Step } from '../rehearsal/rehearsal.mts'
 import { workerCheck } from '../rehearsal/worker-checks.mts'
+import { kubeProxySteps } from './kube-proxy.mts'
 import {
   cannotRun,
   clusterFolder,
@@ -28,6 +29,7 @@ import {
   brokenKubelet,
   ciliumStatus,
   generations,
+  installCilium,
   killedTransfer,
   looks,
   offAndOn,
@@ -76,11 +78,13 @@ const further: readonly Step[] = [
 ]
 
 const words = process.argv.slice(2)
+const kubeProxy = words.includes('--kube-proxy')
+const all = [...upToGreen, ...(kubeProxy ? kubeProxySteps : further)]
 try {
   const reason = cannotRun()
   if (reason) console.error(`skipped: ${reason}`)
-  else if (words.includes('--list')) console.log(names([...upToGreen, ...further]))
-  else if (words.length > 0) await again()
+  else if (words.includes('--list')) console.log(all.map(([what]) => what).join('\n'))
+  else if (words.length > (kubeProxy ? 1 : 0)) await again()
   else await test().finally(() => takeAway(folder))
 } catch (error) {
   console.error(`test:cluster: ${describeError(error)}`)
@@ -91,13 +95,14 @@ async function test(): Promise<void> {
   // What is built once does not count.
   await makeParts()
   const began = performance.now()
-  const raised = await raise({ folder })
+  const settings = { KUBE_PROXY_MODE: kubeProxy ? 'nftables' : 'cilium' }
+  const raised = await raise({ folder, settings })
   const took = performance.now() - began
   await inCluster(raised, async (rehearsal) => {
     rehearsal.note('machines, from nothing', took)
     await rehearseSteps(rehearsal, upToGreen)
     rehearsal.note('from nothing to a green test', performance.now() - began)
-    await rehearseSteps(rehearsal, further)
+    await rehearseSteps(rehearsal, all.slice(upToGreen.length))
     rehearsal.note('all of it', performance.now() - began)
   })
 }
@@ -107,9 +112,7 @@ async function again(): Promise<void> {
   for (const name of ['bin', 'lib']) {
     await cp(join(projectRoot, name), join(kept.root, name), { recursive: true })
   }
-  const steps = [...upToGreen, ...further].filter(([what]) =>
-    words.some((word) => what.includes(word)),
-  )
+  const steps = all.filter(([what]) => words.some((word) => what.includes(word)))
   await inCluster(kept, (rehearsal) => rehearseSteps(rehearsal, steps))
 }
 
@@ -125,15 +128,6 @@ async function inCluster(
   } finally {
     console.log(`\n${rehearsal.timeTable()}`)
   }
-}
-
-function names(steps: readonly Step[]): string {
-  return steps.map(([what]) => what).join('\n')
-}
-
-function installCilium(rehearsal: Rehearsal): Promise<void> {
-  const values = rehearsal.cluster.path('differences.yaml')
-  return rehearsal.script('install-cilium', '--values', values)
 }
 
 /** All at the same time, with plain lines, as bootstrap-cluster does. */
