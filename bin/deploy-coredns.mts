@@ -106,9 +106,7 @@ spec:
             httpGet: {path: /health, port: 8080}
             initialDelaySeconds: 60
             timeoutSeconds: 5
-          readinessProbe:
-            httpGet: {path: /ready, port: 8181}
-            timeoutSeconds: 5
+          readinessProbe: {httpGet: {path: /ready, port: 8181}, periodSeconds: 2, timeoutSeconds: 5}
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true

@@ -111,7 +111,9 @@ spec:
             httpGet: {path: /livez, port: https, scheme: HTTPS}
           readinessProbe:
             httpGet: {path: /readyz, port: https, scheme: HTTPS}
-            initialDelaySeconds: 20
+            # It has metrics after its second round, the resolution later; the first one is at once.
+            initialDelaySeconds: 15
+            periodSeconds: 2
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true

@@ -10,6 +10,7 @@ import { after, before, describe, it } from 'node:test'
 import { parse } from 'yaml'
 import { becomes } from '../../../lib/wait.mts'
 import { projectRoot } from '../../checkout.mts'
+import { startFileServer } from '../../file-server.mts'
 import type { HollowCluster } from '../../kubernetes/hollow-cluster.mts'
 import { goPrograms } from '../../kubernetes/programs.mts'
 import type { Shared } from './shared.mts'
@@ -81,6 +82,22 @@ export const installCilium = (shared: Shared) =>
       assert.match(stderr, /chart repository cannot be reached/)
       assert.match(stderr, /command: helm upgrade --install cilium cilium --repo http/)
       assert.match(upgrades().at(-1) ?? '', / cilium --repo http:\S+ --version 1\.\S+ /)
+    })
+
+    it('says that a chart repository has no such version', async () => {
+      const server = await startFileServer()
+      const index = {
+        ...{ apiVersion: 'v1', generated: '2026-01-01T00:00:00Z' },
+        entries: { cilium: [{ name: 'cilium', version: '1.2.3', urls: ['cilium-1.2.3.tgz'] }] },
+      }
+      server.files.set('/index.yaml', { data: Buffer.from(JSON.stringify(index)) })
+      await hollow.checkout.set({ CILIUM_CHART: `${server.url}/` })
+      const { exitCode, stderr } = await install()
+      await hollow.checkout.set({ CILIUM_CHART: chart })
+      await server.close()
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /"cilium".* version "1\.\S+" not found/)
+      assert.match(stderr, /hint: .*CILIUM_VERSION/)
     })
 
     it('gives up when agents do not become ready, and says why', async () => {
