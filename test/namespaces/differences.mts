@@ -17,6 +17,14 @@ export interface Difference {
   cilium?: Record<string, unknown>
 }
 
+/** Helm values of Cilium for the image of `ciliumParts`. */
+export const imagesBuiltHere = {
+  image: { useDigest: false, pullPolicy: 'IfNotPresent' },
+  operator: { image: { useDigest: false, pullPolicy: 'IfNotPresent' } },
+  envoy: { enabled: false },
+  l7Proxy: false,
+}
+
 const CAP_SYS_RESOURCE = 24n
 
 /** Those that apply on this computer. */
@@ -88,12 +96,7 @@ const always: Difference[] = [
   {
     what: "Cilium's images are named without digests, and there is no Envoy",
     why: 'the images are built here from its Go module; Envoy is another project in C++',
-    cilium: {
-      image: { useDigest: false, pullPolicy: 'IfNotPresent' },
-      operator: { image: { useDigest: false, pullPolicy: 'IfNotPresent' } },
-      envoy: { enabled: false },
-      l7Proxy: false,
-    },
+    cilium: imagesBuiltHere,
   },
 ]
 

@@ -96,7 +96,7 @@ export async function brokenKubelet(rehearsal: Rehearsal): Promise<void> {
   const worker = firstWorker(rehearsal)
   await withModule(rehearsal, ['--node-ip=', '--no-such-flag='], async () => {
     let error: unknown
-    const failed = rehearsal.script('reconfig', '--node', worker.name, '--timeout', '5')
+    const failed = rehearsal.script('reconfig', '--node', worker.name, '--timeout', '15')
     await failed.catch((reason) => {
       error = reason
     })

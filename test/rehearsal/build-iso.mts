@@ -15,24 +15,27 @@ interface Contents {
   programs?: readonly string[]
   /** Whether workers get the images of pods, too. */
   images?: boolean
+  /** Docker archives of further images. */
+  further?: readonly string[]
 }
 
 /** The image, from the cache where it is there already. @returns its path */
-export async function buildIso({ programs = [], images = false }: Contents = {}): Promise<string> {
+export async function buildIso(contents: Contents = {}): Promise<string> {
+  const { programs = [], images = false, further = [] } = contents
   const release = loadCluster().settings.NIXOS_VERSION
   await forgetOld()
   const debian = await debianLayer()
   const own = await ownLayer(debian, release)
   const layers: string[] = []
   if (programs.length > 0) layers.push(await kubernetesLayer(programs))
-  if (images) layers.push(await imagesOf(debian))
+  if (images) layers.push(await imagesOf(debian, further))
   return isoImage(debian, own, layers, release)
 }
 
-async function imagesOf({ busybox }: DebianLayer): Promise<string> {
+async function imagesOf({ busybox }: DebianLayer, further: readonly string[]): Promise<string> {
   const { archives, missing } = await imageArchives(loadCluster().settings, busybox)
   for (const reason of missing) console.error(`! no image: ${reason}`)
-  return imagesLayer(archives)
+  return imagesLayer([...archives, ...further])
 }
 
 if (process.argv[1] === import.meta.filename) {

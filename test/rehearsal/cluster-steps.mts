@@ -1,4 +1,5 @@
 // From machines that answer ssh to a cluster that has passed its checks: the steps of a rehearsal.
+import { existsSync } from 'node:fs'
 import { $ } from 'zx'
 import { describeError } from '../../lib/errors.mts'
 import { formatDuration, formatTable } from '../../lib/format.mts'
@@ -6,11 +7,12 @@ import { addOnChecks } from './add-on-checks.mts'
 import { dayTwoChecks } from './day-two-checks.mts'
 import { networkChecks } from './network-checks.mts'
 import type { Rehearsal, Step } from './rehearsal.mts'
+import { ciliumValues } from './rehearsal-folder.mts'
 import { upgradeCheck } from './upgrade-check.mts'
 import { workerCheck } from './worker-checks.mts'
 
 export const clusterSteps: readonly Step[] = [
-  ['make network', (rehearsal) => rehearsal.script('install-cilium')],
+  ['make network', installCilium],
   ['make wait, until pods can run', (rehearsal) => rehearsal.script('wait-for-cluster', '--ready')],
   ['network checks', networkChecks],
   ['make all, which continues from there', (rehearsal) => rehearsal.script('bootstrap-cluster')],
@@ -28,6 +30,11 @@ export const dayTwoSteps: readonly Step[] = [
   ['make upgrade of one worker', upgradeCheck],
   ['make status, at the end', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
+
+function installCilium(rehearsal: Rehearsal): Promise<void> {
+  const values = rehearsal.cluster.path(ciliumValues)
+  return rehearsal.script('install-cilium', ...(existsSync(values) ? ['--values', values] : []))
+}
 
 /** Runs all steps. If one fails, the state of the cluster is shown. */
 export async function rehearseSteps(rehearsal: Rehearsal, steps: readonly Step[]): Promise<void> {

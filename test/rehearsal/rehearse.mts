@@ -9,8 +9,10 @@ import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Cluster, chooseNodes, loadCluster, type Node } from '../../lib/cluster.mts'
 import { describeError, StepError } from '../../lib/errors.mts'
+import { detectAccelerator, detectSystem } from '../../lib/host.mts'
 import { interruption } from '../../lib/interrupt.mts'
 import { withLock } from '../../lib/lock.mts'
+import { type CiliumParts, ciliumParts } from '../namespaces/cilium-image.mts'
 import { buildIso } from './build-iso.mts'
 import { clusterSteps, dayTwoSteps, rehearseSteps, waitForComponents } from './cluster-steps.mts'
 import { ensureHostPackages } from './host-packages.mts'
@@ -43,9 +45,11 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   if (!whole && names !== '') process.env.WORKER_NODES = names
 
   const began = performance.now()
-  const iso = await buildIso({ programs, images: programs.length > 0 && workers.length > 0 })
+  const images = programs.length > 0 && workers.length > 0
+  const cilium = images ? await realCilium(real) : undefined
+  const iso = await buildIso({ programs, images, further: cilium ? [cilium.archive] : [] })
   const isoTook = performance.now() - began
-  await makeRehearsalFolder(real, iso)
+  await makeRehearsalFolder(real, iso, cilium)
   const cluster = loadCluster({ root: rehearsalFolder })
   const nodes = chosen.map(({ name }) => cluster.node(name))
   const rehearsal = new Rehearsal(cluster, nodes, signal)
@@ -67,6 +71,14 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
     else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
   }
   console.error(`\nrehearsed: ${rehearsal.names.join(', ')}`)
+}
+
+/** An emulated processor does not get through compiling Cilium's programs within their time. */
+async function realCilium({ settings }: Cluster): Promise<CiliumParts | undefined> {
+  const { accel } = await detectAccelerator(settings.QEMU_ACCEL, detectSystem())
+  const network = accel === 'tcg' ? 'the bridge plugin' : `Cilium ${settings.CILIUM_VERSION}`
+  console.error(`pod network: ${network}, as the accelerator is ${accel}`)
+  return accel === 'tcg' ? undefined : ciliumParts()
 }
 
 /** Stops machines that an earlier rehearsal has left running. */
