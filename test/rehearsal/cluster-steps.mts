@@ -24,12 +24,20 @@ export const clusterSteps: readonly Step[] = [
 ]
 
 /** Operations on a running cluster; each step continues with the result of the previous one. */
-export const dayTwoSteps: readonly Step[] = [
+const dayTwoSteps: readonly Step[] = [
   ...dayTwoChecks,
   ['a worker is added and removed', (rehearsal) => workerCheck(rehearsal)],
   ['make upgrade of one worker', upgradeCheck],
   ['make status, at the end', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
+
+// Disks, memory and boots: the other steps are also taken on the cluster of namespaces.
+const needMachines = /^make (snapshot|suspend|reconfig with a changed|upgrade|status)/
+
+/** @param which `machines` for those steps that only virtual machines can take, else all */
+export function dayTwo(which = ''): Step[] {
+  return dayTwoSteps.filter(([what]) => which !== 'machines' || needMachines.test(what))
+}
 
 function installCilium(rehearsal: Rehearsal): Promise<void> {
   const values = rehearsal.cluster.path(ciliumValues)

@@ -10,14 +10,14 @@ import { describeError, StepError } from '../../lib/errors.mts'
 import { interruption } from '../../lib/interrupt.mts'
 import { withLock } from '../../lib/lock.mts'
 import { projectRoot } from '../checkout.mts'
-import { clusterSteps, dayTwoSteps, rehearseSteps } from './cluster-steps.mts'
+import { clusterSteps, dayTwo, rehearseSteps } from './cluster-steps.mts'
 import { machinePrograms, preferOnPath } from './programs-on-path.mts'
 import { Rehearsal } from './rehearsal.mts'
 import { rehearsalFolder } from './rehearsal-folder.mts'
 
 const signal = interruption()
 const words = process.argv.slice(2)
-const all = [...clusterSteps, ...dayTwoSteps]
+const all = [...clusterSteps, ...dayTwo()]
 const steps = all.filter(([what]) => words.some((word) => what.includes(word)))
 try {
   if (steps.length === 0) console.log(all.map(([what]) => what).join('\n'))

@@ -4,6 +4,7 @@
 //   NODES=alpha  only these machines; pods need a worker and the control plane
 //   KEEP=1       leave the machines running in rehearsal/
 //   DAY_TWO=1    continue: snapshots, backups, changed settings, adding and removing workers, upgrade
+//   DAY_TWO=machines  of that only what needs virtual machines, see test:cluster for the rest
 //   KUBE_BIN_DIR=FOLDER  Kubernetes programs for the machines; else they are downloaded or built
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
@@ -14,7 +15,7 @@ import { interruption } from '../../lib/interrupt.mts'
 import { withLock } from '../../lib/lock.mts'
 import { type CiliumParts, ciliumParts } from '../namespaces/cilium-image.mts'
 import { buildIso } from './build-iso.mts'
-import { clusterSteps, dayTwoSteps, rehearseSteps, waitForComponents } from './cluster-steps.mts'
+import { clusterSteps, dayTwo, rehearseSteps, waitForComponents } from './cluster-steps.mts'
 import { ensureHostPackages } from './host-packages.mts'
 import { machineTable } from './machine-table.mts'
 import { machinePrograms, preferOnPath } from './programs-on-path.mts'
@@ -64,7 +65,7 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
     if (programs.length > 0) await waitForComponents(rehearsal)
     if (programs.length > 0 && whole) await rehearseSteps(rehearsal, clusterSteps)
     console.log(`\n${await machineTable(rehearsal)}`)
-    if (programs.length > 0 && whole && DAY_TWO) await rehearseSteps(rehearsal, dayTwoSteps)
+    if (programs.length > 0 && whole && DAY_TWO) await rehearseSteps(rehearsal, dayTwo(DAY_TWO))
   } finally {
     console.log(`\n${rehearsal.timeTable()}`)
     if (KEEP) explainHowToContinue(whole ? '' : names)
