@@ -19,20 +19,24 @@ type Job = { id: string; status: string; error?: string }
 export class Qmp {
   private readonly socket: Socket
   private readonly path: string
-  /** Emits each message, by its id or as "greeting"; an error when the connection is closed. */
+  /** Emits each message, as "id NUMBER" or "greeting"; an error when the connection is closed. */
   private readonly messages = new EventEmitter().on('error', () => {})
+  private readonly closed = new StepError('QEMU closed its control connection')
   private lastId = 0
 
   private constructor(path: string) {
     this.path = path
-    this.socket = connectUnixSocket(path)
     // An error of the connection closes it.
-    this.socket.on('error', () => {})
-    this.socket.on('close', () => this.messages.emit('error', closedByQemu()))
+    this.socket = connectUnixSocket(path).on('error', () => {})
+    this.socket.on('close', () => this.messages.emit('error', this.closed))
     const lines = createInterface(this.socket).on('error', () => {})
     lines.on('line', (line) => {
-      const message = line.trim() === '' ? {} : JSON.parse(line)
-      this.messages.emit('QMP' in message ? 'greeting' : `${message.id}`, message)
+      try {
+        const message = Object(JSON.parse(line.trim() || '{}'))
+        this.messages.emit('QMP' in message ? 'greeting' : `id ${message.id}`, message)
+      } catch {
+        this.socket.destroy() // It is no QEMU.
+      }
     })
   }
 
@@ -61,7 +65,7 @@ export class Qmp {
     args?: Record<string, unknown>,
     { timeout = defaultTimeout } = {},
   ): Promise<unknown> {
-    if (this.socket.destroyed) throw closedByQemu()
+    if (this.socket.destroyed) throw this.closed
     this.lastId += 1
     const id = this.lastId
     this.socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`)
@@ -70,7 +74,7 @@ export class Qmp {
       const both = quote(`{"execute":"qmp_capabilities"} ${text}`)
       console.error(`$ echo ${both} | nc -U run/${basename(this.path)}`)
     }
-    const answer = await this.message(`${id}`, `QEMU did not answer ${command}`, timeout)
+    const answer = await this.message(`id ${id}`, `QEMU did not answer ${command}`, timeout)
     if (answer.error) throw new StepError(`QEMU refused ${command}: ${answer.error.desc}`)
     return answer.return
   }
@@ -104,10 +108,6 @@ export class Qmp {
       throw signal.aborted ? new StepError(`${failure} within ${seconds} s`) : error
     }
   }
-}
-
-function closedByQemu(): StepError {
-  return new StepError('QEMU closed its control connection')
 }
 
 /**
