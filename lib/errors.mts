@@ -74,9 +74,9 @@ export function explain(error: unknown): { reason: string; explanation: Explanat
     return { reason, explanation: { output, command, hint } }
   }
   if (!(error instanceof Error)) return { reason: String(error), explanation: {} }
-  const { code = '', path } = error as NodeJS.ErrnoException
-  const words = systemErrors[code]
-  return { reason: words && path ? `${path}: ${words}` : error.message, explanation: {} }
+  const { code = '', path, syscall } = error as NodeJS.ErrnoException
+  const [words, place] = [systemErrors[code], path ?? (syscall === 'write' && 'a file')]
+  return { reason: words && place ? `${place}: ${words}` : error.message, explanation: {} }
 }
 
 /** System errors by their code, in words. */

@@ -101,5 +101,9 @@ describe('a described error', () => {
       path: 'tls/ca.pem',
     })
     assert.equal(describeError(error), 'tls/ca.pem: permission denied (was it created by root?)')
+    // What fails while a file is written does not name it.
+    const full = { code: 'ENOSPC', syscall: 'write' }
+    const error2 = Object.assign(new Error('ENOSPC: no space left on device, write'), full)
+    assert.equal(describeError(error2), 'a file: the disk is full')
   })
 })
