@@ -84,6 +84,9 @@ async function download(): Promise<void> {
   const note = JSON.stringify({ address, sha256, validator })
   if ((await readIfThere(`${partial}.json`)) !== note) await rm(partial, { force: true })
   await writeFileAtomic(`${partial}.json`, note)
+  // In a copy, as the curl of a run that was killed may still write to this file.
+  if (existsSync(partial))
+    await $`cp ${name}.partial ${name}.copy && mv ${name}.copy ${name}.partial`
   const [needed, free] = [size - (await sizeOf(partial)), await freeBytes(dirname(file))]
   if (needed > free) {
     const amounts = `${formatBytes(needed)} needed, ${formatBytes(free)} free`
