@@ -1,0 +1,52 @@
+// The fault table as the page docs/faults.md.
+import type { Fault } from './fault.mts'
+
+const introduction = `# Faults
+
+What may go wrong, and what holds afterwards. \`npm run test:faults\` brings each of these about, for real, and checks all that its row says; words after it choose groups or faults by their names.
+
+For every row, beside what it says:
+
+- No process, port, lock or half-written file is left. Where a script was killed, which nobody can prepare for, that holds after the second run.
+- The second run finishes the job, with status 0.
+- Another cluster on the same computer, with its files and a machine of the same name, is untouched; so are the user's own files in the checkout.
+`
+
+/** @param took milliseconds @param former the page as it was, for times of what was not run now */
+export function asMarkdown(
+  groups: readonly { name: string; faults: readonly Fault[] }[],
+  took: ReadonlyMap<Fault, number>,
+  former: string,
+): string {
+  const parts = groups.map(({ name, faults }) => {
+    const rows = faults.map((fault) => {
+      const then = former.match(
+        new RegExp(`^\\| ${escaped(fault.name)} \\|.*\\| ([^|]*) \\|$`, 'm'),
+      )
+      const time = took.get(fault)
+      const shown = time === undefined ? (then?.[1] ?? '') : `${(time / 1000).toFixed(0)} s`
+      const message = (fault.says ?? []).map((part) => `“${part}”`).join(' … ')
+      const end = fault.exit === 137 ? 'killed' : `${fault.exit}${message && `: ${message}`}`
+      const again = fault.again ? `\`${fault.again.join(' ').replace('bin/', './bin/')}\`` : '–'
+      const cells = [fault.name, fault.done, end, holdsOf(fault), again, shown]
+      return `| ${cells.map((cell) => cell.replaceAll('|', '\\|')).join(' | ')} |`
+    })
+    const head = '| fault | what is done | exit status, message | what holds | second run | takes |'
+    return [`## ${titles[name] ?? name}`, '', head, '|---|---|---|---|---|---|', ...rows].join('\n')
+  })
+  return `${[introduction.trim(), ...parts].join('\n\n')}\n`
+}
+
+const titles: Readonly<Record<string, string>> = {
+  host: 'On this computer: scripts and files',
+  machine: 'With a real QEMU, or the simulated installer',
+  cluster: 'With a real etcd and API server',
+}
+
+function holdsOf({ holds, shortFormOf }: Fault): string {
+  return shortFormOf ? `${holds} (more of it: \`test/integration/${shortFormOf}.test.mts\`)` : holds
+}
+
+function escaped(text: string): string {
+  return text.replace(/[.*+?^${}()|[\]\\]/g, '\\$&')
+}

@@ -1,0 +1,152 @@
+// The fault suite: brings every fault of the table about and checks what must hold afterwards.
+// `npm run test:faults` for the fast part, with words for groups or for words in the names of faults;
+// --write puts the table into docs/faults.md, --list prints it.
+import assert from 'node:assert/strict'
+import { spawn } from 'node:child_process'
+import { mkdir, mkdtemp, readFile, realpath, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { isGone } from '../../lib/processes.mts'
+import { makeCheckout, projectRoot } from '../checkout.mts'
+import { type Fault, Place } from './fault.mts'
+import { hostFaults } from './host.mts'
+import { asMarkdown } from './markdown.mts'
+
+/** Groups by what they need. `atOnce`: how many of their faults at a time. */
+const groups: readonly { name: string; atOnce: number; fast: boolean; faults: Fault[] }[] = [
+  { name: 'host', atOnce: 3, fast: true, faults: hostFaults },
+]
+
+const { values, positionals: words } = parseArgs({
+  allowPositionals: true,
+  options: { list: { type: 'boolean' }, write: { type: 'boolean' } },
+})
+const isWanted = (group: { name: string; fast: boolean }, fault: Fault) =>
+  words.length === 0
+    ? group.fast
+    : words.some((word) => word === group.name || fault.name.includes(word))
+const chosen = groups.map((group) => ({
+  ...group,
+  faults: group.faults.filter((fault) => isWanted(group, fault)),
+}))
+
+// What they write goes to a folder of this run, so that what they leave behind is seen.
+const folder = await mkdtemp(join(await realpath(tmpdir()), 'faults-'))
+process.env.TMPDIR = folder
+const took = new Map<Fault, number>()
+const counts = { passed: 0, failed: 0, skipped: 0 }
+if (values.list) {
+  for (const { faults } of chosen) for (const { name } of faults) console.log(name)
+} else {
+  const neighbour = await makeNeighbour()
+  const began = performance.now()
+  for (const group of chosen) {
+    const waiting = [...group.faults]
+    const work = async () => {
+      for (let fault = waiting.shift(); fault; fault = waiting.shift()) await tell(fault, neighbour)
+    }
+    await Promise.all(Array.from({ length: group.atOnce }, work))
+  }
+  neighbour.end()
+  const { passed, failed, skipped } = counts
+  console.log(
+    `${passed} passed, ${failed} failed, ${skipped} skipped in ${seconds(performance.now() - began)}`,
+  )
+  if (failed > 0 || passed === 0) process.exitCode = 1
+}
+if (values.write) {
+  const file = join(projectRoot, 'docs', 'faults.md')
+  await writeFile(file, asMarkdown(groups, took, await readFile(file, 'utf8').catch(() => '')))
+}
+await rm(folder, { recursive: true, force: true })
+
+function seconds(ms: number): string {
+  return `${(ms / 1000).toFixed(1)} s`
+}
+
+/** Tries one, and prints its line. */
+async function tell(fault: Fault, neighbour: Neighbour): Promise<void> {
+  if (fault.skip) {
+    counts.skipped += 1
+    return console.log(`- ${fault.name}: skipped, ${fault.skip}`)
+  }
+  const began = performance.now()
+  try {
+    await prove(fault, neighbour)
+    const time = performance.now() - began
+    took.set(fault, time)
+    counts.passed += 1
+    console.log(`✓ ${fault.name} (${seconds(time)})`)
+  } catch (error) {
+    counts.failed += 1
+    const reason = error instanceof Error ? (error.stack ?? error.message) : String(error)
+    console.log(`✗ ${fault.name} (${seconds(performance.now() - began)})`)
+    console.log(reason.replace(/^/gm, '    '))
+  }
+}
+
+async function prove(fault: Fault, neighbour: Neighbour): Promise<void> {
+  const checkout = await makeCheckout(fault.settings ? { settings: fault.settings } : {})
+  const place = new Place(checkout)
+  const own = [place.path('notes'), place.path('images', 'own.txt')]
+  try {
+    await mkdir(place.path('images'))
+    for (const file of own) await writeFile(file, 'of the user')
+    if (fault.keys) await place.makeKeys()
+    await checkout.set(fault.settings ?? {})
+
+    const { exitCode, stdout, stderr } = await fault.inject(place)
+    const said = stdout + stderr
+    assert.equal(exitCode, fault.exit, `its exit status; it printed:\n${said}`)
+    for (const part of fault.says ?? []) assert.ok(said.includes(part), `no "${part}" in:\n${said}`)
+    if (fault.exit !== 137) {
+      assert.deepEqual(await place.leftovers(fault.leaves), [], 'left by the fault')
+    }
+    await fault.repair?.(place)
+    if (fault.again) {
+      const again = await place.run(fault.again)
+      assert.equal(again.exitCode, 0, `the second run failed:\n${again.stdout}${again.stderr}`)
+    }
+    await fault.check?.(place)
+    assert.deepEqual(await place.leftovers(), [], 'left after the second run')
+    for (const file of own) assert.equal(await readFile(file, 'utf8'), 'of the user', file)
+    await neighbour.assertUntouched()
+  } finally {
+    await place.end()
+  }
+}
+
+interface Neighbour {
+  /** @throws if its machine does not run any more, or a file of it has changed */
+  assertUntouched(): Promise<void>
+  end(): void
+}
+
+/** Another cluster on this computer: its files, and a process that has the arguments of its QEMU. */
+async function makeNeighbour(): Promise<Neighbour> {
+  const root = join(folder, 'neighbour')
+  const files = ['images/alpha.qcow2', 'images/nixos.iso.partial', 'tls/ca-key.pem', 'cluster.env']
+  for (const file of files) {
+    await mkdir(join(root, file, '..'), { recursive: true })
+    await writeFile(join(root, file), `${file} of the neighbour`)
+  }
+  const args = ['-c', 'read -r _', '-name', 'alpha', '-pidfile', join(root, 'run/alpha.pid')]
+  const qemu = spawn('sh', args, {
+    argv0: 'qemu-system-x86_64',
+    stdio: ['pipe', 'ignore', 'ignore'],
+  })
+  return {
+    async assertUntouched() {
+      assert.equal(
+        await isGone(qemu.pid ?? 0),
+        false,
+        "the neighbour's machine does not run any more",
+      )
+      for (const file of files) {
+        assert.equal(await readFile(join(root, file), 'utf8'), `${file} of the neighbour`)
+      }
+    },
+    end: () => qemu.kill('SIGKILL'),
+  }
+}
