@@ -31,10 +31,12 @@ export interface Fault {
   leaves?: RegExp
   /** The second run, which finishes the job: with status 0. */
   again?: readonly string[]
+  /** Machines that run in the end, which the runner checks and then switches off. */
+  runs?: readonly string[]
   /** The integration test that proves more of the same. */
   shortFormOf?: string
   /** Why it cannot be tried here. */
-  skip?: string | false
+  skip?: string | boolean
   /** Variables of its cluster.env. */
   settings?: Record<string, string | number>
   /** It begins with certificates, kubeconfigs, encryption key and staged machines. */
@@ -223,12 +225,20 @@ export class Place {
    * What is still there of the row and should not be: processes, ports, locks, files that were not
    * finished. What is just ending gets time.
    *
-   * @param allowed files that may be there
+   * @param allowed.files that may be there
+   * @param allowed.machines whether machines may run, and with them the LAN switch
    */
-  async leftovers(allowed?: RegExp): Promise<string[]> {
-    const processes = async () => (await this.processes()).map(({ pid, line }) => `${pid} ${line}`)
+  async leftovers(allowed: { files?: RegExp | undefined; machines?: boolean } = {}) {
+    const processes = async () => {
+      const found = (await this.processes()).map(({ pid, line }) => `${pid} ${line}`)
+      const isMachine = /qemu-system-.* -name |lib\/lan-switch\.mts|esbuild --service/
+      return allowed.machines ? found.filter((line) => !isMachine.test(line)) : found
+    }
+    // (On Node 20, tsx has a process of its own beside the LAN switch.)
     await becomes(async () => (await processes()).length === 0, 10)
     const left = await processes()
+    for (const file of await this.unfinished()) if (!allowed.files?.test(file)) left.push(file)
+    if (allowed.machines) return left
     const { cluster } = this
     for (const node of cluster.nodes) {
       const found = await machineState(cluster, node).catch(() => ({ state: 'unknown' }))
@@ -237,8 +247,16 @@ export class Place {
         if (!(await isPortFree(transport, port))) left.push(`${transport} port ${port}`)
       }
     }
-    for (const file of await this.unfinished()) if (!allowed?.test(file)) left.push(file)
     return left
+  }
+
+  /** Machines that run, by name. */
+  async running(): Promise<string[]> {
+    const { cluster } = this
+    const states = cluster.nodes.map(async (node) => {
+      return (await machineState(cluster, node)).state === 'running' ? [node.name] : []
+    })
+    return (await Promise.all(states)).flat()
   }
 
   /** Locks and files that are not finished. */

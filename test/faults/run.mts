@@ -11,11 +11,13 @@ import { isGone } from '../../lib/processes.mts'
 import { makeCheckout, projectRoot } from '../checkout.mts'
 import { type Fault, Place } from './fault.mts'
 import { hostFaults } from './host.mts'
+import { machineFaults } from './machine.mts'
 import { asMarkdown } from './markdown.mts'
 
 /** Groups by what they need. `atOnce`: how many of their faults at a time. */
 const groups: readonly { name: string; atOnce: number; fast: boolean; faults: Fault[] }[] = [
   { name: 'host', atOnce: 3, fast: true, faults: hostFaults },
+  { name: 'machine', atOnce: 2, fast: true, faults: machineFaults },
 ]
 
 const { values, positionals: words } = parseArgs({
@@ -100,16 +102,26 @@ async function prove(fault: Fault, neighbour: Neighbour): Promise<void> {
     const said = stdout + stderr
     assert.equal(exitCode, fault.exit, `its exit status; it printed:\n${said}`)
     for (const part of fault.says ?? []) assert.ok(said.includes(part), `no "${part}" in:\n${said}`)
+    const machines = fault.runs !== undefined
     if (fault.exit !== 137) {
-      assert.deepEqual(await place.leftovers(fault.leaves), [], 'left by the fault')
+      const left = await place.leftovers({ files: fault.leaves, machines })
+      assert.deepEqual(left, [], 'left by the fault')
     }
     await fault.repair?.(place)
     if (fault.again) {
       const again = await place.run(fault.again)
       assert.equal(again.exitCode, 0, `the second run failed:\n${again.stdout}${again.stderr}`)
     }
+    if (fault.runs) {
+      for (const name of fault.runs) assert.ok((await place.running()).includes(name), name)
+    }
     await fault.check?.(place)
-    assert.deepEqual(await place.leftovers(), [], 'left after the second run')
+    if (fault.runs) {
+      assert.deepEqual(await place.leftovers({ machines }), [], 'left after the second run')
+      const off = await place.run(['bin/shutdown.mts', '--now'])
+      assert.equal(off.exitCode, 0, off.stderr)
+    }
+    assert.deepEqual(await place.leftovers(), [], 'left in the end')
     for (const file of own) assert.equal(await readFile(file, 'utf8'), 'of the user', file)
     await neighbour.assertUntouched()
   } finally {
