@@ -14,7 +14,7 @@ import {
   type NamespaceCluster,
   raise,
   takeAway,
-} from '../namespaces/namespace-cluster.mts'
+} from './namespace-cluster.mts'
 
 const skip = cannotRun()
 // A skipped suite is counted nowhere; a skipped test is.
