@@ -9,6 +9,7 @@ import { withLock } from '../lib/lock.mts'
 import { connectUnixSocket } from '../lib/qmp.mts'
 import { script } from '../lib/script.mts'
 import { filesOf, machineState } from '../lib/vm.mts'
+import { becomes } from '../lib/wait.mts'
 
 const { args } = script({
   does: `Attaches this terminal to the serial console of a running machine. Ctrl-] leaves it; the
@@ -39,6 +40,7 @@ if (!process.stdin.isTTY) {
 }
 
 // QEMU serves one client; a second would wait silently until the first leaves.
+let left = false
 await withLock(`${files.console}.lock`, `attached to the console of ${node.name}`, async () => {
   for (const line of await lastConsoleLines(files.consoleLog)) console.log(line)
   console.error(`── ${node.name}: Ctrl-] leaves this console ──`)
@@ -47,8 +49,12 @@ await withLock(`${files.console}.lock`, `attached to the console of ${node.name}
   const socket = connectUnixSocket(files.console)
   await once(socket, 'connect')
   socket.on('error', () => {}) // 'close' follows
+  const leave = () => {
+    left = true
+    socket.destroy()
+  }
   for (const signal of ['SIGTERM', 'SIGHUP', 'SIGINT'] as const) {
-    process.removeAllListeners(signal).once(signal, () => socket.destroy())
+    process.removeAllListeners(signal).once(signal, leave)
   }
   // However this process ends, the terminal gets its mode back.
   process.once('exit', () => process.stdin.setRawMode(false))
@@ -56,12 +62,14 @@ await withLock(`${files.console}.lock`, `attached to the console of ${node.name}
   process.stdin.on('data', (typed: Buffer) => {
     const end = typed.indexOf(ctrlBracket)
     socket.write(end < 0 ? typed : typed.subarray(0, end))
-    if (end >= 0) socket.destroy()
+    if (end >= 0) leave()
   })
   socket.pipe(process.stdout, { end: false })
   await new Promise((resolve) => socket.once('close', resolve))
   process.stdin.setRawMode(false).pause()
 })
 
-const ended = (await machineState(cluster, node)).state === 'stopped'
+// A machine that ends closes its console a moment before its QEMU is gone.
+const isStopped = async () => (await machineState(cluster, node)).state === 'stopped'
+const ended = await (left ? isStopped() : becomes(isStopped, 10))
 console.error(`\n── ${node.name}: ${ended ? 'the machine has ended' : 'it keeps running'} ──`)

@@ -337,7 +337,9 @@ describe('the launcher', () => {
     const newer = process.allowedNodeEnvironmentFlags.has('--no-experimental-strip-types')
     const old = newer ? ['--no-experimental-strip-types'] : []
     const launch = [copied.path('lib/launch.mjs'), copied.path('bin/sample.mts')]
-    const outcome = await run({ root: '/' }, process.execPath, [...old, ...launch])
+    // Without what the tests' runner sets.
+    const env = { NODE_OPTIONS: undefined }
+    const outcome = await run({ root: '/' }, process.execPath, [...old, ...launch], { env })
     await copied.remove()
     assert.equal(outcome.exitCode, 1)
     assert.match(
