@@ -39,8 +39,8 @@ if (!process.stdin.isTTY) {
   throw new StepError('the console needs a terminal to type in', { hint })
 }
 
-// QEMU serves one client; a second would wait silently until the first leaves.
 let left = false
+// QEMU serves one client; a second would wait silently until the first leaves.
 await withLock(`${files.console}.lock`, `attached to the console of ${node.name}`, async () => {
   for (const line of await lastConsoleLines(files.consoleLog)) console.log(line)
   console.error(`── ${node.name}: Ctrl-] leaves this console ──`)
