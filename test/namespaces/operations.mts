@@ -44,6 +44,23 @@ export async function generations(): Promise<string> {
   return `${workloads.stdout}${revisions.join('\n')}`
 }
 
+/** A node that was deleted registers again, without range and role; `make network` gives it both. */
+export async function forgottenNode(rehearsal: Rehearsal): Promise<void> {
+  const worker = firstWorker(rehearsal)
+  type Found = { metadata: { uid: string }; spec: { podCIDR?: string } }
+  const find = () => kubectlJson<Found>('get', 'node', worker.name)
+  const before = await find()
+  await $`kubectl delete node ${worker.name}`
+  await rehearsal.on(worker, 'systemctl restart kubelet')
+  const after = () => find().catch(() => before)
+  const registered = async () => (await after()).metadata.uid !== before.metadata.uid
+  assert.ok(await becomes(registered, 60, rehearsal.signal), 'it does not register again')
+  assert.equal((await after()).spec.podCIDR, undefined)
+  await installCilium(rehearsal)
+  assert.equal((await find()).spec.podCIDR, worker.podCidr)
+  await rehearsal.script('wait-for-cluster', '--ready')
+}
+
 export async function looks(rehearsal: Rehearsal): Promise<void> {
   const { cluster } = rehearsal
   const { controlPlane } = cluster
@@ -120,7 +137,10 @@ export async function killedTransfer(rehearsal: Rehearsal): Promise<void> {
   await withModule(rehearsal, [`${limit}4096`, `${limit}4001`], async () => {
     // While the machine waits for this lock, the archive is on its way.
     const hold = 'setsid flock --no-fork lock sleep 600 </dev/null >/dev/null 2>&1 & echo $!'
-    const holder = await rehearsal.on(worker, `cd /var/lib/reconfig; ${hold}`)
+    const holder = await rehearsal.on(
+      worker,
+      `mkdir -p /var/lib/reconfig; cd /var/lib/reconfig; ${hold}`,
+    )
     const args = ['--node', worker.name]
     const program = cluster.path('bin/reconfig.mts')
     const reconfig = spawn(program, args, { detached: true, stdio: 'ignore' })

@@ -109,20 +109,18 @@ async function networkPolicy({ rehearsal, pods }: Place): Promise<undefined> {
     const right = async () => (await reaches()) === wanted
     if (!(await becomes(right, 60, rehearsal.signal))) throw new StepError(reason)
   }
-  const policy = {
-    apiVersion: 'networking.k8s.io/v1',
-    kind: 'NetworkPolicy',
-    metadata: { name: 'friends-only', namespace },
-    spec: {
-      podSelector: {},
-      policyTypes: ['Ingress'],
-      ingress: [{ from: [{ podSelector: { matchLabels: { friend: 'yes' } } }] }],
-    },
+  const policy = (name: string, ingress: object[]) => {
+    return {
+      ...{ apiVersion: 'networking.k8s.io/v1', kind: 'NetworkPolicy' },
+      metadata: { name, namespace },
+      spec: { podSelector: {}, policyTypes: ['Ingress'], ingress },
+    }
   }
   await expect(true, 'blocked although there is no policy')
-  await apply([policy], { manager: 'pod-network' })
+  await apply([policy('closed', [])], { manager: 'pod-network' })
   await expect(false, 'the policy blocks nothing')
-  await $`kubectl label pod ${from.name} --namespace=${namespace} friend=yes`
-  await expect(true, 'blocked although the policy allows it')
-  await $`kubectl delete networkpolicy friends-only --namespace=${namespace}`
+  const web = { podSelector: { matchLabels: { app: 'web' } } }
+  await apply([policy('from-web', [{ from: [web] }])], { manager: 'pod-network' })
+  await expect(true, 'blocked although a policy allows it')
+  return undefined
 }

@@ -28,6 +28,7 @@ import {
 import {
   brokenKubelet,
   ciliumStatus,
+  forgottenNode,
   generations,
   installCilium,
   killedTransfer,
@@ -54,6 +55,7 @@ const further: readonly Step[] = [
   ['Cilium replaces kube-proxy, without a tunnel', ciliumStatus],
   ['pod network', podNetwork],
   ['each install and deploy again changes nothing', nothingChanges],
+  ['a node that was deleted comes back', forgottenNode],
   ['network checks', networkChecks],
   ['add-on checks', addOnChecks],
   ['make smoke', (rehearsal) => rehearsal.script('smoke')],
