@@ -6,6 +6,7 @@
 import assert from 'node:assert/strict'
 import { cp } from 'node:fs/promises'
 import { join } from 'node:path'
+import { $ } from 'zx'
 import { describeError } from '../../lib/errors.mts'
 import { interruption } from '../../lib/interrupt.mts'
 import { projectRoot } from '../checkout.mts'
@@ -73,7 +74,7 @@ const further: readonly Step[] = [
   ['make reconfig, killed while it sends', killedTransfer],
   ['the services of the control plane are restarted', restartedServices],
   ['pod network after the restart', podNetwork],
-  ['a worker is added and removed', (rehearsal) => workerCheck(rehearsal, podNetwork)],
+  ['a worker is added and removed', (rehearsal) => workerCheck(rehearsal, withAnother)],
   ['pod network after the removal', podNetwork],
   ['make down and make up', offAndOn],
   ['pod network after make up', podNetwork],
@@ -130,6 +131,12 @@ async function inCluster(
   } finally {
     console.log(`\n${rehearsal.timeTable()}`)
   }
+}
+
+async function withAnother(rehearsal: Rehearsal): Promise<void> {
+  await podNetwork(rehearsal)
+  // A pod of it that is still ending would keep the worker from being drained.
+  await $`kubectl delete namespace pods-talk --ignore-not-found --timeout=120s`
 }
 
 /** All at the same time, with plain lines, as bootstrap-cluster does. */
