@@ -5,6 +5,8 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx'
 import { loadCluster, type Node } from '../../lib/cluster.mts'
 import { describeError } from '../../lib/errors.mts'
@@ -127,38 +129,48 @@ export async function brokenKubelet(rehearsal: Rehearsal): Promise<void> {
   assert.match(await rehearsal.output('reconfig', '--dry-run'), /^sigma: no file changes$/m)
 }
 
-/** A transfer that is killed in its middle changes nothing, or all; the next run finishes it. */
+/** Milliseconds from its announcement until a transfer is killed: it begins, is under way, has ended. */
+const killedAfter = [0, 100, 300]
+
+/** A transfer that is killed changes nothing, or all; the next run finishes it. */
 export async function killedTransfer(rehearsal: Rehearsal): Promise<void> {
   const { cluster } = rehearsal
   const worker = firstWorker(rehearsal)
   const limit = 'podPidsLimit = '
   const limits = `grep -h -o '${limit}[0-9]*' /etc/nixos/worker.nix`
   const before = await rehearsal.on(worker, limits)
-  await withModule(rehearsal, [`${limit}4096`, `${limit}4001`], async () => {
-    // While the machine waits for this lock, the archive is on its way.
-    const hold = 'setsid flock --no-fork lock sleep 600 </dev/null >/dev/null 2>&1 & echo $!'
-    const holder = await rehearsal.on(
-      worker,
-      `mkdir -p /var/lib/reconfig; cd /var/lib/reconfig; ${hold}`,
+  const args = ['--node', worker.name]
+  // Neither a transfer nor a switch continues there.
+  const quiet = `cd /var/lib/reconfig 2>/dev/null || exit 0
+    [ ! -e new ] && [ ! -e archive ] && flock --nonblock lock true`
+  const isQuiet = () =>
+    rehearsal.on(worker, quiet).then(
+      () => true,
+      () => false,
     )
-    const args = ['--node', worker.name]
-    const program = cluster.path('bin/reconfig.mts')
-    const reconfig = spawn(program, args, { detached: true, stdio: 'ignore' })
-    const ended = once(reconfig, 'exit')
-    const isSending = async () => (await rehearsal.on(worker, 'pgrep -cx flock || true')) === '1\n'
-    assert.ok(await becomes(isSending, 60, rehearsal.signal), 'nothing was sent')
-    process.kill(-(reconfig.pid ?? 0), 'SIGKILL')
-    await ended
-    await rehearsal.on(worker, `kill ${holder}`)
-    const hasEnded = 'ls /var/lib/reconfig | grep -x -e new -e archive || pgrep -x flock || true'
-    const settled = async () => (await rehearsal.on(worker, hasEnded)) === ''
-    assert.ok(await becomes(settled, 60, rehearsal.signal), 'the machine still receives')
-    const now = await rehearsal.on(worker, limits)
-    assert.ok([before, `${limit}4001\n`].includes(now), `the module has ${now}`)
+  await withModule(rehearsal, [`${limit}4096`, `${limit}4001`], async () => {
+    for (const delay of killedAfter) {
+      const reconfig = spawn(cluster.path('bin/reconfig.mts'), args, {
+        detached: true,
+        stdio: ['ignore', 'ignore', 'pipe'],
+        env: { ...process.env, TERM: 'dumb' },
+      })
+      const ended = once(reconfig, 'exit')
+      for await (const line of createInterface({ input: reconfig.stderr })) {
+        if (line.includes('copying the files')) break
+      }
+      await sleep(delay)
+      assert.equal(reconfig.exitCode, null, 'it has ended before it was killed')
+      process.kill(-(reconfig.pid ?? 0), 'SIGKILL')
+      await ended
+      assert.ok(await becomes(isQuiet, 90, rehearsal.signal), 'the machine still works on it')
+      const now = await rehearsal.on(worker, limits)
+      assert.ok([before, `${limit}4001\n`].includes(now), `the module has ${now}`)
+    }
     await rehearsal.script('reconfig', ...args)
     assert.equal(await rehearsal.on(worker, limits), `${limit}4001\n`)
   })
-  await rehearsal.script('reconfig', '--node', worker.name)
+  await rehearsal.script('reconfig', ...args)
   assert.equal(await rehearsal.on(worker, limits), before)
 }
 
