@@ -68,14 +68,18 @@ async function save(): Promise<void> {
     const { flag, work } = await etcdOnMachine()
     await privateFolder(cluster.path('backups'))
     try {
-      // The first verifies that etcd sent all of it, the second that it is a database.
+      // "save", which would wait for an etcd that is down, verifies that it sent all of it; "status"
+      // that it is a database.
       const save = `umask 077; rm -rf ${work}; mkdir ${work}
-        etcdctl --endpoints=${flag('advertise-client-urls')} --cacert=${flag('trusted-ca-file')} \\
-          --cert=${flag('cert-file')} --key=${flag('key-file')} snapshot save ${work}/snapshot.db >&2
+        export ETCDCTL_ENDPOINTS=${flag('advertise-client-urls')} ETCDCTL_CACERT=${flag('trusted-ca-file')}
+        export ETCDCTL_CERT=${flag('cert-file')} ETCDCTL_KEY=${flag('key-file')}
+        etcdctl endpoint health >&2
+        etcdctl snapshot save ${work}/snapshot.db >&2
         ${etcdutl} snapshot status --write-out=json ${work}/snapshot.db`
       const status = await onAlpha(save, { signal })
       const copy = `cat ${work}/snapshot.db`
-      await $({ signal })`umask 077; ssh -F tls/ssh_config ${alpha} ${copy} >${partial}`
+      // cat says why it cannot write; ssh would not.
+      await $({ signal })`umask 077; ssh -F tls/ssh_config ${alpha} ${copy} | cat >${partial}`
       await assertComplete(cluster.path(partial))
       await rename(cluster.path(partial), cluster.path(path))
       return JSON.parse(status) as { totalKey: number; revision: number; totalSize: number }
