@@ -1,5 +1,4 @@
-// etcd-backup with the real programs: etcd and the control plane as processes of this computer, an
-// sshd in alpha's place. Only systemctl is simulated.
+// etcd-backup with the real programs of etcd, and the real control plane.
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
@@ -13,12 +12,11 @@ import type { Cluster } from '../../lib/cluster.mts'
 import { withLock } from '../../lib/lock.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type Checkout, type Outcome, run } from '../checkout.mts'
-import { type IdleQemu, noQemu, startIdleQemu } from '../idle-qemu.mts'
+import { noQemu } from '../idle-qemu.mts'
+import { AlphaOverSsh } from '../kubernetes/alpha-over-ssh.mts'
 import type { ControlPlane } from '../kubernetes/control-plane.mts'
-import { commandHere, services } from '../kubernetes/mapping.mts'
-import { findTools, prepareControlPlane } from '../kubernetes/prepared.mts'
-import { noSshd, type Sshd, startSshd } from '../sshd.mts'
-import { fakeSystemctl, type Systemctl } from '../systemctl.mts'
+import { findTools } from '../kubernetes/prepared.mts'
+import { noSshd } from '../sshd.mts'
 
 const tools = await findTools()
 const skip = (typeof tools === 'string' && tools) || noSshd || noQemu
@@ -26,87 +24,21 @@ const skip = (typeof tools === 'string' && tools) || noSshd || noQemu
 it('what this needs is there', { skip }, () => {})
 
 describe('etcd-backup', { skip, timeout: 900_000 }, () => {
+  let alpha: AlphaOverSsh
   let checkout: Checkout
   let cluster: Cluster
   let controlPlane: ControlPlane
-  let sshd: Sshd
-  let qemu: IdleQemu
-  let systemctl: Systemctl
-  let trouble: string | undefined
   let data: string
 
   before(async () => {
     if (typeof tools === 'string') return
-    ;({ checkout, cluster, controlPlane } = await prepareControlPlane(tools))
-    await controlPlane.start()
-    data = join(controlPlane.place.root, 'var/lib/etcd')
-    qemu = await startIdleQemu(checkout, 'alpha')
-    sshd = await startSshd(checkout, 'alpha')
-    systemctl = await fakeSystemctl(sshd, answer)
-    for (const name of ['etcdctl', 'etcdutl']) {
-      await sshd.program(name, `#!/bin/sh\nexec ${tools.etcd}/${name} "$@"\n`)
-    }
-    // The health endpoints have other ports here.
-    const { etcdMetrics, controllerManager, scheduler } = controlPlane.ports
-    const ports = { 2381: etcdMetrics, 10257: controllerManager, 10259: scheduler }
-    const connections = Object.entries(ports).map(
-      ([there, here]) => `--connect-to 127.0.0.1:${there}:127.0.0.1:${here}`,
-    )
-    await sshd.program('curl', `#!/bin/sh\nexec /usr/bin/curl ${connections.join(' ')} "$@"\n`)
-    await sshd.program('journalctl', '#!/bin/sh\necho "the end of the journal"\n')
+    alpha = await AlphaOverSsh.start(tools)
+    ;({ checkout, cluster, controlPlane, data } = alpha)
   })
-  after(async () => {
-    await controlPlane?.stop()
-    await systemctl?.stop()
-    await sshd?.stop()
-    await qemu?.stop()
-    await checkout?.remove()
-  })
-
-  async function answer(args: string): Promise<string> {
-    const [verb] = args.split(' ')
-    if (verb === 'stop') {
-      starts += 1
-      await controlPlane.stop()
-    }
-    if (verb === 'start') {
-      trouble = undefined
-      const mine = ++starts
-      controlPlane.start().catch((error) => {
-        // One that was stopped in the middle does not concern the next.
-        if (mine === starts) trouble = String(error)
-      })
-    }
-    if (args === 'show --property=ExecStart --value etcd') {
-      const words = commandHere(
-        controlPlane.machine,
-        'etcd',
-        controlPlane.place,
-        controlPlane.ports,
-      )
-      return `{ path=${words[0]} ; argv[]=${words.join(' ')} ; ignore_errors=no ; pid=0 }\n`
-    }
-    if (!args.startsWith('show')) return ''
-    const states = await Promise.all(
-      services.map(async (service) => {
-        const path = service === 'kube-controller-manager' ? '/healthz' : '/readyz'
-        const healthy = (await controlPlane.trouble(service, path)) === undefined
-        const state = healthy ? 'active' : 'activating'
-        // systemd would have started it again meanwhile.
-        const restarts = healthy || !trouble ? 0 : 5 * rounds++
-        return `LoadState=loaded\nActiveState=${state}\nSubState=x\nResult=success\nNRestarts=${restarts}\n`
-      }),
-    )
-    return states.join('\n')
-  }
-  let rounds = 0
-  let starts = 0
-
-  // kubectl is one of the real programs, too.
-  const path = `${typeof tools === 'string' ? '' : tools.kubernetes}:${process.env.PATH}`
+  after(() => alpha?.stop())
 
   const backup = (...args: string[]): Promise<Outcome> =>
-    run(checkout, 'bin/etcd-backup.mts', args, { timeout: 300_000, env: { PATH: path } })
+    run(checkout, 'bin/etcd-backup.mts', args, { timeout: 300_000, env: { PATH: alpha.path } })
   const admin = (...args: string[]) => controlPlane.kubectl('admin', args)
   const namespaces = async () => (await admin('get', 'namespaces', '-o=name')).stdout
   const files = async () => (await readdir(checkout.path('backups'))).toSorted()
@@ -115,8 +47,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     assert.equal(exitCode, 0, stderr)
     return stdout.match(/^backups\/etcd-\S+\.db/m)?.[0] ?? ''
   }
-  /** Calls that change something. */
-  const changes = () => systemctl.calls.filter((call) => !call.startsWith('show'))
+  const changes = () => alpha.changes()
 
   it('saves a snapshot that is named by the time, readable by its owner only', async () => {
     await admin('create', 'namespace', 'before')
@@ -287,31 +218,31 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     })
 
     it('when etcd on the machine cannot make data of it', async () => {
-      await sshd.program('etcdutl', '#!/bin/sh\necho "no space left on device" >&2\nexit 1\n')
+      await alpha.sshd.program('etcdutl', '#!/bin/sh\necho "no space left on device" >&2\nexit 1\n')
       await assertRefused(
         ['restore', good],
         /a command on alpha failed \(exit status 1\)\n.*no space left/,
       )
-      await useEtcdutl()
+      await alpha.useReal('etcdutl')
     })
 
     it('when the connection is cut in the middle', async () => {
       // The parent of the shell that runs there is the session's sshd.
       const cut =
         '#!/bin/bash\npid=$PPID\nwhile [ "$(cat /proc/$pid/comm)" != sshd ]; do pid=$(cut -d" " -f4 /proc/$pid/stat); done\nkill -9 $pid\nsleep 1\nexit 1\n'
-      await sshd.program('etcdutl', cut)
+      await alpha.sshd.program('etcdutl', cut)
       await assertRefused(['restore', good], /alpha does not answer ssh/)
       const before = await files()
       await assertRefused(['snapshot'], /alpha does not answer ssh/)
       assert.deepEqual(await files(), before, 'nothing incomplete is left')
-      await useEtcdutl()
+      await alpha.useReal('etcdutl')
     })
 
     it('when it is interrupted while the machine makes data of it', async () => {
       const calls = join(data, '..', '..', 'calls')
-      await sshd.program('etcdutl', `#!/bin/sh\necho >${calls}\nsleep 2\nexit 1\n`)
+      await alpha.sshd.program('etcdutl', `#!/bin/sh\necho >${calls}\nsleep 2\nexit 1\n`)
       const child = spawn(checkout.path('bin/etcd-backup.mts'), ['restore', good], {
-        env: { ...process.env, PATH: path },
+        env: { ...process.env, PATH: alpha.path },
         stdio: 'ignore',
       })
       const ended = once(child, 'exit')
@@ -321,7 +252,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
       assert.deepEqual(await ended, [130, null])
       assert.equal(changes().length, before)
       assert.ok(!(await readdir(join(data, '..'))).includes('etcd.new'))
-      await useEtcdutl()
+      await alpha.useReal('etcdutl')
     })
 
     it('wrong arguments', async () => {
@@ -338,17 +269,12 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     })
 
     it('when the machine is not running', async () => {
-      await qemu.stop()
+      await alpha.setRunning(false)
       for (const args of [['snapshot'], ['restore', good]]) {
         await assertRefused(args, /alpha is not running\n.*make boot-alpha/)
       }
-      qemu = await startIdleQemu(checkout, 'alpha')
+      await alpha.setRunning(true)
     })
-
-    async function useEtcdutl() {
-      if (typeof tools === 'string') return
-      await sshd.program('etcdutl', `#!/bin/sh\nexec ${tools.etcd}/etcdutl "$@"\n`)
-    }
   })
 
   it('puts the former data back when the API server cannot read the Secrets of the snapshot', async () => {
