@@ -75,8 +75,12 @@ export class Place {
   /** For all scripts of the row. */
   readonly env: Record<string, string> = { [mark]: this.id }
 
-  constructor(checkout: Checkout) {
+  readonly kept: boolean
+
+  /** @param options.kept the checkout belongs to several rows */
+  constructor(checkout: Checkout, { kept = false } = {}) {
     this.checkout = checkout
+    this.kept = kept
   }
 
   get cluster() {
@@ -95,12 +99,14 @@ export class Place {
   async end(): Promise<void> {
     for (const work of this.endings) await work()
     await this.powerCut()
-    await this.checkout.remove()
+    if (!this.kept) await this.checkout.remove()
   }
 
-  /** Runs a script of bin/ to its end. */
-  run(command: readonly string[], env: Record<string, string> = {}): Promise<Outcome> {
-    return this.start(command, env).outcome
+  /** Runs a script of bin/ to its end, which has to come within five minutes. */
+  async run(command: readonly string[], env: Record<string, string> = {}): Promise<Outcome> {
+    const script = this.start(command, env)
+    const limit = setTimeout(() => script.kill('SIGKILL'), 300_000)
+    return script.outcome.finally(() => clearTimeout(limit))
   }
 
   /** Starts a script of bin/, in a process group of its own as a shell does. */

@@ -9,25 +9,38 @@ import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { isGone } from '../../lib/processes.mts'
 import { makeCheckout, projectRoot } from '../checkout.mts'
+import { clusterFaults, openCluster } from './cluster.mts'
 import { type Fault, Place } from './fault.mts'
 import { hostFaults } from './host.mts'
 import { machineFaults } from './machine.mts'
 import { asMarkdown } from './markdown.mts'
 
-/** Groups by what they need. `atOnce`: how many of their faults at a time. */
-const groups: readonly { name: string; atOnce: number; fast: boolean; faults: Fault[] }[] = [
+/** Groups by what they need. */
+interface Group {
+  name: string
+  /** How many of their faults at a time. */
+  atOnce: number
+  /** Whether they are tried without being asked for. */
+  fast: boolean
+  faults: readonly Fault[]
+  /** Starts what all of them share. */
+  open?: () => Promise<{ place(): Place; close(): Promise<void> }>
+}
+const groups: readonly Group[] = [
   { name: 'host', atOnce: 3, fast: true, faults: hostFaults },
   { name: 'machine', atOnce: 2, fast: true, faults: machineFaults },
+  { name: 'cluster', atOnce: 1, fast: false, faults: clusterFaults, open: openCluster },
 ]
 
 const { values, positionals: words } = parseArgs({
   allowPositionals: true,
   options: { list: { type: 'boolean' }, write: { type: 'boolean' } },
 })
-const isWanted = (group: { name: string; fast: boolean }, fault: Fault) =>
+const isGroup = (word: string) => groups.some(({ name }) => name === word)
+const isWanted = (group: Group, { name }: Fault) =>
   words.length === 0
     ? group.fast
-    : words.some((word) => word === group.name || fault.name.includes(word))
+    : words.some((word) => word === group.name || (!isGroup(word) && name.includes(word)))
 const chosen = groups.map((group) => ({
   ...group,
   faults: group.faults.filter((fault) => isWanted(group, fault)),
@@ -37,18 +50,29 @@ const chosen = groups.map((group) => ({
 const folder = await mkdtemp(join(await realpath(tmpdir()), 'faults-'))
 process.env.TMPDIR = folder
 const took = new Map<Fault, number>()
+const open = new Set<Place>()
+const closings: (() => Promise<void>)[] = []
 const counts = { passed: 0, failed: 0, skipped: 0 }
 if (values.list) {
   for (const { faults } of chosen) for (const { name } of faults) console.log(name)
 } else {
   const neighbour = await makeNeighbour()
+  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => interrupt(signal))
   const began = performance.now()
   for (const group of chosen) {
     const waiting = [...group.faults]
+    const canBe = waiting.some(({ skip }) => !skip)
+    const shared = canBe ? await group.open?.() : undefined
+    if (shared) closings.push(shared.close)
+    const place = async ({ settings }: Fault) =>
+      shared?.place() ?? new Place(await makeCheckout(settings ? { settings } : {}))
     const work = async () => {
-      for (let fault = waiting.shift(); fault; fault = waiting.shift()) await tell(fault, neighbour)
+      for (let fault = waiting.shift(); fault; fault = waiting.shift()) {
+        await tell(fault, place, neighbour)
+      }
     }
     await Promise.all(Array.from({ length: group.atOnce }, work))
+    await shared?.close()
   }
   neighbour.end()
   const { passed, failed, skipped } = counts
@@ -67,15 +91,28 @@ function seconds(ms: number): string {
   return `${(ms / 1000).toFixed(1)} s`
 }
 
+/** Ends what is running, and this program. */
+async function interrupt(signal: NodeJS.Signals): Promise<void> {
+  console.log(`interrupted by ${signal}`)
+  for (const place of open) await place.end().catch(() => {})
+  for (const close of closings) await close().catch(() => {})
+  await rm(folder, { recursive: true, force: true })
+  process.exit(1)
+}
+
 /** Tries one, and prints its line. */
-async function tell(fault: Fault, neighbour: Neighbour): Promise<void> {
+async function tell(
+  fault: Fault,
+  placeFor: (fault: Fault) => Promise<Place>,
+  neighbour: Neighbour,
+): Promise<void> {
   if (fault.skip) {
     counts.skipped += 1
     return console.log(`- ${fault.name}: skipped, ${fault.skip}`)
   }
   const began = performance.now()
   try {
-    await prove(fault, neighbour)
+    await prove(fault, await placeFor(fault), neighbour)
     const time = performance.now() - began
     took.set(fault, time)
     counts.passed += 1
@@ -88,21 +125,20 @@ async function tell(fault: Fault, neighbour: Neighbour): Promise<void> {
   }
 }
 
-async function prove(fault: Fault, neighbour: Neighbour): Promise<void> {
-  const checkout = await makeCheckout(fault.settings ? { settings: fault.settings } : {})
-  const place = new Place(checkout)
+async function prove(fault: Fault, place: Place, neighbour: Neighbour): Promise<void> {
   const own = [place.path('notes'), place.path('images', 'own.txt')]
+  open.add(place)
   try {
-    await mkdir(place.path('images'))
+    await mkdir(place.path('images'), { recursive: true })
     for (const file of own) await writeFile(file, 'of the user')
     if (fault.keys) await place.makeKeys()
-    await checkout.set(fault.settings ?? {})
+    await place.checkout.set(fault.settings ?? {})
 
     const { exitCode, stdout, stderr } = await fault.inject(place)
     const said = stdout + stderr
     assert.equal(exitCode, fault.exit, `its exit status; it printed:\n${said}`)
     for (const part of fault.says ?? []) assert.ok(said.includes(part), `no "${part}" in:\n${said}`)
-    const machines = fault.runs !== undefined
+    const machines = fault.runs !== undefined || place.kept
     if (fault.exit !== 137) {
       const left = await place.leftovers({ files: fault.leaves, machines })
       assert.deepEqual(left, [], 'left by the fault')
@@ -116,16 +152,17 @@ async function prove(fault: Fault, neighbour: Neighbour): Promise<void> {
       for (const name of fault.runs) assert.ok((await place.running()).includes(name), name)
     }
     await fault.check?.(place)
+    assert.deepEqual(await place.leftovers({ machines }), [], 'left after the second run')
     if (fault.runs) {
-      assert.deepEqual(await place.leftovers({ machines }), [], 'left after the second run')
       const off = await place.run(['bin/shutdown.mts', '--now'])
       assert.equal(off.exitCode, 0, off.stderr)
+      assert.deepEqual(await place.leftovers(), [], 'left by the machines')
     }
-    assert.deepEqual(await place.leftovers(), [], 'left in the end')
     for (const file of own) assert.equal(await readFile(file, 'utf8'), 'of the user', file)
     await neighbour.assertUntouched()
   } finally {
     await place.end()
+    open.delete(place)
   }
 }
 

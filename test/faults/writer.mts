@@ -1,0 +1,124 @@
+// A client that counts up: each number is a ConfigMap of its own, made through the API server.
+import assert from 'node:assert/strict'
+import { readFile } from 'node:fs/promises'
+import { Agent, request } from 'node:https'
+import { text } from 'node:stream/consumers'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { Cluster } from '../../lib/cluster.mts'
+import { becomes } from '../../lib/wait.mts'
+
+export class Writer {
+  /** The last number that the API server has acknowledged. */
+  last = 0
+  readonly namespace: string
+  private readonly cluster: Cluster
+  private readonly agent: Agent
+  private ends = false
+  private endsWhenRefused = false
+  private ended = Promise.resolve()
+
+  private constructor(cluster: Cluster, namespace: string, agent: Agent) {
+    this.cluster = cluster
+    this.namespace = namespace
+    this.agent = agent
+  }
+
+  /** Creates the namespace and begins to write. Returns when some numbers are there. */
+  static async start(cluster: Cluster, namespace: string): Promise<Writer> {
+    const names = ['ca', 'admin', 'admin-key'].map((name) => cluster.path('tls', `${name}.pem`))
+    const [ca, cert, key] = await Promise.all(names.map((name) => readFile(name)))
+    assert.ok(ca && cert && key)
+    const writer = new Writer(cluster, namespace, new Agent({ ca, cert, key, keepAlive: true }))
+    const { status, body } = await writer.ask('POST', '/api/v1/namespaces', namespace)
+    assert.equal(status, 201, body)
+    writer.ended = writer.count()
+    await writer.writesOn()
+    return writer
+  }
+
+  /** Waits until ten more numbers are acknowledged. */
+  async writesOn(): Promise<void> {
+    const from = this.last
+    assert.ok(await becomes(() => this.last >= from + 10, 120), `no write after ${from}`)
+  }
+
+  async stop(): Promise<void> {
+    this.ends = true
+    await this.ended
+  }
+
+  /** It then ends by itself with the first write that the API server does not take. */
+  stopWhenRefused(): void {
+    this.endsWhenRefused = true
+  }
+
+  /** Resolves when it has ended by itself. */
+  async refused(): Promise<void> {
+    await this.ended
+  }
+
+  /** The numbers that are there. */
+  async numbers(): Promise<number[]> {
+    const path = `/api/v1/namespaces/${this.namespace}/configmaps`
+    const { status, body } = await this.ask('GET', path)
+    assert.equal(status, 200, body)
+    const { items } = JSON.parse(body) as { items: { metadata: { name: string } }[] }
+    const found = items.map(({ metadata: { name } }) => Number(name.match(/^n-(\d+)$/)?.[1] ?? 0))
+    return found.filter((number) => number > 0).sort((one, other) => one - other)
+  }
+
+  /** @throws if a number that was acknowledged is not there; the one after it may be */
+  async assertNothingLost(): Promise<void> {
+    const numbers = await this.numbers()
+    const more = numbers.length - this.last
+    assert.ok(more === 0 || more === 1, `${this.last} acknowledged, ${numbers.length} there`)
+    assert.deepEqual(numbers, upTo(numbers.length))
+  }
+
+  /** @throws if anything else is there than the numbers from 1 to this */
+  async assertExactly(number: number): Promise<void> {
+    assert.ok(number > 0)
+    assert.deepEqual(await this.numbers(), upTo(number))
+  }
+
+  /** The last number in a backup of etcd. */
+  async numberIn(backup: string): Promise<number> {
+    const data = await readFile(backup, 'latin1')
+    const key = new RegExp(`/registry/configmaps/${this.namespace}/n-(\\d+)`, 'g')
+    return Math.max(...[...data.matchAll(key)].map(([, number]) => Number(number)))
+  }
+
+  private async count(): Promise<void> {
+    while (!this.ends) {
+      const next = this.last + 1
+      const name = `n-${String(next).padStart(6, '0')}`
+      const path = `/api/v1/namespaces/${this.namespace}/configmaps`
+      const { status } = await this.ask('POST', path, name).catch(() => ({ status: 0 }))
+      // 409: an earlier attempt, whose answer was lost, had written it.
+      if (status === 201 || status === 409) this.last = next
+      else if (this.endsWhenRefused) return
+      await sleep(20)
+    }
+  }
+
+  private ask(
+    method: 'GET' | 'POST',
+    path: string,
+    name?: string,
+  ): Promise<{ status: number; body: string }> {
+    const port = this.cluster.settings.API_PORT
+    const headers = { 'content-type': 'application/json' }
+    return new Promise((resolve, reject) => {
+      const options = { host: '127.0.0.1', port, path, method, headers, timeout: 5000 }
+      const sent = request({ ...options, agent: this.agent }, (answer) => {
+        text(answer).then((body) => resolve({ status: answer.statusCode ?? 0, body }), reject)
+      })
+      sent.on('error', reject).on('timeout', () => sent.destroy(new Error('no answer')))
+      sent.end(name && JSON.stringify({ metadata: { name } }))
+    })
+  }
+}
+
+function upTo(last: number): number[] {
+  return Array.from({ length: last }, (_, index) => index + 1)
+}
