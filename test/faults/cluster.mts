@@ -14,8 +14,6 @@ import { missing } from '../tools.mts'
 import { type Fault, Place } from './fault.mts'
 import { Writer } from './writer.mts'
 
-const tools = await findTools()
-const common = { skip: (typeof tools === 'string' && tools) || noSshd || noQemu }
 const backup = 'bin/etcd-backup.mts'
 const [save, restore] = [
   [backup, 'snapshot'],
@@ -28,9 +26,12 @@ function alpha(): AlphaOverSsh {
   return shared
 }
 
-/** The one control plane of all rows. */
-export async function openCluster(): Promise<{ place(): Place; close(): Promise<void> }> {
-  if (typeof tools === 'string') throw new Error(tools)
+/** Starts the one control plane of all rows. @returns a reason to skip where that is not possible */
+export async function openCluster(): Promise<{ place(): Place; close(): Promise<void> } | string> {
+  // Only now, as it builds the programs where there are none.
+  const tools = await findTools()
+  const reason = typeof tools === 'string' ? tools : noSshd || noQemu
+  if (typeof tools === 'string' || reason) return String(reason)
   shared = await AlphaOverSsh.start(tools)
   return {
     place: () => {
@@ -44,7 +45,6 @@ export async function openCluster(): Promise<{ place(): Place; close(): Promise<
 
 export const clusterFaults: Fault[] = [
   {
-    ...common,
     name: 'etcd is killed under a writer',
     done: '`kill -9` of etcd, and a backup while it is down; then it is started again, as systemd does',
     holds: 'no acknowledged number is lost, and the writer goes on',
@@ -62,7 +62,6 @@ export const clusterFaults: Fault[] = [
     check: assertNothingLost,
   },
   {
-    ...common,
     name: 'the API server is killed under a writer',
     done: '`kill -9` of the API server, and a backup while it is down; then it is started again',
     holds: 'etcd can be saved without it; no acknowledged number is lost, and the writer goes on',
@@ -80,7 +79,6 @@ export const clusterFaults: Fault[] = [
     check: assertNothingLost,
   },
   {
-    ...common,
     name: 'the power of the control plane fails while it is saved',
     done: '`kill -9` of etcd, API server, scheduler and controller manager at the same moment, during `etcd-backup snapshot`',
     holds: 'half a backup is not kept; no acknowledged number is lost, and the writer goes on',
@@ -104,7 +102,6 @@ export const clusterFaults: Fault[] = [
     check: assertNothingLost,
   },
   {
-    ...common,
     name: 'etcd hangs under a writer',
     done: 'SIGSTOP to etcd, and a backup meanwhile; then SIGCONT',
     holds:
@@ -126,13 +123,12 @@ export const clusterFaults: Fault[] = [
     check: assertNothingLost,
   },
   {
-    ...common,
     name: 'the disk is full when etcd is saved',
     done: '`backups/` is a file system of 100 KB',
     holds: 'half a backup is not kept; with more space it is saved',
     exit: 1,
     says: ['etcd-backup: the disk is full', 'hint:    df -h .'],
-    skip: common.skip || missing('unshare', 'nsenter'),
+    skip: missing('unshare', 'nsenter'),
     again: save,
     async inject(place) {
       await startWriter(place)
@@ -145,7 +141,6 @@ export const clusterFaults: Fault[] = [
     check: assertNothingLost,
   },
   {
-    ...common,
     name: 'etcd is restored under a writer',
     done: '`etcd-backup restore` of a moment some numbers ago, while the writer goes on until the API server stops',
     holds: 'there are exactly the numbers of the backup, not one more',
@@ -166,7 +161,6 @@ export const clusterFaults: Fault[] = [
     },
   },
   {
-    ...common,
     name: 'half a backup is restored under a writer',
     done: 'the newest backup loses its second half; then `etcd-backup restore`',
     holds: 'no service was stopped, no number is lost; the whole file is restored',
@@ -191,7 +185,6 @@ export const clusterFaults: Fault[] = [
     check: assertRestored,
   },
   {
-    ...common,
     name: 'ssh is cut while etcd is restored',
     done: '`kill -9` of the sshd of the connection while the machine makes a data directory of the backup',
     holds: 'no service was stopped, no number is lost; the second run restores',
@@ -223,7 +216,6 @@ exit 1
     check: assertRestored,
   },
   {
-    ...common,
     name: 'a restore of etcd is killed before the change',
     done: '`kill -9` of the script while the machine makes a data directory of the backup',
     holds: 'no service was stopped, no number is lost; the second run restores',
@@ -248,7 +240,6 @@ exit 1
     check: assertRestored,
   },
   {
-    ...common,
     name: 'a restore of etcd is killed in the middle of the change',
     done: '`kill -9` of the script when it has begun to change the data',
     holds: 'the second run restores, exactly the numbers of the backup',
@@ -265,7 +256,6 @@ exit 1
     check: assertRestored,
   },
   {
-    ...common,
     name: 'Ctrl-C while the restored control plane starts',
     done: 'SIGINT to `etcd-backup restore` when it waits for the control plane',
     holds:
@@ -287,7 +277,6 @@ exit 1
     check: assertRestored,
   },
   {
-    ...common,
     name: 'etcd does not start with the restored data',
     done: 'the database that the machine has made of the backup is cut off before etcd is started with it',
     holds:

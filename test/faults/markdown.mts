@@ -3,7 +3,7 @@ import type { Fault } from './fault.mts'
 
 const introduction = `# Faults
 
-What may go wrong, and what holds afterwards. \`npm run test:faults\` brings each of these about, for real, and checks all that its row says; words after it choose groups or faults by their names.
+What may go wrong, and what holds afterwards. \`npm run test:faults\` brings each of these about, for real, and checks all that its row says: the first two groups if nothing else is asked for, groups (\`host\`, \`machine\`, \`cluster\`) or faults with these words in their names otherwise. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores without hardware acceleration.
 
 For every row, beside what it says:
 
@@ -15,7 +15,7 @@ For every row, beside what it says:
 /** @param took milliseconds @param former the page as it was, for times of what was not run now */
 export function asMarkdown(
   groups: readonly { name: string; faults: readonly Fault[] }[],
-  took: ReadonlyMap<Fault, number>,
+  took: ReadonlyMap<string, number>,
   former: string,
 ): string {
   const parts = groups.map(({ name, faults }) => {
@@ -23,7 +23,7 @@ export function asMarkdown(
       const then = former.match(
         new RegExp(`^\\| ${escaped(fault.name)} \\|.*\\| ([^|]*) \\|$`, 'm'),
       )
-      const time = took.get(fault)
+      const time = took.get(fault.name)
       const shown = time === undefined ? (then?.[1] ?? '') : `${(time / 1000).toFixed(0)} s`
       const message = (fault.says ?? []).map((part) => `“${part}”`).join(' … ')
       const end = fault.exit === 137 ? 'killed' : `${fault.exit}${message && `: ${message}`}`

@@ -23,8 +23,8 @@ interface Group {
   /** Whether they are tried without being asked for. */
   fast: boolean
   faults: readonly Fault[]
-  /** Starts what all of them share. */
-  open?: () => Promise<{ place(): Place; close(): Promise<void> }>
+  /** Starts what all of them share, or says why it cannot. */
+  open?: () => Promise<{ place(): Place; close(): Promise<void> } | string>
 }
 const groups: readonly Group[] = [
   { name: 'host', atOnce: 3, fast: true, faults: hostFaults },
@@ -49,7 +49,7 @@ const chosen = groups.map((group) => ({
 // What they write goes to a folder of this run, so that what they leave behind is seen.
 const folder = await mkdtemp(join(await realpath(tmpdir()), 'faults-'))
 process.env.TMPDIR = folder
-const took = new Map<Fault, number>()
+const took = new Map<string, number>()
 const open = new Set<Place>()
 const closings: (() => Promise<void>)[] = []
 const counts = { passed: 0, failed: 0, skipped: 0 }
@@ -60,12 +60,14 @@ if (values.list) {
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => interrupt(signal))
   const began = performance.now()
   for (const group of chosen) {
-    const waiting = [...group.faults]
-    const canBe = waiting.some(({ skip }) => !skip)
-    const shared = canBe ? await group.open?.() : undefined
+    const opened = group.faults.length > 0 ? await group.open?.() : undefined
+    const shared = typeof opened === 'object' ? opened : undefined
     if (shared) closings.push(shared.close)
     const place = async ({ settings }: Fault) =>
       shared?.place() ?? new Place(await makeCheckout(settings ? { settings } : {}))
+    const waiting = group.faults.map((fault) =>
+      typeof opened === 'string' ? { ...fault, skip: opened } : fault,
+    )
     const work = async () => {
       for (let fault = waiting.shift(); fault; fault = waiting.shift()) {
         await tell(fault, place, neighbour)
@@ -114,7 +116,7 @@ async function tell(
   try {
     await prove(fault, await placeFor(fault), neighbour)
     const time = performance.now() - began
-    took.set(fault, time)
+    took.set(fault.name, time)
     counts.passed += 1
     console.log(`✓ ${fault.name} (${seconds(time)})`)
   } catch (error) {
