@@ -30,9 +30,9 @@ Shows what it removes, and does not ask.`,
  * as long as there is one. "machine": removed with --disks only.
  */
 const generated = [
-  ['key', 'certificates and keys', 'tls/*.pem tls/ssh_* tls/known_hosts'],
-  ['key', 'kubeconfigs', 'configs/*.kubeconfig'],
-  ['key', 'encryption key', 'configs/encryption-config.yaml'],
+  ['key', 'certificates and keys', 'tls/*.pem tls/ssh_* tls/known_hosts tls/.*.{new*,tmp-*}'],
+  ['key', 'kubeconfigs', 'configs/*.kubeconfig configs/.*.kubeconfig.tmp-*'],
+  ['key', 'encryption key', 'configs/{,.}encryption-config.yaml{,.tmp-*}'],
   ['step', 'staged configurations', 'cloud-init/*'],
   ['step', 'installer ISO', 'images/*.iso*'],
   ['machine', 'disks', 'images/*.qcow2* images/*-efivars.fd*'],
