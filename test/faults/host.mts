@@ -100,19 +100,28 @@ export const hostFaults: Fault[] = [
   },
   {
     name: 'clean is killed while it removes',
-    done: '`kill -9` of `clean --disks` when it has said what it removes',
+    done: '`kill -9` of `clean --disks` when it has said what it removes; before that, other scripts were killed while they wrote keys',
     holds: 'nothing is left but what a clone has, and the user’s own files',
     exit: 137,
     keys: true,
     again: ['bin/clean.mts', '--disks'],
     async inject(place) {
       await writeFile(place.path('images', 'alpha.qcow2'), 'a disk')
+      const halves = [
+        'tls/.sigma-key.pem.tmp-1-ab',
+        'tls/.ssh_ed25519.new',
+        'tls/.ssh_ed25519.new.pub',
+      ]
+      halves.push('configs/.admin.kubeconfig.tmp-1-ab', 'configs/.encryption-config.yaml.tmp-1-ab')
+      for (const file of halves) await writeFile(place.path(file), 'half')
       return place.killWhen(['bin/clean.mts', '--disks'], (said) => said.includes('REMOVED'))
     },
     async check(place) {
       for (const name of ['tls', 'cloud-init', 'images/alpha.qcow2', 'configs/admin.kubeconfig']) {
         assert.equal(existsSync(place.path(name)), false, name)
       }
+      const hidden = (await readdir(place.path('configs'))).filter((name) => /^\.|yaml/.test(name))
+      assert.deepEqual(hidden, [])
     },
   },
   {

@@ -7,7 +7,7 @@ What may go wrong, and what holds afterwards. \`npm run test:faults\` brings eac
 
 For every row, beside what it says:
 
-- No process, port, lock or half-written file is left. Where a script was killed, which nobody can prepare for, that holds after the second run.
+- No process, port, lock or half-written file is left. Where a script was killed, which nobody can prepare for, that holds after the second run, but for a file \`.NAME.tmp-…\` that was just being written; \`make clean\` removes it.
 - The second run finishes the job, with status 0.
 - Another cluster on the same computer, with its files and a machine of the same name, is untouched; so are the user's own files in the checkout.
 `
