@@ -38,7 +38,9 @@ process.env.NODE_OPTIONS = `--import=${new URL('strip-types.mjs', import.meta.ur
 const took = new Map<string, number>()
 const failed = new Set<string>()
 const skipped: string[] = []
-const tests = run({ files, concurrency: availableParallelism() + 1 })
+// (A file that does not end is stopped: 15 minutes.)
+const limits = { concurrency: availableParallelism() + 1, timeout: 900_000 }
+const tests = run({ files, ...limits })
 tests.on('test:fail', (test) => {
   failed.add(relative(projectRoot, test.file ?? ''))
   note(test)

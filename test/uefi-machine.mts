@@ -94,11 +94,17 @@ export class UefiShell {
   /** Attaches to the console of a machine that has just been started, and waits for the prompt. */
   static async of(cluster: Cluster, node: Node): Promise<UefiShell> {
     const shell = new UefiShell(connectUnixSocket(filesOf(cluster, node).console))
-    // It counts down from 5 before it gives its prompt, unless a key is pressed.
-    await becomes(() => /startup\.nsh|Shell> $/.test(plainText(shell.text)), 240)
-    shell.socket.write(' ')
-    await shell.waitForPrompt(240)
-    return shell
+    try {
+      // It counts down from 5 before it gives its prompt, unless a key is pressed. What it printed
+      // before this was attached is not seen: Enter then makes it print another prompt.
+      await becomes(() => /startup\.nsh|Shell> $/.test(plainText(shell.text)), 30)
+      shell.socket.write('\r')
+      await shell.waitForPrompt(240)
+      return shell
+    } catch (error) {
+      shell.close()
+      throw error
+    }
   }
 
   /** Attaches to the console of a machine whose shell gives its prompt. */
