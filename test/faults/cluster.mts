@@ -351,8 +351,11 @@ async function newest(place: Place): Promise<string> {
   return (await backupsOf(place)).at(-1) ?? ''
 }
 
+/** The last number in the newest backup. */
 async function inBackup(place: Place): Promise<number> {
-  return writerOf(place).numberIn(await newest(place))
+  const status = ['snapshot', 'status', '--write-out=json', await newest(place)]
+  const { stdout } = await alpha().controlPlane.run('etcdutl', status)
+  return writerOf(place).numberAt(JSON.parse(stdout).revision)
 }
 
 /** Saves etcd. @returns the file */

@@ -10,6 +10,8 @@ import { becomes } from '../../lib/wait.mts'
 export class Writer {
   /** The last number that the API server has acknowledged. */
   last = 0
+  /** etcd's revision of each number. */
+  private readonly revisions: number[] = []
   readonly namespace: string
   private readonly cluster: Cluster
   private readonly agent: Agent
@@ -81,11 +83,9 @@ export class Writer {
     assert.deepEqual(await this.numbers(), upTo(number))
   }
 
-  /** The last number in a backup of etcd. */
-  async numberIn(backup: string): Promise<number> {
-    const data = await readFile(backup, 'latin1')
-    const key = new RegExp(`/registry/configmaps/${this.namespace}/n-(\\d+)`, 'g')
-    return Math.max(...[...data.matchAll(key)].map(([, number]) => Number(number)))
+  /** The last number that was there at a revision of etcd. */
+  numberAt(revision: number): number {
+    return this.revisions.filter((each) => each <= revision).length
   }
 
   private async count(): Promise<void> {
@@ -93,10 +93,15 @@ export class Writer {
       const next = this.last + 1
       const name = `n-${String(next).padStart(6, '0')}`
       const path = `/api/v1/namespaces/${this.namespace}/configmaps`
-      const { status } = await this.ask('POST', path, name).catch(() => ({ status: 0 }))
-      // 409: an earlier attempt, whose answer was lost, had written it.
-      if (status === 201 || status === 409) this.last = next
-      else if (this.endsWhenRefused) return
+      const refused = () => ({ status: 0, body: '' })
+      let { status, body } = await this.ask('POST', path, name).catch(refused)
+      // An earlier attempt, whose answer was lost, had written it.
+      if (status === 409)
+        ({ status, body } = await this.ask('GET', `${path}/${name}`).catch(refused))
+      if (status === 201 || status === 200) {
+        this.last = next
+        this.revisions.push(Number(JSON.parse(body).metadata.resourceVersion))
+      } else if (this.endsWhenRefused) return
       await sleep(20)
     }
   }
