@@ -114,6 +114,7 @@ spec:
             # It has metrics after its second round, the resolution later; the first one is at once.
             initialDelaySeconds: 15
             periodSeconds: 2
+            timeoutSeconds: 5
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true

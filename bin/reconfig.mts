@@ -313,7 +313,11 @@ async function switchTo(
 ): Promise<string> {
   const { name } = node
   row.step('nixos-rebuild switch')
-  const nixosRebuild = `
+  // Also that of a run that was killed before it could confirm its switch.
+  const disarm = `
+    systemctl stop reconfig-undo.timer 2>/dev/null || true
+    while systemctl is-active --quiet reconfig-undo.service; do sleep 1; done`
+  const nixosRebuild = `${disarm}
     rm -f undone
     ${guarded ? 'touch' : 'rm -f'} guarded
     status=0
@@ -328,9 +332,7 @@ async function switchTo(
     exit $status`
   const { status, lines } = await runUnit(node, row, nixosRebuild, signal)
   const confirm = `
-    rm -f ${home}/guarded
-    systemctl stop reconfig-undo.timer 2>/dev/null || true
-    while systemctl is-active --quiet reconfig-undo.service; do sleep 1; done
+    rm -f ${home}/guarded${disarm}
     if [ -e ${home}/undone ]; then echo undone; fi`
   if ((await remote(node, confirm, { timeout: 300 })) !== '') {
     throw new StepError(`${name} could not be reached after the switch and undid it`)
