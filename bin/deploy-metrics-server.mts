@@ -109,6 +109,9 @@ spec:
           resources: {requests: {cpu: 100m, memory: 200Mi}}
           livenessProbe:
             httpGet: {path: /livez, port: https, scheme: HTTPS}
+            # An emulated processor takes half a minute to start it.
+            initialDelaySeconds: 60
+            timeoutSeconds: 5
           readinessProbe:
             httpGet: {path: /readyz, port: https, scheme: HTTPS}
             # It has metrics after its second round, the resolution later; the first one is at once.
