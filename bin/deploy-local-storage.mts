@@ -150,6 +150,8 @@ spec:
           resources: {requests: {cpu: 10m, memory: 32Mi}}
           livenessProbe:
             httpGet: {path: /health, port: health}
+            initialDelaySeconds: 60
+            timeoutSeconds: 5
           readinessProbe:
             httpGet: {path: /ready, port: health}
             # It sends the API server five requests for each answer.
