@@ -28,8 +28,8 @@ export async function podNetwork(rehearsal: Rehearsal): Promise<void> {
         reason = error
         return ''
       })
-    // metrics-server asks every 15 s.
-    if (!(await becomes(async () => (await has()) !== '', 60, signal))) throw reason
+    // metrics-server asks every 15 s, and may have been started a moment ago.
+    if (!(await becomes(async () => (await has()) !== '', 120, signal))) throw reason
     return undefined
   })
   // Each pod from each, and their service.
