@@ -1,5 +1,6 @@
 // Real machines without an operating system: their disks are empty, so their UEFI firmware starts
 // its shell within seconds. That answers on the console, can ping, and powers off.
+import { readFile } from 'node:fs/promises'
 import type { Socket } from 'node:net'
 import { $, which } from 'zx/core'
 import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
@@ -95,9 +96,11 @@ export class UefiShell {
   static async of(cluster: Cluster, node: Node): Promise<UefiShell> {
     const shell = new UefiShell(connectUnixSocket(filesOf(cluster, node).console))
     try {
-      // It counts down from 5 before it gives its prompt, unless a key is pressed. What it printed
-      // before this was attached is not seen: Enter then makes it print another prompt.
-      await becomes(() => /startup\.nsh|Shell> $/.test(plainText(shell.text)), 30)
+      // It counts down from 5 before it gives its prompt, unless a key is pressed. The console's log
+      // also has what was printed before this was attached; Enter then gives another prompt.
+      const { consoleLog } = filesOf(cluster, node)
+      const printed = async () => plainText(await readFile(consoleLog, 'utf8'))
+      await becomes(async () => /startup\.nsh|Shell> /.test(await printed()), 240)
       shell.socket.write('\r')
       await shell.waitForPrompt(240)
       return shell
