@@ -15,6 +15,7 @@ import {
   writeFile,
 } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
+import { retry } from 'zx'
 import { isGone } from '../../lib/processes.mts'
 import { type Outcome, projectRoot } from '../checkout.mts'
 import { type FileServer, startFileServer } from '../file-server.mts'
@@ -81,7 +82,7 @@ export const hostFaults: Fault[] = [
   },
   {
     name: 'staging is killed while it writes',
-    done: '`kill -9` of `generate-nocloud-iso` when the first, the twelfth and the 25th file is there',
+    done: '`kill -9` of `generate-nocloud-iso` when the first, the eighth and the 16th file is there',
     holds: 'each machine has exactly the files of a run that was not disturbed',
     exit: 137,
     keys: true,
@@ -89,10 +90,13 @@ export const hostFaults: Fault[] = [
     async inject(place) {
       await copyAside(place, 'cloud-init')
       let last: Outcome | undefined
-      for (const count of [1, 12, 25]) {
-        await rm(place.path('cloud-init'), { recursive: true })
+      for (const count of [1, 8, 16]) {
         const when = async () => (await filesIn(place, 'cloud-init')) >= count
-        last = await place.killWhen([staging], when)
+        // It may have written everything before the signal gets there: another attempt.
+        last = await retry(20, async () => {
+          await rm(place.path('cloud-init'), { recursive: true })
+          return place.killWhen([staging], when)
+        })
       }
       return last as Outcome
     },
