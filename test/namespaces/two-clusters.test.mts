@@ -37,10 +37,11 @@ describe('two clusters of namespaces at the same time', { skip }, () => {
 
   it('do not meet, although their machines have the same addresses', async () => {
     for (const cluster of clusters) {
-      const ca = '--cacert /var/lib/kubernetes/pki/ca.pem'
+      const pki = '/var/lib/kubernetes/pki'
+      const keys = `--cacert ${pki}/ca.pem --cert ${pki}/sigma.pem --key ${pki}/sigma-key.pem`
       const patient = '--retry 60 --retry-delay 1 --retry-all-errors'
       const url = `https://${cluster.cluster.controlPlane.ip}:${cluster.cluster.settings.API_PORT}/livez`
-      const { stdout, stderr } = await on(cluster, 'sigma', `curl -sS ${ca} ${patient} ${url}`)
+      const { stdout, stderr } = await on(cluster, 'sigma', `curl -sSf ${keys} ${patient} ${url}`)
       assert.equal(stdout, 'ok', stderr)
     }
   })
