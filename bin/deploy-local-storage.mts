@@ -148,10 +148,11 @@ spec:
             - {name: CONFIG_MOUNT_PATH, value: /etc/config/}
           ports: [{name: health, containerPort: 8080, protocol: TCP}]
           resources: {requests: {cpu: 10m, memory: 32Mi}}
-          livenessProbe:
+          startupProbe:
             httpGet: {path: /health, port: health}
-            initialDelaySeconds: 60
-            timeoutSeconds: 5
+            periodSeconds: 2
+            failureThreshold: 300
+          livenessProbe: {httpGet: {path: /health, port: health}, timeoutSeconds: 5}
           readinessProbe:
             httpGet: {path: /ready, port: health}
             # It sends the API server five requests for each answer.

@@ -107,11 +107,13 @@ spec:
             - --metric-resolution=15s
           ports: [{name: https, containerPort: 10250, protocol: TCP}]
           resources: {requests: {cpu: 100m, memory: 200Mi}}
-          livenessProbe:
+          # An emulated processor takes minutes to start it; the others wait for that.
+          startupProbe:
             httpGet: {path: /livez, port: https, scheme: HTTPS}
-            # An emulated processor takes half a minute to start it.
-            initialDelaySeconds: 60
+            periodSeconds: 2
             timeoutSeconds: 5
+            failureThreshold: 300
+          livenessProbe: {httpGet: {path: /livez, port: https, scheme: HTTPS}, timeoutSeconds: 5}
           readinessProbe:
             httpGet: {path: /readyz, port: https, scheme: HTTPS}
             # It has metrics after its second round, the resolution later; the first one is at once.
