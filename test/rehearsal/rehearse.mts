@@ -21,6 +21,7 @@ import { machineTable } from './machine-table.mts'
 import { machinePrograms, preferOnPath } from './programs-on-path.mts'
 import { Rehearsal } from './rehearsal.mts'
 import { makeRehearsalFolder, rehearsalFolder } from './rehearsal-folder.mts'
+import { SecretWatch } from './secrets.mts'
 
 const { YES, KEEP, NODES, DAY_TWO } = process.env
 const signal = interruption()
@@ -56,6 +57,7 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   const rehearsal = new Rehearsal(cluster, nodes, signal)
   rehearsal.note('simulated installer ISO', isoTook)
   await preferOnPath(programs)
+  const watch = await SecretWatch.start()
 
   try {
     await rehearsal.timed('make all, up to the machines', () =>
@@ -66,7 +68,9 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
     if (programs.length > 0 && whole) await rehearseSteps(rehearsal, clusterSteps)
     console.log(`\n${await machineTable(rehearsal)}`)
     if (programs.length > 0 && whole && DAY_TWO) await rehearseSteps(rehearsal, dayTwo(DAY_TWO))
+    await rehearseSteps(rehearsal, [['secrets', () => watch.check(rehearsal)]])
   } finally {
+    await watch.end()
     console.log(`\n${rehearsal.timeTable()}`)
     if (KEEP) explainHowToContinue(whole ? '' : names)
     else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
