@@ -23,11 +23,7 @@ these are up. Whatever exists is kept, so that a second run only boots and verif
     },
   },
   args: '[NODE...]',
-  examples: [
-    './bin/bootstrap-cluster.mts',
-    './bin/bootstrap-cluster.mts --until machines',
-    'WORKER_MEM=4096 ./bin/bootstrap-cluster.mts',
-  ],
+  examples: ['./bin/bootstrap-cluster.mts', 'WORKER_MEM=4096 ./bin/bootstrap-cluster.mts'],
 })
 
 const cluster = loadCluster()

@@ -5,7 +5,7 @@ import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import { freemem } from 'node:os'
 import { createInterface } from 'node:readline/promises'
-import { which } from 'zx/core'
+import { $, which } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { explain, StepError } from '../lib/errors.mts'
 import { readIfThere } from '../lib/files.mts'
@@ -28,12 +28,14 @@ warnings (no hardware acceleration, little memory) do not count.`,
     install: { help: 'run those commands, after asking, and check again' },
     yes: { help: 'with --install: do not ask' },
     json: { help: 'the findings and the commands as JSON' },
+    leftovers: { help: 'show instead which processes and files of this project there are' },
   },
-  examples: ['./bin/check-prereqs.mts', './bin/check-prereqs.mts --install'],
+  examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
 if (flags.yes && !flags.install) throw new StepError('--yes is for --install', { exitCode: 2 })
 
 const cluster = loadCluster()
+if (flags.leftovers) await showLeftovers()
 const { settings, nodes } = cluster
 const { KUBERNETES_VERSION, QEMU_FIRMWARE_CODE: code, QEMU_FIRMWARE_VARS: vars } = settings
 const os = host.detectSystem()
@@ -125,6 +127,21 @@ else {
 }
 const wrong = findings.filter(({ state }) => marks[state] === '✗').map(({ name }) => name)
 if (wrong.length > 0) throw new StepError(`missing prerequisites: ${wrong.join(', ')}`)
+
+/** Machines, the LAN switch, scripts, and what the scripts have written; ends the script. */
+async function showLeftovers(): Promise<never> {
+  const { stdout } = await $`ps -A -ww -o pid= -o args=`
+  const marks = ['/run/', '/lib/lan-switch.mts', '/bin/'].map((path) => cluster.path() + path)
+  const rows = stdout.split('\n').flatMap((line) => {
+    const [, pid = '', args = ''] = line.match(/^ *(\d+) (.*)/) ?? []
+    // This script, and clean, which has run it.
+    if (/\/(check-prereqs|clean)\.mts/.test(args)) return []
+    return marks.some((mark) => args.includes(mark)) ? [[pid, args.slice(0, 100)]] : []
+  })
+  console.log(rows.length > 0 ? formatTable(['PID', 'PROCESS'], rows) : 'No process is running.')
+  console.log((await $`./bin/clean.mts --list --disks`).stdout.trimEnd())
+  process.exit(0)
+}
 
 /** All checks, in the order of the report, and what would install what is missing. */
 async function checkAll() {

@@ -77,6 +77,7 @@ async function clean(): Promise<void> {
     console.log('make clobber removes them together with the disks.')
   }
   if (!flags.list && chosen.length > 0) await $`rm -rf ${chosen}`
+  if (!flags.list && flags.disks) await runScript('check-prereqs', ['--leftovers'])
 }
 
 /** Nothing is removed during an installation, or while a machine runs that would not be stopped. */

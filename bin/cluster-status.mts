@@ -2,15 +2,18 @@
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // The whole cluster: machines, services, nodes, pods, certificates, LAN switch, and what is wrong.
 import { X509Certificate } from 'node:crypto'
+import { stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { formatTable } from '../lib/format.mts'
-import { clockProbe, clockTrouble, serviceProbe } from '../lib/health.mts'
+import { clockProbe, clockTrouble, serviceProbe, servicesOf } from '../lib/health.mts'
+import { type ApiNode, getNodes, printAndExit, useCluster } from '../lib/kubectl.mts'
 import { lanSwitchStatus } from '../lib/lan.mts'
 import { script } from '../lib/script.mts'
-import { connect, runProbes } from '../lib/ssh.mts'
-import { machineState } from '../lib/vm.mts'
+import { connect, remote, runProbes } from '../lib/ssh.mts'
+import { inParallel } from '../lib/steps.mts'
+import { filesOf, machineState } from '../lib/vm.mts'
 import type { Health } from './cluster-health.mts'
 
 const { flags } = script({
@@ -21,14 +24,17 @@ and ends with status 0 whatever it finds ("healthy" in --json has the result).`,
   writes: [],
   flags: {
     json: { help: 'all of it as JSON' },
+    boot: { help: 'when the last boot of each machine reached what, instead of all this' },
     timeout: { value: 'SECONDS', number: true, help: 'how long to wait for each answer (8)' },
   },
-  examples: ['./bin/cluster-status.mts', './bin/cluster-status.mts --json | jq .problems'],
+  examples: ['./bin/cluster-status.mts --boot', './bin/cluster-status.mts --json | jq .problems'],
 })
 
 const cluster = loadCluster()
 const { CERT_RENEW_DAYS } = cluster.settings
 const { timeout = 8 } = flags
+
+if (flags.boot) await printBoots()
 
 // What a machine is asked besides its services: all in one ssh call, because each takes seconds where
 // QEMU emulates the processor.
@@ -126,6 +132,54 @@ async function askMachine(node: Node) {
     if (error instanceof StepError) return unknown(error.message)
     throw error
   }
+}
+
+/** When the last boot of each machine reached what, as systemd and the API know it. */
+async function printBoots(): Promise<never> {
+  await useCluster(cluster)
+  const nodes = await getNodes().catch(() => undefined)
+  const names = cluster.nodes.map(({ name }) => name)
+  const boots = await inParallel(names, async (name) => {
+    return { name, events: await bootOf(cluster.node(name), nodes?.get(name)) }
+  })
+  if (flags.json) return printAndExit(`${JSON.stringify(boots, null, 2)}\n`)
+  const longest = Math.max(...boots.map(({ events }) => events.at(-1)?.after ?? 0))
+  const rows = boots.flatMap(({ name, events }) =>
+    events.map(({ what, after }, index) => {
+      const bar = '█'.repeat(Math.round((40 * after) / longest))
+      return [index > 0 ? '' : name, what, `${after.toFixed(1).padStart(7)} s`, bar]
+    }),
+  )
+  return printAndExit(`${formatTable(['MACHINE', 'REACHED', '  AFTER', ''], rows)}\n`)
+}
+
+/** In seconds after power-on; if QEMU was started since, from a snapshot, after systemd's start. */
+async function bootOf(node: Node, registered: ApiNode | undefined) {
+  await connect(cluster, node, { timeout })
+  const stamp = (property: string, what = property, unit = '') =>
+    `echo $(systemctl show --value --property=${property}TimestampMonotonic ${unit}) ${what}`
+  const units = ['sshd', ...servicesOf(cluster, node)]
+  // In microseconds: the kernel's start since 1970, the rest since the kernel's start.
+  const command = `echo $(($(date +%s%6N) - $(sed 's/\\.//; s/ .*/0000/' /proc/uptime))) kernel
+    ${[...units.map((unit) => stamp('ActiveEnter', unit, unit)), stamp('Finish', 'end of boot')].join('\n')}
+    ${stamp('Userspace', 'systemd')}`
+  const lines = (await remote(node, command, { timeout })).trim().split('\n')
+  const [kernel = 0, ...times] = lines.map((line) => Number.parseInt(line, 10) / 1e6)
+  const reached = times.map((at, index) => ({
+    at,
+    what: lines[index + 1]?.split(/ (.*)/)[1] ?? '',
+  }))
+  const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
+  if (ready?.status === 'True') {
+    reached.push({ at: Date.parse(ready.lastTransitionTime) / 1000 - kernel, what: 'node Ready' })
+  }
+  const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
+  if (poweredOn < 1) reached.push({ at: 0.001, what: 'kernel' })
+  const zero = poweredOn < 1 ? poweredOn : (times.at(-1) ?? 0)
+  const events = reached
+    .filter(({ at }) => at > 0)
+    .map(({ at, what }) => ({ what, after: at - zero }))
+  return events.sort((one, other) => one.after - other.after)
 }
 
 /** Everything that is wrong, a line each. */

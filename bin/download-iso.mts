@@ -34,10 +34,7 @@ continues where it stopped. A verified ISO is kept.`,
     },
     force: { help: 'download even if there is a verified one' },
   },
-  examples: [
-    './bin/download-iso.mts',
-    './bin/download-iso.mts --iso-url ~/Downloads/nixos-minimal.iso',
-  ],
+  examples: ['./bin/download-iso.mts', './bin/download-iso.mts --iso-url ~/Downloads/nixos.iso'],
 })
 
 const cluster = loadCluster()
@@ -226,7 +223,6 @@ async function link(): Promise<void> {
 
 /**
  * An address, or a file: in cluster.env relative to the project, else to the current folder.
- *
  * @returns the address without user and password, its host, and these two for curl's --config;
  *   or the absolute path of the file
  */

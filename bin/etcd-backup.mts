@@ -32,11 +32,7 @@ its former data back if it is not healthy with the new ones. Pods keep running a
     timeout: { value: 'SECONDS', number: true, help: 'restore: how long to wait (WAIT_TIMEOUT)' },
   },
   args: 'snapshot|restore [FILE]',
-  examples: [
-    './bin/etcd-backup.mts snapshot --keep 5',
-    './bin/etcd-backup.mts restore',
-    './bin/etcd-backup.mts restore backups/etcd-2026-11-22-171234.db',
-  ],
+  examples: ['./bin/etcd-backup.mts snapshot --keep 5', './bin/etcd-backup.mts restore'],
 })
 const [action, file] = args
 const keep = flags.keep ?? 10
@@ -114,7 +110,6 @@ async function restore(): Promise<void> {
 /**
  * Makes a data directory next to the one in use while the control plane works; then they change
  * places while it is stopped. Puts the former one back if it is not healthy then, or after Ctrl-C.
- *
  * @returns where the former data are kept on the machine
  */
 async function replaceData(path: string, row: Row): Promise<string> {

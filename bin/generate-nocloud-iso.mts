@@ -82,7 +82,6 @@ function filesOf(node: Node): StagedFile[] {
 
 /**
  * cluster.json: the values of cluster.env that the modules in configs/ read.
- *
  * @param sshKey the public key that may log in as root
  * @param digests a changed certificate changes its digest and by that the configuration, so the
  *   machine knows which services to restart

@@ -20,16 +20,7 @@ import { runScript, script } from '../lib/script.mts'
 import { suspended } from '../lib/snapshots.mts'
 import { waitForSsh, waitForSystem } from '../lib/ssh.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
-import {
-  assertDiskSpace,
-  assertPortsFree,
-  filesOf,
-  hasDisk,
-  machineState,
-  prepareEfiVars,
-  prepareFolders,
-  startMachine,
-} from '../lib/vm.mts'
+import * as vm from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `Starts installed machines in the background: all, or those that are named; suspended ones continue,
@@ -50,12 +41,7 @@ ISO, the commands are typed on their serial consoles, and at the end they are po
     force: { help: 'with --iso: replace existing disks; all data on them is lost' },
   },
   args: '[NODE...]',
-  examples: [
-    './bin/provision.mts',
-    './bin/provision.mts --wait alpha',
-    './bin/provision.mts --iso sigma',
-    './bin/provision.mts --iso --iso-file ~/Downloads/nixos-minimal.iso --force sigma',
-  ],
+  examples: ['./bin/provision.mts --wait alpha', './bin/provision.mts --iso sigma'],
 })
 
 const cluster = loadCluster()
@@ -81,28 +67,28 @@ const fatalPatterns = [
 
 if (installing) {
   const iso = await chooseIso()
-  const present = nodes.filter((node) => hasDisk(cluster, node)).map(({ name }) => name)
+  const present = nodes.filter((node) => vm.hasDisk(cluster, node)).map(({ name }) => name)
   if (present.length > 0 && !flags.force) {
     const have = present.length > 1 ? 'have disks' : 'has a disk'
     throw new StepError(`${present.join(' and ')} already ${have} in images/`, {
       hint: `start: ./bin/provision.mts ${present.join(' ')}\nreinstall, all data is lost: --iso --force`,
     })
   }
-  await assertDiskSpace(cluster, nodes)
+  await vm.assertDiskSpace(cluster, nodes)
   if (host.warning) console.error(`! ${host.warning}`)
-  await prepareFolders(cluster)
+  await vm.prepareFolders(cluster)
   await inParallel(names, (name, row) => {
     const lock = cluster.path('run', `${name}-install.lock`)
     return withLock(lock, `installing ${name}`, () => install(cluster.node(name), iso, row))
   })
 } else {
-  const missing = nodes.filter((node) => !hasDisk(cluster, node)).map(({ name }) => name)
+  const missing = nodes.filter((node) => !vm.hasDisk(cluster, node)).map(({ name }) => name)
   if (missing.length > 0) {
     const have = missing.length > 1 ? 'have no disks' : 'has no disk'
     const hint = `install: ./bin/provision.mts --iso ${missing.join(' ')}`
     throw new StepError(`${missing.join(' and ')} ${have}: not installed yet`, { hint })
   }
-  await assertPortsFree(cluster, nodes)
+  await vm.assertPortsFree(cluster, nodes)
   if (host.warning) console.error(`! ${host.warning}`)
   if (existsSync(cluster.path('snapshots', suspended))) {
     const how = flags['disks-only'] ? ['--disks-only'] : []
@@ -116,7 +102,7 @@ if (installing) {
 /** Powers a machine on. @returns its state in words */
 async function start(node: Node, row: Row): Promise<string> {
   if (flags.wait) row.step('power on')
-  const { pid, alreadyRunning } = await startMachine(cluster, node, host)
+  const { pid, alreadyRunning } = await vm.startMachine(cluster, node, host)
   if (!flags.wait) return `${alreadyRunning ? 'runs already' : 'started'} (pid ${pid})`
   const limits = { signal, detail: (text: string) => row.detail(text) }
   row.step('waiting for ssh')
@@ -137,7 +123,7 @@ async function chooseIso(): Promise<string> {
 
 /** Installs a node; tries a second time where that may help: not after a configuration error. */
 async function install(node: Node, iso: string, row: Row): Promise<void> {
-  const found = await machineState(cluster, node)
+  const found = await vm.machineState(cluster, node)
   if (found.state === 'running') {
     const hint = `shut it down first: ./bin/shutdown.mts ${node.name}`
     throw new StepError(`${node.name} is running (pid ${found.pid})`, { hint })
@@ -146,7 +132,7 @@ async function install(node: Node, iso: string, row: Row): Promise<void> {
     const hint = `./bin/generate-nocloud-iso.mts ${node.name}`
     throw new StepError(`${node.name} has no staged configuration`, { hint })
   }
-  await rm(filesOf(cluster, node).installLog, { force: true })
+  await rm(vm.filesOf(cluster, node).installLog, { force: true })
   try {
     await attempt(node, iso, row)
   } catch (error) {
@@ -158,7 +144,7 @@ async function install(node: Node, iso: string, row: Row): Promise<void> {
 
 /** One attempt. The disk is .partial until NixOS is on it; a failure removes it and ends QEMU. */
 async function attempt(node: Node, iso: string, row: Row): Promise<void> {
-  const { disk, partialDisk, efiVars, installLog } = filesOf(cluster, node)
+  const { disk, partialDisk, efiVars, installLog } = vm.filesOf(cluster, node)
   // Always the same paths: what a killed attempt left is removed by the next one.
   const folder = cluster.path('run', `${node.name}-install`)
   await rm(folder, { recursive: true, force: true })
@@ -167,7 +153,7 @@ async function attempt(node: Node, iso: string, row: Row): Promise<void> {
   try {
     const kernel = await extractKernel(iso, folder, host.arch)
     await $`qemu-img create -q -f qcow2 ${partialDisk} ${DISK_SIZE}G`
-    await prepareEfiVars(cluster, node, host, { fresh: true })
+    await vm.prepareEfiVars(cluster, node, host, { fresh: true })
     const mode = { kind: 'install', iso, kernel } as const
     // QEMU in a terminal: its serial console is what we type on. It ends with us, however we end.
     const machine = spawn(host.qemu.path, qemuArguments({ cluster, node, host, mode }), {

@@ -302,7 +302,6 @@ async function putBack(name: string): Promise<void> {
 
 /**
  * Switches to what /etc/nixos on the machine says, and waits until the services are healthy.
- *
  * @param options.guarded the machine undoes a switch after which it is not reached any more
  * @returns which units were restarted
  */
@@ -451,7 +450,6 @@ async function restart(node: Node, row: Row): Promise<string> {
 /**
  * Runs shell text in our folder on a machine to its end, as a unit of systemd: a lost connection
  * does not end it. After Ctrl-C only the wait ends.
- *
  * @returns its status, and the last lines, up to 200, of both outputs
  * @throws StepError if it does not end: the machine was stopped or restarted, or time is up
  */

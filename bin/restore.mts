@@ -16,14 +16,8 @@ import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { qemuArguments } from '../lib/qemu.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { runScript, script } from '../lib/script.mts'
-import {
-  hardware,
-  inspect,
-  liveParts,
-  readSnapshots,
-  type Snapshot,
-  suspended,
-} from '../lib/snapshots.mts'
+import type { Snapshot } from '../lib/snapshots.mts'
+import { hardware, inspect, liveParts, readSnapshots, suspended } from '../lib/snapshots.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
 import { filesOf, freeBytes, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'

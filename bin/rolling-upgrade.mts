@@ -27,10 +27,7 @@ node that is not healthy, which stays cordoned. Take a snapshot before: make sna
     timeout: { value: 'SECONDS', number: true, help: 'for pods, then services (WAIT_TIMEOUT)' },
   },
   args: 'NODE|all',
-  examples: [
-    'NIXOS_VERSION=26.11 ./bin/rolling-upgrade.mts all',
-    './bin/rolling-upgrade.mts sigma',
-  ],
+  examples: ['NIXOS_VERSION=26.11 ./bin/rolling-upgrade.mts all', 'make upgrade NAME=sigma'],
 })
 
 const cluster = loadCluster()

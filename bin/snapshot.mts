@@ -16,15 +16,8 @@ import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { commandLine, isGone, memoryOf } from '../lib/processes.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { script } from '../lib/script.mts'
-import {
-  hardware,
-  inspect,
-  type Kind,
-  liveParts,
-  readSnapshots,
-  type Snapshot,
-  suspended,
-} from '../lib/snapshots.mts'
+import type { Kind, Snapshot } from '../lib/snapshots.mts'
+import { hardware, inspect, liveParts, readSnapshots, suspended } from '../lib/snapshots.mts'
 import { setClocks, syncGuests } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
 import { filesOf, freeBytes, hasDisk, machineState } from '../lib/vm.mts'

@@ -8,15 +8,12 @@ import { describeError, StepError } from '../lib/errors.mts'
 import { formatDuration } from '../lib/format.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { apply, kubectlJson, useCluster } from '../lib/kubectl.mts'
-import {
-  createScratchNamespace,
-  deleteScratchNamespace,
-  startWebPods,
-  type WebPod,
-} from '../lib/pods.mts'
+import type { WebPod } from '../lib/pods.mts'
+import { createScratchNamespace, deleteScratchNamespace, startWebPods } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
 import { remote } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
+import { waitFor } from '../lib/wait.mts'
 import type { Status } from './cluster-status.mts'
 
 const { flags } = script({
@@ -149,6 +146,22 @@ try {
   await check('every pod finds a service by its name', noPods || noDns, () =>
     inEveryPod(`nslookup kubernetes.default.svc.${settings.K8S_CLUSTER_DOMAIN}.`),
   )
+  const cilium = $({ nothrow: true })`kubectl get crd ciliumnetworkpolicies.cilium.io`
+  const noPolicies = run && (await cilium).exitCode !== 0 && 'Cilium is missing: make network'
+  const onePod = pods.length === 1 && 'it takes two workers'
+  await check('a network policy keeps pods out', noPods || noPolicies || onePod, async () => {
+    const spec = { podSelector: {}, policyTypes: ['Ingress'] }
+    const policy = { apiVersion: 'networking.k8s.io/v1', kind: 'NetworkPolicy' }
+    await apply([{ ...policy, metadata: { name: 'closed', namespace }, spec }], {
+      manager: 'test-cluster',
+      signal,
+    })
+    const fetch = `wget -q -T 2 -O /dev/null ${pods[1]?.ip}:8080 || echo kept out`
+    await waitFor({ failure: 'pods are let in', timeout: 60, signal }, async () => {
+      return (await pods[0]?.run(fetch))?.trim() ? undefined : `${pods[0]?.name} is let in`
+    })
+    await $`kubectl delete networkpolicy closed ${inNamespace}`
+  })
   await check(`${controlPlane.name} reaches every pod`, noPods, async () => {
     for (const { ip } of pods) {
       await remote(controlPlane, `curl -fsS -m 10 -o /dev/null ${ip}:8080`, { signal })

@@ -29,7 +29,6 @@ let overridesShown = process.env.CLUSTER_LOCKS !== undefined
 
 /**
  * Reads cluster.env, lets variables of the environment win, and checks all of it.
- *
  * @param options.text the content of cluster.env, instead of the file
  * @throws StepError with every problem found, each with file and line
  */

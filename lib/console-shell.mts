@@ -52,7 +52,6 @@ export class ConsoleShell {
   /**
    * Takes over the root shell that has just shown its prompt: a plain bash without prompts, echo
    * and history. `signal` ends every command.
-   *
    * @param silence command that stops others from writing to the console. It is repeated until its
    *   own markers arrive undamaged.
    * @throws ExpectError; StepError if the console still echoes
@@ -128,7 +127,6 @@ export class ConsoleShell {
   /**
    * Writes a file on the machine, mode 0600: base64 in acknowledged pieces, then its checksum.
    * 60 KB take three seconds. Nothing of it is recorded.
-   *
    * @param path absolute, without characters that are special to a shell
    */
   async upload(data: Uint8Array, path: string, onSent?: (part: number) => void): Promise<void> {

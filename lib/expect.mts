@@ -104,7 +104,6 @@ export class Session {
   /**
    * Waits until a pattern matches the output since the last match. If several match, the first one
    * of the list counts, wherever in the output it is.
-   *
    * @throws ExpectError on timeout, at the program's end, and for fatal output; the signal's reason
    */
   expect(wanted: string | RegExp | (string | RegExp)[], options: WaitOptions): Promise<Match> {

@@ -6,7 +6,6 @@ import { basename, dirname, join } from 'node:path'
 /**
  * Writes a file so that a reader, or an interruption at any moment, sees either the previous or
  * the new content. Missing folders are created.
- *
  * @param mode permission bits from the first byte on, whatever the umask (0o600 for secrets)
  * @throws the file system's error; the previous file is then unchanged
  */

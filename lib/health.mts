@@ -93,7 +93,6 @@ export function clockTrouble(name: string, ahead: number): string {
 /**
  * Whether the API server is ready, and its nodes by name (undefined if they could not be listed).
  * No answer is a state, not an error.
- *
  * @param limits.timeout for each answer; 10 s by default
  */
 export async function probeApiServer(cluster: Cluster, limits: Limits = {}) {
@@ -127,7 +126,6 @@ async function get(cluster: Cluster, path: string, limits: Limits): Promise<stri
 
 /**
  * Why a kubectl command got no answer from the API server.
- *
  * @throws the signal's reason; anything that is not an error of kubectl or of a step
  */
 export function apiError(error: unknown, { timeout = 10, signal }: Limits = {}): string {
@@ -158,7 +156,6 @@ function nodeState(node: ApiNode) {
 /**
  * Waits until the cluster's services on a machine are healthy, and on the control plane until the
  * API server is ready.
- *
  * @param options.check returns what else is missing, or throws to end the wait
  * @throws StepError with the end of the journal as soon as a service was restarted five times: some
  *   fail a few times while what they need starts

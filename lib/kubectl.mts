@@ -17,7 +17,6 @@ interface Kubeconfig {
  * Makes every kubectl and helm command of this script talk to our cluster: they get a copy of
  * configs/admin.kubeconfig with the context "default" alone, so that neither KUBECONFIG nor the
  * current context of the caller matters.
- *
  * @throws StepError if the kubeconfig is missing, or does not lead to our API server with our CA
  */
 export async function useCluster(cluster: Cluster): Promise<void> {
@@ -67,7 +66,6 @@ export async function kubectlJson<T>(...args: string[]): Promise<T> {
 /**
  * Server-side apply: the API server merges, and remembers which fields are ours. A dry run comes
  * first, so that a manifest is applied as a whole or not at all.
- *
  * @param manifest YAML of any number of documents, or objects (sent as one List: kubectl 1.32 does
  *   not read several JSON documents)
  * @throws StepError if another owner has a field of the manifest; ProcessOutput
@@ -134,7 +132,7 @@ export async function printAndExit(text: string): Promise<never> {
 export interface ApiNode extends ApiObject {
   spec: { podCIDR?: string; unschedulable?: boolean }
   status: {
-    conditions?: { type: string; status: string; message?: string }[]
+    conditions?: { type: string; status: string; message?: string; lastTransitionTime: string }[]
     addresses?: { type: string; address: string }[]
     nodeInfo: { kubeletVersion: string; containerRuntimeVersion: string }
   }

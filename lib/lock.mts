@@ -31,7 +31,6 @@ export function locksForChildren(): Record<string, string> {
 /**
  * Does something that only one process may do at a time. A lock that a parent script holds is
  * entered as well. The second process waits for the first as many seconds as `wait` says.
- *
  * @param path of the lock file; its folder is created
  * @param purpose what is being done, for the error of the second: "another process is starting alpha"
  * @throws StepError that names the holder's purpose, pid and command; what `work` throws

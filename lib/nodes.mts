@@ -2,17 +2,8 @@
 import { X509Certificate } from 'node:crypto'
 import { readFileSync, statSync } from 'node:fs'
 import { resolve } from 'node:path'
-import {
-  contains,
-  type Kind,
-  kinds,
-  outsideCidr,
-  overlap,
-  parseAddress,
-  parseCidr,
-  type Settings,
-  type SettingsReader,
-} from './settings.mts'
+import type { Kind, Settings, SettingsReader } from './settings.mts'
+import { contains, kinds, outsideCidr, overlap, parseAddress, parseCidr } from './settings.mts'
 
 /** One virtual machine. */
 export interface Node {
@@ -82,7 +73,6 @@ export function readNode(name: string, settings: Settings, reader: SettingsReade
 /**
  * Notes in the reader what is wrong with values that are right by themselves. Those that are not are
  * missing here, whatever their type says, and are not reported again.
- *
  * @param names of the nodes as they are listed, with those that are listed twice
  */
 export function checkTogether(

@@ -42,7 +42,6 @@ const stuckSince = new Map<string, number>()
 
 /**
  * What pods wait for, a line each; empty for those that were created a moment ago.
- *
  * @throws StepError for what more waiting does not change: an image that does not exist, and a pod
  *   that has been without a node or a network for two minutes
  */
@@ -87,7 +86,6 @@ async function whyStuck({ metadata, spec, status }: Pod): Promise<string | undef
 
 /**
  * Waits until all pods of a deployment or daemonset are those of its latest version, and available.
- *
  * @throws StepError that says why its pods are not ready, at once for an image that does not exist
  */
 export async function waitForRollout(what: string, limits: Limits): Promise<void> {

@@ -53,7 +53,6 @@ const root = join(import.meta.dirname, '..')
  * declaration and exits 0; an unknown flag or argument exits 2 before anything has happened. From
  * then on an error that reaches the top is printed by `describeError` and ends the script with
  * status 1, or the one the error carries.
- *
  * @returns the flags by name, and the positional arguments
  */
 export function script<const Flags extends Record<string, Flag>>(
@@ -156,7 +155,6 @@ export function prepareCommands(verbose: boolean): void {
 /**
  * Runs another script of bin/ to its end in this terminal, as a person would type it. It prints its
  * own errors; `failure` completes the one of this script: "generate-certs failed, …".
- *
  * @throws StepError if it fails, with its exit status; the interruption after Ctrl-C
  */
 export async function runScript(

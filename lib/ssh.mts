@@ -18,7 +18,6 @@ export class NoAnswer extends StepError {}
 
 /**
  * Opens the connection that all further ssh calls to the machine share, to save their handshakes.
- *
  * @throws NoAnswer if the machine cannot be reached; StepError if it is another machine or refuses
  *   the key; the signal's reason
  */

@@ -47,7 +47,6 @@ export async function step<T>(
 
 /**
  * Runs the same work for several names at once, a line each, and waits for all of them.
- *
  * @returns the results in the order of `names`
  * @throws the error itself if one failed, or if all have the same reason; else a StepError that
  *   names each

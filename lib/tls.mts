@@ -2,13 +2,8 @@
 import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
-import {
-  authorityOf,
-  type CertificateEntry,
-  certificatesOf,
-  pairFiles,
-  usages,
-} from './certificates.mts'
+import type { CertificateEntry } from './certificates.mts'
+import { authorityOf, certificatesOf, pairFiles, usages } from './certificates.mts'
 import type { Cluster } from './cluster.mts'
 import { StepError } from './errors.mts'
 import { readIfThere } from './files.mts'
@@ -83,7 +78,6 @@ export async function inspectPairs(cluster: Cluster) {
 
 /**
  * Everything that is wrong with a pair; nothing if it can be kept.
- *
  * @param authority that has to have signed it; the authority's own certificate is signed by itself
  * @param renewDays with fewer days left it has to be renewed
  */

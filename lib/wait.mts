@@ -23,7 +23,6 @@ const asleep = 30_000
 
 /**
  * Polls until nothing is missing any more.
- *
  * @param look returns what is missing, undefined when nothing is; what it throws ends the wait,
  *   except that the API server is busy
  * @throws StepError with what was missing last; the signal's reason

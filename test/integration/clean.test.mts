@@ -90,6 +90,7 @@ describe('clean', () => {
     await writeFile(checkout.path('backups', 'etcd.db'), '')
     const { stdout } = await run(checkout, script, ['--disks'])
     assert.match(stdout, /disks +2 /)
+    assert.match(stdout, /No process is running\.\nThere is nothing to remove\.\n$/)
     for (const folder of ['tls', 'images', 'cloud-init', 'backups', 'run']) {
       assert.equal(existsSync(checkout.path(folder)), false, folder)
     }
@@ -130,6 +131,25 @@ describe('clean', () => {
   })
 
   describe('with machines that run', { skip: noQemu }, () => {
+    it('make check FLAGS=--leftovers lists them and the files, and nothing of another', async () => {
+      const other = await makeCheckout()
+      await install('alpha')
+      const [ours, theirs] = [
+        await startIdleQemu(checkout, 'alpha'),
+        await startIdleQemu(other, 'alpha'),
+      ]
+      try {
+        const { stdout, exitCode } = await run(checkout, 'bin/check-prereqs.mts', ['--leftovers'])
+        assert.equal(exitCode, 0)
+        assert.match(stdout, new RegExp(`^ *${ours.pid} +\\S*qemu-system-`, 'm'))
+        assert.doesNotMatch(stdout, new RegExp(`^ *${theirs.pid} `, 'm'))
+        assert.match(stdout, /^disks +1 /m)
+      } finally {
+        for (const qemu of [ours, theirs]) await qemu.stop()
+        await other.remove()
+      }
+    })
+
     it('stops them before it removes their disks, and no other QEMU', async () => {
       await checkout.set({ STOP_TIMEOUT: 1 })
       await install('alpha')

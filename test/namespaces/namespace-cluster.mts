@@ -18,9 +18,8 @@ import { type Checkout, makeCheckout, projectRoot, run } from '../checkout.mts'
 import { installerFiles, makeIso } from '../installer-iso.mts'
 import { goPrograms, kubernetesPrograms } from '../kubernetes/programs.mts'
 import { debianLayer } from '../rehearsal/debian-layer.mts'
-import { imageArchives } from '../rehearsal/images.mts'
+import { imageArchives, imageStore } from '../rehearsal/images.mts'
 import { kubernetesLayer } from '../rehearsal/kubernetes-layer.mts'
-import { cached, contentOf } from '../rehearsal/layer-cache.mts'
 import { ownLayer } from '../rehearsal/own-layer.mts'
 import { missing } from '../tools.mts'
 import { type CiliumParts, ciliumParts } from './cilium-image.mts'
@@ -75,22 +74,13 @@ export async function makeParts(): Promise<Parts> {
   const cilium = await ciliumParts()
   const { archives, missing: absent } = await imageArchives(settings, debian.busybox)
   if (absent.length > 0) throw new StepError(`images are missing: ${absent.join('; ')}`)
-  const script = join(here, 'image-store.sh')
-  const all = [...archives, cilium.archive]
-  const inputs = [debian.image, ...all, await contentOf(script)]
-  const store = await cached('image-store', inputs, async (into) => {
-    await mkdir(join(into, 'root'))
-    const command = ['sh', script, join(into, 'root'), debian.image, ...all]
-    await $({ quiet: true })`unshare --mount --pid --fork --kill-child ${command}`
-    await rm(join(into, 'root.root'), { recursive: true, force: true })
-  })
   return {
     layers: {
       debian: debian.image,
       'stand-in': own.image,
       kubernetes: await kubernetesLayer([kubernetes, etcd]),
     },
-    imageStore: join(store, 'root'),
+    imageStore: await imageStore(debian, [...archives, cilium.archive]),
     cilium,
     path: [kubernetes, helm],
   }

@@ -63,11 +63,31 @@ export async function forgottenNode(rehearsal: Rehearsal): Promise<void> {
   await rehearsal.script('wait-for-cluster', '--ready')
 }
 
+type Reached = { what: string; after: number }
+
 export async function looks(rehearsal: Rehearsal): Promise<void> {
   const { cluster } = rehearsal
   const { controlPlane } = cluster
   const status = JSON.parse(await rehearsal.output('cluster-status', '--json'))
   assert.deepEqual((status as { problems: unknown[] }).problems, [])
+  const boots = JSON.parse(await rehearsal.output('cluster-status', '--boot', '--json'))
+  for (const { name, events } of boots as { name: string; events: Reached[] }[]) {
+    const node = cluster.node(name)
+    const units = ['systemd', 'sshd', ...servicesOf(cluster, node)]
+    const expected = node.role === 'worker' ? [...units, 'node Ready'] : units
+    const reached = new Set(events.map(({ what }) => what))
+    assert.deepEqual(
+      expected.filter((what) => !reached.has(what)),
+      [],
+      name,
+    )
+    const times = events.map(({ after }) => after)
+    assert.deepEqual(
+      times,
+      [...times].sort((a, b) => a - b),
+      name,
+    )
+  }
   const health = JSON.parse(await rehearsal.output('cluster-health', '--json'))
   assert.equal((health as { healthy: boolean }).healthy, true, JSON.stringify(health))
   const logs = await rehearsal.output('logs', '--lines', '5000', controlPlane.name)

@@ -32,10 +32,10 @@ export async function buildIso(contents: Contents = {}): Promise<string> {
   return isoImage(debian, own, layers, release)
 }
 
-async function imagesOf({ busybox }: DebianLayer, further: readonly string[]): Promise<string> {
-  const { archives, missing } = await imageArchives(loadCluster().settings, busybox)
+async function imagesOf(debian: DebianLayer, further: readonly string[]): Promise<string> {
+  const { archives, missing } = await imageArchives(loadCluster().settings, debian.busybox)
   for (const reason of missing) console.error(`! no image: ${reason}`)
-  return imagesLayer([...archives, ...further])
+  return imagesLayer(debian, [...archives, ...further])
 }
 
 if (process.argv[1] === import.meta.filename) {

@@ -1,14 +1,14 @@
 // The container images of the rehearsed cluster, made on the spot, as no registry may be in reach:
 // busybox stands in for the pause container and for the web server, and the add-ons' programs are
 // the real ones. As a script it makes them and prints the archives' paths.
-import { link, mkdir, readFile, rm } from 'node:fs/promises'
-import { basename, join } from 'node:path'
+import { mkdir, readFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { $ } from 'zx'
 import { loadCluster } from '../../lib/cluster.mts'
 import { describeError, StepError } from '../../lib/errors.mts'
 import { projectRoot } from '../checkout.mts'
 import { goPrograms } from '../kubernetes/programs.mts'
-import { debianLayer } from './debian-layer.mts'
+import { type DebianLayer, debianLayer } from './debian-layer.mts'
 import { type Image, writeDockerArchive } from './docker-archive.mts'
 import { cached, contentOf } from './layer-cache.mts'
 
@@ -103,18 +103,53 @@ async function web(busybox: string, tag: string): Promise<Image> {
   }
 }
 
-/** A squashfs with the archives in its images/. */
-export async function imagesLayer(archives: readonly string[]): Promise<string> {
+const unpack = join(import.meta.dirname, 'image-store.sh')
+
+/**
+ * A folder that is containerd's on a new worker, with the images unpacked by containerd itself, which
+ * takes minutes on an emulated processor. Its files belong to root, who has to make it.
+ */
+export async function imageStore(
+  debian: DebianLayer,
+  archives: readonly string[],
+): Promise<string> {
   // An entry of the cache never changes, so its name stands for what is in it.
-  const folder = await cached('images', archives, async (into) => {
-    const tree = join(into, 'images')
-    await mkdir(tree)
-    for (const path of archives) await link(path, join(tree, basename(path)))
-    const options = ['-quiet', '-no-progress', '-all-root', '-comp', 'lz4', '-keep-as-directory']
-    await $({ quiet: true })`mksquashfs ${tree} ${join(into, 'images.squashfs')} ${options}`
-    await rm(tree, { recursive: true })
+  const inputs = [debian.image, ...archives, await contentOf(unpack)]
+  const folder = await cached('image-store', inputs, (into) => {
+    return unpackImages(join(into, 'store'), debian, archives)
+  })
+  return join(folder, 'store')
+}
+
+/** A squashfs with such a folder as its store/; who is not root is asked for a password by sudo. */
+export async function imagesLayer(
+  debian: DebianLayer,
+  archives: readonly string[],
+): Promise<string> {
+  const inputs = [debian.image, ...archives, await contentOf(unpack)]
+  const folder = await cached('images', inputs, async (into) => {
+    const [store, image] = [join(into, 'store'), join(into, 'images.squashfs')]
+    await unpackImages(store, debian, archives)
+    const options = ['-quiet', '-no-progress', '-comp', 'lz4', '-keep-as-directory']
+    const run = $({ quiet: true, stdio: ['inherit', 'pipe', 'pipe'] })
+    await run`${sudo} mksquashfs ${store} ${image} ${options}`
+    await run`${sudo} rm -rf ${store}`
   })
   return join(folder, 'images.squashfs')
+}
+
+const sudo = process.getuid?.() === 0 ? [] : ['sudo']
+
+async function unpackImages(
+  store: string,
+  debian: DebianLayer,
+  archives: readonly string[],
+): Promise<void> {
+  await mkdir(store)
+  const command = ['sh', unpack, store, debian.image, ...archives]
+  const run = $({ quiet: true, stdio: ['inherit', 'pipe', 'pipe'] })
+  await run`${sudo} unshare --mount --pid --fork --kill-child ${command}`
+  await run`${sudo} rmdir ${store}.root`
 }
 
 async function archiveOf(name: string, image: Image): Promise<string> {

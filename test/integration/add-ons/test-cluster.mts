@@ -73,9 +73,12 @@ export const testCluster = (shared: Shared) =>
       it('does every check, and passes', async () => {
         const { results, exitCode, stderr } = outcome
         assert.equal(exitCode, 0, stderr)
-        assert.equal(results.length, 24)
+        assert.equal(results.length, 25)
         const others = results.filter(({ result }) => result !== 'passed').map(({ name }) => name)
-        assert.deepEqual(others, ['every pod finds a service by its name'])
+        assert.deepEqual(others, [
+          'every pod finds a service by its name',
+          'a network policy keeps pods out',
+        ])
       })
 
       it('names the provider that encrypts Secrets', () => {
@@ -120,7 +123,7 @@ export const testCluster = (shared: Shared) =>
         assert.equal(exitCode, 1)
         assert.equal(of('the services of gamma are healthy')?.result, 'passed')
         assert.equal(of('every pod reaches the service')?.result, 'passed')
-        assert.match(stderr, /6 of 24 checks failed[\s\S]*the services of sigma are healthy/)
+        assert.match(stderr, /6 of 25 checks failed[\s\S]*the services of sigma are healthy/)
       })
 
       it('says of each what is wrong', () => {

@@ -11,7 +11,7 @@ from bootloader import install_boot_loader
 from channel import ADDRESS, fetch, write_channels
 from evaluation import evaluate
 from generations import add
-from layers import IN_TEST, OWN, Failure, find_program
+from layers import IN_TEST, LAYERS, OWN, Failure, find_program
 from store import STORE, below, write
 from system import build
 
@@ -53,7 +53,9 @@ def nixos_install(words: list[str], cd: Path = CD, need_mount: bool = True) -> N
     spec = evaluate(configuration)
     ask_binary_cache()
     kernel, ramdisk = copy_boot_files(cd, root)
-    copy_layers(cd, root, images="/etc/systemd/system/containerd.service" in spec["files"])
+    copy_layers(cd, root)
+    if "/etc/systemd/system/containerd.service" in spec["files"]:
+        copy_images(root)
     release = (OWN / "release").read_text().strip()
     system = build(spec, root, release, kernel, ramdisk, say)
     if options.channel:
@@ -105,17 +107,28 @@ def copy_boot_files(cd: Path, root: Path) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def copy_layers(cd: Path, root: Path, images: bool) -> None:
-    """images: whether containers will run there, so that theirs are of use."""
+def copy_layers(cd: Path, root: Path) -> None:
+    """All but the images of containers, which no machine needs as a layer."""
     folder = root / "nix/.images"
     folder.mkdir(parents=True, exist_ok=True)
     for layer in sorted((cd / "layers").glob("*.squashfs")):
-        if layer.stem == "images" and not images:
+        if layer.stem == "images":
             continue
         say(f"copying path '/nix/.images/{layer.name}' from 'file://{cd}'...")
         partial = folder / f".{layer.name}.partial"
         shutil.copyfile(layer, partial)
         partial.rename(folder / layer.name)
+
+
+def copy_images(root: Path) -> None:
+    """containerd's folder with images that other machines pull from a registry, unpacked."""
+    store = LAYERS / "images/store"
+    if not store.exists():
+        return
+    say(f"copying path '/var/lib/containerd' from 'file://{store}'...")
+    target = root / "var/lib/containerd"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([str(find_program("cp")), "-a", f"{store}/.", str(target)], check=True)
 
 
 def say(text: str) -> None:

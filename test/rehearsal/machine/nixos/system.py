@@ -18,7 +18,6 @@ TRIGGERS = {
 WANTS = {
     "multi-user.target": ["sshd.service"],
     "network-online.target": ["systemd-networkd-wait-online.service"],
-    "containerd.service": ["stand-in-images.service"],
 }
 
 
