@@ -26,11 +26,7 @@ machine does not run or its boot has failed.`,
     json: { help: 'print the rows at the end, as JSON' },
   },
   args: '[NODE...]',
-  examples: [
-    './bin/wait-for-cluster.mts',
-    './bin/wait-for-cluster.mts alpha',
-    './bin/wait-for-cluster.mts --ready --timeout 300',
-  ],
+  examples: ['./bin/wait-for-cluster.mts alpha', './bin/wait-for-cluster.mts --ready'],
 })
 
 const cluster = loadCluster()

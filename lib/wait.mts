@@ -14,7 +14,7 @@ export interface WaitLimits {
 interface Wait extends WaitLimits, Pick<Explanation, 'command' | 'hint' | 'log'> {
   /** The beginning of the error: "no metrics" gives "no metrics after 300 s". */
   failure: string
-  /** Milliseconds between two attempts; 1000 by default. */
+  /** Milliseconds between two attempts, at least; 1000 by default. */
   every?: number
 }
 
@@ -34,18 +34,21 @@ export async function waitFor(
   let deadline = Date.now() + timeout * 1000
   for (;;) {
     signal?.throwIfAborted()
+    const began = Date.now()
     const missing = await look().catch((error) => {
       if (explain(error).reason === busyApiServer) return busyApiServer
       throw error
     })
     if (missing === undefined) return
-    if (Date.now() > deadline) {
+    const before = Date.now()
+    if (before > deadline) {
       throw new StepError(`${failure} after ${timeout} s`, { output: missing, ...explanation })
     }
     detail?.(missing.split('\n')[0] ?? '')
-    const before = Date.now()
-    await sleep(every, undefined, signal ? { signal } : {}).catch(() => {})
-    if (Date.now() - before > every + asleep) deadline = Date.now() + timeout * 1000
+    // Where each look takes long, looking must not be what keeps the computer busy.
+    const pause = Math.max(every, before - began)
+    await sleep(pause, undefined, signal ? { signal } : {}).catch(() => {})
+    if (Date.now() - before > pause + asleep) deadline = Date.now() + timeout * 1000
   }
 }
 

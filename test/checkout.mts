@@ -1,7 +1,8 @@
 // A throwaway copy of the project for one test: the real scripts in a folder of their own, with
 // ports of their own, so that nothing of a learner's cluster (or of another test) is touched.
 import { execFile } from 'node:child_process'
-import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
+import { cp, mkdir, mkdtemp, readFile, rename, rm, symlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { stopLanSwitch } from '../lib/lan.mts'
@@ -23,9 +24,16 @@ export interface Checkout {
  * @param options.settings variables of cluster.env to change
  * @param options.long a path of 150 characters with a space in it
  * @param options.folder where, instead; what is there is deleted
+ * @param options.keys with certificates and ssh keys, for tests that are not about generating them;
+ *   generate-certs then adds what depends on the ports
  */
 export async function makeCheckout(
-  options: { settings?: Record<string, string | number>; long?: boolean; folder?: string } = {},
+  options: {
+    settings?: Record<string, string | number>
+    long?: boolean
+    folder?: string
+    keys?: boolean
+  } = {},
 ): Promise<Checkout> {
   if (options.folder) await rm(options.folder, { recursive: true, force: true })
   const top = options.folder ?? (await mkdtemp(join(tmpdir(), 'checkout-')))
@@ -69,7 +77,23 @@ export async function makeCheckout(
     ...(QEMU_ACCEL ? { QEMU_ACCEL } : {}),
     ...options.settings,
   })
+  // Those of other nodes are not for all.
+  if (options.keys && !options.settings?.WORKER_NODES) await placeKeys(checkout)
   return checkout
+}
+
+/** The keys that a checkout of this run of tests has made first: making them takes a second. */
+async function placeKeys(checkout: Checkout): Promise<void> {
+  const folder = process.env.TEST_KEYS
+  const copying = { recursive: true, preserveTimestamps: true }
+  if (folder && existsSync(folder)) return cp(folder, checkout.path('tls'), copying)
+  const { exitCode, stderr } = await run(checkout, 'bin/generate-certs.mts')
+  if (exitCode !== 0) throw new Error(stderr)
+  if (!folder) return
+  const partial = `${folder}.${process.pid}`
+  await cp(checkout.path('tls'), partial, copying)
+  // Another process may have been faster.
+  await rename(partial, folder).catch(() => rm(partial, { recursive: true }))
 }
 
 export interface Outcome {

@@ -33,6 +33,7 @@ const folder = await mkdtemp(join(await realpath(tmpdir()), 't-'))
 // (As mmdebstrap wants it, whose user for the files in an archive is another.)
 await chmod(folder, 0o755)
 process.env.TMPDIR = folder
+process.env.TEST_KEYS = join(folder, 'keys')
 process.env.NODE_OPTIONS = `--import=${new URL('strip-types.mjs', import.meta.url)}`
 
 const took = new Map<string, number>()
@@ -84,8 +85,8 @@ function report(what: string, lines: readonly string[]): void {
 async function leftBehind(): Promise<string[]> {
   await becomes(async () => (await processesOfRun()).length === 0, 10)
   const names = await readdir(folder)
-  // Caches of Node and what reads TypeScript are no test's.
-  const kept = names.filter((name) => !/^(tsx|strip-types)-|^node-compile-cache$/.test(name))
+  // Caches of Node, of what reads TypeScript, and of keys are no test's.
+  const kept = names.filter((name) => !/^(tsx|strip-types)-|^(node-compile-cache|keys)$/.test(name))
   return [...kept.map((name) => join(folder, name)), ...(await processesOfRun())]
 }
 

@@ -17,7 +17,7 @@ describe('cluster-health', () => {
   let checkout: Checkout
   let api: FakeApiServer
   before(async () => {
-    checkout = await makeCheckout()
+    checkout = await makeCheckout({ keys: true })
     for (const step of ['certs', 'kubeconfigs']) {
       const made = await run(checkout, `bin/generate-${step}.mts`)
       assert.equal(made.exitCode, 0, made.stderr)

@@ -37,7 +37,7 @@ describe('cluster-status', { skip: noSshd || noQemu }, () => {
   let api: FakeApiServer
   let machines: HollowMachines
   before(async () => {
-    checkout = await makeCheckout()
+    checkout = await makeCheckout({ keys: true })
     for (const step of ['certs', 'kubeconfigs']) {
       const made = await run(checkout, `bin/generate-${step}.mts`)
       assert.equal(made.exitCode, 0, made.stderr)

@@ -18,7 +18,7 @@ describe('helm', () => {
   let programs: FakePrograms
   const curl = execFileSync('sh', ['-c', 'command -v curl'], { encoding: 'utf8' }).trim()
   before(async () => {
-    checkout = await makeCheckout({ settings: { HELM_VERSION: '4.9.9' } })
+    checkout = await makeCheckout({ settings: { HELM_VERSION: '4.9.9' }, keys: true })
     for (const script of ['generate-certs', 'generate-kubeconfigs']) {
       assert.equal((await run(checkout, `bin/${script}.mts`)).exitCode, 0)
     }

@@ -19,7 +19,7 @@ describe('the staged configuration', { skip }, () => {
   const machines = new Map<string, Machine>()
 
   before(async () => {
-    checkout = await makeCheckout()
+    checkout = await makeCheckout({ keys: true })
     cluster = loadCluster({ root: checkout.root, env: {} })
     for (const script of [...scripts, 'generate-nocloud-iso']) await succeed(checkout, script)
     for (const { name } of cluster.nodes) {

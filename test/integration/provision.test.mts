@@ -35,7 +35,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
   let iso: string
   before(async () => {
     const settings = { QEMU_ACCEL: 'tcg', DISK_SIZE: 2, BOOT_TIMEOUT: 20 }
-    checkout = await makeCheckout({ long: true, settings })
+    checkout = await makeCheckout({ long: true, settings, keys: true })
     for (const step of staging) {
       const { exitCode, stderr } = await run(checkout, `bin/${step}.mts`)
       assert.equal(exitCode, 0, stderr)
@@ -501,7 +501,7 @@ describe('provision --wait', { skip: noMachines || noSshd, timeout: 120_000 }, (
   let qemu: IdleQemu
   let sshd: Sshd
   before(async () => {
-    checkout = await makeCheckout({ settings: { BOOT_TIMEOUT: 20 } })
+    checkout = await makeCheckout({ settings: { BOOT_TIMEOUT: 20 }, keys: true })
     assert.equal((await run(checkout, 'bin/generate-certs.mts')).exitCode, 0)
     await mkdir(checkout.path('images'))
     await writeFile(checkout.path('images', 'sigma.qcow2'), 'the disk of sigma')

@@ -22,7 +22,7 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     writeFile(checkout.path('images', `${name}-console.log`), text)
 
   before(async () => {
-    checkout = await makeCheckout()
+    checkout = await makeCheckout({ keys: true })
     for (const step of ['certs', 'kubeconfigs']) {
       const made = await run(checkout, `bin/generate-${step}.mts`)
       assert.equal(made.exitCode, 0, made.stderr)

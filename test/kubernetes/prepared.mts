@@ -48,7 +48,7 @@ export async function missingTool(...programs: string[]): Promise<string | undef
 export async function makeStagedCheckout(
   settings: Record<string, string | number> = {},
 ): Promise<{ checkout: Checkout; cluster: Cluster }> {
-  const checkout = await makeCheckout({ settings })
+  const checkout = await makeCheckout({ settings, keys: true })
   for (const script of scripts) {
     const { exitCode, stderr } = await run(checkout, script)
     if (exitCode === 0) continue

@@ -20,7 +20,7 @@ describe('probing the API server', () => {
   let former: string
   const file = () => checkout.path('tls', 'kubernetes.pem')
   before(async () => {
-    checkout = await makeCheckout()
+    checkout = await makeCheckout({ keys: true })
     for (const step of ['certs', 'kubeconfigs']) {
       const made = await run(checkout, `bin/generate-${step}.mts`)
       assert.equal(made.exitCode, 0, made.stderr)
