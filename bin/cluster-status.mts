@@ -156,26 +156,27 @@ async function printBoots(): Promise<never> {
 /** In seconds after power-on; if QEMU was started since, from a snapshot, after systemd's start. */
 async function bootOf(node: Node, registered: ApiNode | undefined) {
   await connect(cluster, node, { timeout })
-  const stamp = (property: string, what = property, unit = '') =>
-    `echo $(systemctl show --value --property=${property}TimestampMonotonic ${unit}) ${what}`
-  const units = ['sshd', ...servicesOf(cluster, node)]
   // In microseconds: the kernel's start since 1970, the rest since the kernel's start.
-  const command = `echo $(($(date +%s%6N) - $(sed 's/\\.//; s/ .*/0000/' /proc/uptime))) kernel
-    ${[...units.map((unit) => stamp('ActiveEnter', unit, unit)), stamp('Finish', 'end of boot')].join('\n')}
-    ${stamp('Userspace', 'systemd')}`
-  const lines = (await remote(node, command, { timeout })).trim().split('\n')
-  const [kernel = 0, ...times] = lines.map((line) => Number.parseInt(line, 10) / 1e6)
-  const reached = times.map((at, index) => ({
-    at,
-    what: lines[index + 1]?.split(/ (.*)/)[1] ?? '',
+  const command = `echo Kernel=$(($(date +%s%6N) - $(sed 's/\\.//; s/ .*/0000/' /proc/uptime)))
+    systemctl show --property=UserspaceTimestampMonotonic,FinishTimestampMonotonic; echo
+    systemctl show --property=Id,ActiveEnterTimestampMonotonic sshd ${servicesOf(cluster, node).join(' ')}`
+  const [first = '', ...units] = (await remote(node, command, { timeout })).split('\n\n')
+  const read = (text: string, name: string) =>
+    Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
+  const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
+  const reached = units.map((text) => ({
+    at: read(text, 'ActiveEnterTimestampMonotonic'),
+    what: text.match(/^Id=(.+)\.service$/m)?.[1] ?? '',
   }))
+  reached.push({ at: read(first, 'FinishTimestampMonotonic'), what: 'end of boot' })
+  reached.push({ at: systemd, what: 'systemd' })
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
   if (ready?.status === 'True') {
     reached.push({ at: Date.parse(ready.lastTransitionTime) / 1000 - kernel, what: 'node Ready' })
   }
   const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
   if (poweredOn < 1) reached.push({ at: 0.001, what: 'kernel' })
-  const zero = poweredOn < 1 ? poweredOn : (times.at(-1) ?? 0)
+  const zero = poweredOn < 1 ? poweredOn : systemd
   const events = reached
     .filter(({ at }) => at > 0)
     .map(({ at, what }) => ({ what, after: at - zero }))

@@ -1,15 +1,20 @@
-// ISO images for tests, as small as the files in them.
-import { execFile } from 'node:child_process'
+// ISO images for tests, made by libarchive's tar (macOS: tar, Debian: bsdtar), with Rock Ridge names.
+import { execFileSync } from 'node:child_process'
+import { randomBytes } from 'node:crypto'
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
-import { promisify } from 'node:util'
-import { which } from 'zx'
 
-const missing = ['xorriso', 'bsdtar'].filter((tool) => !which.sync(tool, { nothrow: true }))
+const tar = ['bsdtar', 'tar'].find((program) => {
+  try {
+    return execFileSync(program, ['--version'], { stdio: 'pipe' }).includes('libarchive')
+  } catch {
+    return false
+  }
+})
 
 /** Why there can be none here; false if there can. */
-export const noIso = missing.length > 0 && `${missing.join(' and ')} missing`
+export const noIso = tar ? false : 'bsdtar (libarchive-tools) is not installed'
 
 export const store = '/nix/store/0123456789abcdfghijklmnpqrsvwxyz'
 
@@ -46,16 +51,21 @@ export const installerFiles = {
   'EFI/BOOT/BOOTAA64.EFI': 'the loader',
 }
 
-/** Makes an ISO with Rock Ridge names. @param files content by path */
-export async function makeIso(iso: string, files: Record<string, string>): Promise<string> {
+/** The same, large enough that a transfer of it can be interrupted. */
+export const largeInstaller = { ...installerFiles, 'nix-store.squashfs': randomBytes(1_500_000) }
+
+/** Makes an ISO. @param files content by path @returns its path */
+export async function makeIso(
+  iso: string,
+  files: Record<string, string | Buffer> = largeInstaller,
+): Promise<string> {
   const tree = await mkdtemp(join(tmpdir(), 'iso-tree-'))
   try {
     for (const [path, content] of Object.entries(files)) {
       await mkdir(dirname(join(tree, path)), { recursive: true })
       await writeFile(join(tree, path), content)
     }
-    const args = ['-as', 'mkisofs', '-quiet', '-iso-level', '3', '-R', '-o', iso, tree]
-    await promisify(execFile)('xorriso', args)
+    execFileSync(tar ?? 'bsdtar', ['-cf', iso, '--format', 'iso9660', '-C', tree, '.'])
     return iso
   } finally {
     await rm(tree, { recursive: true })

@@ -47,7 +47,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'etcd is killed under a writer',
     done: '`kill -9` of etcd, and a backup while it is down; then it is started again, as systemd does',
-    holds: 'no acknowledged number is lost, and the writer goes on',
+    holds: 'no acknowledged number is lost, and the writer continues',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
@@ -64,7 +64,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'the API server is killed under a writer',
     done: '`kill -9` of the API server, and a backup while it is down; then it is started again',
-    holds: 'etcd can be saved without it; no acknowledged number is lost, and the writer goes on',
+    holds: 'etcd can be saved without it; no acknowledged number is lost, and the writer continues',
     exit: 0,
     says: ['keys at revision'],
     again: save,
@@ -81,7 +81,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'the power of the control plane fails while it is saved',
     done: '`kill -9` of etcd, API server, scheduler and controller manager at the same moment, during `etcd-backup snapshot`',
-    holds: 'half a backup is not kept; no acknowledged number is lost, and the writer goes on',
+    holds: 'half a backup is not kept; no acknowledged number is lost, and the writer continues',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
@@ -105,7 +105,7 @@ export const clusterFaults: Fault[] = [
     name: 'etcd hangs under a writer',
     done: 'SIGSTOP to etcd, and a backup meanwhile; then SIGCONT',
     holds:
-      'the backup does not wait for etcd; no acknowledged number is lost, and the writer goes on',
+      'the backup does not wait for etcd; no acknowledged number is lost, and the writer continues',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
@@ -142,7 +142,7 @@ export const clusterFaults: Fault[] = [
   },
   {
     name: 'etcd is restored under a writer',
-    done: '`etcd-backup restore` of a moment some numbers ago, while the writer goes on until the API server stops',
+    done: '`etcd-backup restore` of a moment some numbers ago, while the writer continues until the API server stops',
     holds: 'there are exactly the numbers of the backup, not one more',
     exit: 0,
     says: ['restored in'],

@@ -20,7 +20,7 @@ import { isGone } from '../../lib/processes.mts'
 import { type Outcome, projectRoot } from '../checkout.mts'
 import { type FileServer, startFileServer } from '../file-server.mts'
 import { noQemu } from '../idle-qemu.mts'
-import { makeIso, noIsoTool } from '../iso-image.mts'
+import { makeIso, noIso } from '../installer-iso.mts'
 import { missing } from '../tools.mts'
 import type { Fault, Place } from './fault.mts'
 
@@ -41,7 +41,7 @@ export const hostFaults: Fault[] = [
     holds:
       'each run continues where the last one ended; certificates, kubeconfigs and staged files are complete',
     exit: 137,
-    skip: noQemu || noIsoTool,
+    skip: noQemu || noIso,
     settings: small,
     again: [certs, '--check'],
     async inject(place) {
@@ -133,7 +133,7 @@ export const hostFaults: Fault[] = [
     done: '`kill -9` of `download-iso` alone, which leaves its curl running; run again at once',
     holds: 'the ISO is that of the server, whatever both have written',
     exit: 137,
-    skip: noIsoTool,
+    skip: noIso,
     again: [download],
     async inject(place) {
       await serveIso(place, 100)
@@ -146,7 +146,7 @@ export const hostFaults: Fault[] = [
     done: '`kill -9` of all processes at once: script, step and curl',
     holds: 'the second run continues the download where it ended',
     exit: 137,
-    skip: noIsoTool || noQemu,
+    skip: noIso || noQemu,
     settings: small,
     again: [download],
     async inject(place) {
@@ -177,7 +177,7 @@ export const hostFaults: Fault[] = [
     exit: 130,
     says: ['interrupted by SIGINT'],
     leaves: /\.iso\.partial$/,
-    skip: noIsoTool || noQemu,
+    skip: noIso || noQemu,
     settings: small,
     shortFormOf: 'download-iso',
     again: [download],
@@ -193,7 +193,7 @@ export const hostFaults: Fault[] = [
   {
     name: 'other scripts are started while bootstrap works',
     done: '`bootstrap-cluster`, `clean --disks`, `snapshot`, `restore`, `etcd-backup` and `reconfig` during its download',
-    holds: 'each of them says who works, with pid, and has changed nothing; the first goes on',
+    holds: 'each of them says who works, with pid, and has changed nothing; the first continues',
     exit: 1,
     says: [
       'another process is bootstrapping this cluster',
@@ -201,7 +201,7 @@ export const hostFaults: Fault[] = [
       'wait until it has finished, then try again',
     ],
     leaves: /\.iso\.partial$/,
-    skip: noIsoTool || noQemu,
+    skip: noIso || noQemu,
     settings: small,
     shortFormOf: 'bootstrap-cluster',
     again: ['bin/clean.mts'],
@@ -294,7 +294,7 @@ export const hostFaults: Fault[] = [
     exit: 1,
     says: ['cannot be downloaded', 'curl: (23)'],
     leaves: /\.iso\.partial$/,
-    skip: noIsoTool || noMount,
+    skip: noIso || noMount,
     again: [download],
     async inject(place) {
       const server = await serveIso(place, 0)
@@ -492,7 +492,7 @@ export const hostFaults: Fault[] = [
       'has changed since ./bin/download-iso.mts verified it',
       'hint:    ./bin/download-iso.mts',
     ],
-    skip: noIsoTool || noQemu,
+    skip: noIso || noQemu,
     settings: small,
     shortFormOf: 'provision',
     again: [download],
@@ -518,7 +518,7 @@ export const hostFaults: Fault[] = [
     holds: 'it is not taken, and not continued when the server has the whole file',
     exit: 1,
     says: ['is cut off', './bin/download-iso.mts --force downloads it again'],
-    skip: noIsoTool,
+    skip: noIso,
     again: [download],
     async inject(place) {
       const server = await serveIso(place, 0)

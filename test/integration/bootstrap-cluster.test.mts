@@ -9,13 +9,13 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
 import { type FileServer, startFileServer } from '../file-server.mts'
 import { noQemu, startIdleQemu } from '../idle-qemu.mts'
-import { makeIso, noIsoTool } from '../iso-image.mts'
+import { makeIso, noIso } from '../installer-iso.mts'
 import { noSshd, startSshd } from '../sshd.mts'
 
 const script = 'bin/bootstrap-cluster.mts'
 const names = ['alpha', 'sigma', 'gamma']
 
-describe('bootstrap-cluster on a clean checkout', { skip: noQemu || noIsoTool }, () => {
+describe('bootstrap-cluster on a clean checkout', { skip: noQemu || noIso }, () => {
   let checkout: Checkout
   let server: FileServer
   before(async () => {
@@ -87,7 +87,7 @@ describe('bootstrap-cluster on a clean checkout', { skip: noQemu || noIsoTool },
 })
 
 describe('bootstrap-cluster with installed machines, up to those', {
-  skip: noQemu || noSshd || noIsoTool,
+  skip: noQemu || noSshd || noIso,
 }, () => {
   it('neither downloads nor installs, and ends when every machine is up', async () => {
     const checkout = await makeCheckout()

@@ -21,7 +21,7 @@ import { detectArchitecture, detectSystem } from '../../lib/host.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 import { FakePrograms } from '../fake-programs.mts'
 import { type FileServer, type ServedFile, startFileServer, startProxy } from '../file-server.mts'
-import { installerFiles, makeIso, noIsoTool } from '../iso-image.mts'
+import { largeInstaller, makeIso, noIso } from '../installer-iso.mts'
 
 const script = 'bin/download-iso.mts'
 const hash = (data: Buffer) => createHash('sha256').update(data).digest('hex')
@@ -33,7 +33,7 @@ const noProxy = Object.fromEntries(
   ]),
 )
 
-describe('download-iso', { skip: noIsoTool }, () => {
+describe('download-iso', { skip: noIso }, () => {
   let arch: 'x86_64' | 'aarch64'
   let iso: Buffer
   let otherIso: Buffer
@@ -76,7 +76,7 @@ describe('download-iso', { skip: noIsoTool }, () => {
     const loader = arch === 'x86_64' ? 'EFI/BOOT/BOOTX64.EFI' : 'EFI/BOOT/BOOTAA64.EFI'
     const files = { 'EFI/BOOT/grub.cfg': 'menu', [loader]: 'MZ' }
     const path = checkout.path('made.iso')
-    await makeIso(path, { ...files, bulk: installerFiles['nix-store.squashfs'] ?? '' })
+    await makeIso(path, { ...files, bulk: largeInstaller['nix-store.squashfs'] ?? '' })
     iso = await readFile(path)
     await makeIso(path, { ...files, version: 'other' })
     otherIso = await readFile(path)

@@ -21,7 +21,10 @@ export const clusterSteps: readonly Step[] = [
   ['make test', (rehearsal) => rehearsal.script('test-cluster')],
   ['make smoke, deleted again', (rehearsal) => rehearsal.script('smoke', '--cleanup')],
   ['make status', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
-  ['make status FLAGS=--boot', (rehearsal) => rehearsal.script('cluster-status', '--boot')],
+  [
+    'make status FLAGS=--boot',
+    (rehearsal) => rehearsal.script('cluster-status', '--boot', '--timeout=60'),
+  ],
 ]
 
 /** Operations on a running cluster; each step continues with the result of the previous one. */
