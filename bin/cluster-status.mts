@@ -153,7 +153,7 @@ async function printBoots(): Promise<never> {
   return printAndExit(`${formatTable(['MACHINE', 'REACHED', '  AFTER', ''], rows)}\n`)
 }
 
-/** In seconds after power-on; if QEMU was started since, from a snapshot, after systemd's start. */
+/** In seconds after power-on; of a restart, or a start from a snapshot, after that of systemd. */
 async function bootOf(node: Node, registered: ApiNode | undefined) {
   await connect(cluster, node, { timeout })
   // In microseconds: the kernel's start since 1970, the rest since the kernel's start.
@@ -175,8 +175,9 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
     reached.push({ at: Date.parse(ready.lastTransitionTime) / 1000 - kernel, what: 'node Ready' })
   }
   const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
-  if (poweredOn < 1) reached.push({ at: 0.001, what: 'kernel' })
-  const zero = poweredOn < 1 ? poweredOn : systemd
+  const isFirst = poweredOn < 1 && poweredOn > -120
+  if (isFirst) reached.push({ at: 0.001, what: 'kernel' })
+  const zero = isFirst ? poweredOn : systemd
   const events = reached
     .filter(({ at }) => at > 0)
     .map(({ at, what }) => ({ what, after: at - zero }))

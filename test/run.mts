@@ -40,7 +40,7 @@ const took = new Map<string, number>()
 const failed = new Set<string>()
 const skipped: string[] = []
 // (A file that does not end is stopped: 15 minutes.)
-const limits = { concurrency: availableParallelism() + 1, timeout: 900_000 }
+const limits = { concurrency: availableParallelism() + 2, timeout: 900_000 }
 const tests = run({ files, ...limits })
 tests.on('test:fail', (test) => {
   failed.add(relative(projectRoot, test.file ?? ''))

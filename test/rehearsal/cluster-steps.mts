@@ -35,12 +35,11 @@ const dayTwoSteps: readonly Step[] = [
   ['make status, at the end', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
 
-// Disks, memory and boots: the other steps are also taken on the cluster of namespaces.
-const needMachines = /^make (snapshot|suspend|reconfig with a changed|upgrade|status)/
-
-/** @param which `machines` for those steps that only virtual machines can take, else all */
-export function dayTwo(which = ''): Step[] {
-  return dayTwoSteps.filter(([what]) => which !== 'machines' || needMachines.test(what))
+/** @param words separated by blanks: only the steps that have one of them in their names */
+export function dayTwo(words = ''): Step[] {
+  const wanted = words.split(' ').filter(Boolean)
+  const has = (what: string) => wanted.some((word) => what.includes(word))
+  return dayTwoSteps.filter(([what]) => wanted.length === 0 || has(what))
 }
 
 function installCilium(rehearsal: Rehearsal): Promise<void> {

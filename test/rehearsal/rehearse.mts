@@ -4,7 +4,7 @@
 //   NODES=alpha  only these machines; pods need a worker and the control plane
 //   KEEP=1       leave the machines running in rehearsal/
 //   DAY_TWO=1    continue: snapshots, backups, changed settings, adding and removing workers, upgrade
-//   DAY_TWO=machines  of that only what needs virtual machines, see test:cluster for the rest
+//   DAY_TWO='snapshot upgrade'  of that only the steps with these words in their names
 //   KUBE_BIN_DIR=FOLDER  Kubernetes programs for the machines; else they are downloaded or built
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
@@ -67,7 +67,8 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
     if (programs.length > 0) await waitForComponents(rehearsal)
     if (programs.length > 0 && whole) await rehearseSteps(rehearsal, clusterSteps)
     console.log(`\n${await machineTable(rehearsal)}`)
-    if (programs.length > 0 && whole && DAY_TWO) await rehearseSteps(rehearsal, dayTwo(DAY_TWO))
+    if (programs.length > 0 && whole && DAY_TWO)
+      await rehearseSteps(rehearsal, dayTwo(DAY_TWO === '1' ? '' : DAY_TWO))
     await rehearseSteps(rehearsal, [['secrets', () => watch.check(rehearsal)]])
   } finally {
     await watch.end()
