@@ -22,11 +22,7 @@ are named; with --console the output of a machine's serial console, which needs 
     lines: { value: 'COUNT', number: true, help: 'how many lines of each machine (default: 50)' },
   },
   args: '[NODE...]',
-  examples: [
-    './bin/logs.mts --follow',
-    './bin/logs.mts --unit kubelet sigma gamma',
-    './bin/logs.mts --console alpha',
-  ],
+  examples: ['./bin/logs.mts --unit kubelet sigma gamma', './bin/logs.mts --console alpha'],
 })
 
 if (flags.console && (flags.unit || flags.all)) {

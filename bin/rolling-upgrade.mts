@@ -27,7 +27,7 @@ node that is not healthy, which stays cordoned. Take a snapshot before: make sna
     timeout: { value: 'SECONDS', number: true, help: 'for pods, then services (WAIT_TIMEOUT)' },
   },
   args: 'NODE|all',
-  examples: ['NIXOS_VERSION=26.11 ./bin/rolling-upgrade.mts all', 'make upgrade NAME=sigma'],
+  examples: ['./bin/rolling-upgrade.mts sigma', 'NIXOS_VERSION=26.11 make upgrade NAME=all'],
 })
 
 const cluster = loadCluster()

@@ -379,12 +379,15 @@ esac
       const adding = add('delta')
       const boots = () => existsSync(hollow.checkout.path('boots-delta'))
       if (!(await becomes(boots, 180))) assert.fail(JSON.stringify(await adding))
-      await all.machines.start('delta')
-      await hollow.nodes?.api('POST', '/api/v1/nodes', {
-        ...{ apiVersion: 'v1', kind: 'Node' },
-        metadata: { name: 'delta', labels: { 'kubernetes.io/hostname': 'delta' } },
-      })
-      await rm(hollow.checkout.path('boots-delta'))
+      try {
+        await all.machines.start('delta')
+        await hollow.nodes?.api('POST', '/api/v1/nodes', {
+          ...{ apiVersion: 'v1', kind: 'Node' },
+          metadata: { name: 'delta', labels: { 'kubernetes.io/hostname': 'delta' } },
+        })
+      } finally {
+        await rm(hollow.checkout.path('boots-delta'))
+      }
       const { exitCode, stdout, stderr } = await adding
       assert.equal(exitCode, 0, stderr)
       assert.equal(await settings(), text, 'other addresses were chosen')

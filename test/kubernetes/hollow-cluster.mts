@@ -29,6 +29,11 @@ export class HollowCluster {
     hollow.runsInPods('echo "nothing runs in this pod" >&2; exit 1')
     try {
       await hollow.controlPlane.start()
+      // Pods need it, and the controller manager creates it a moment later.
+      const look = ['get', 'serviceaccount', 'default']
+      const hasAccount = async () =>
+        (await hollow.controlPlane.kubectl('admin', look)).exitCode === 0
+      if (!(await becomes(hasAccount, 60))) throw new Error('there is no default service account')
       return hollow
     } catch (error) {
       await hollow.stop()

@@ -159,7 +159,7 @@ export const testCluster = (shared: Shared) =>
       const free = { metadata: { finalizers: null } }
       await hollow.kubectl(['patch', 'namespace', 'cluster-test', '-p', JSON.stringify(free)])
       assert.equal(exitCode, 1)
-      assert.equal(results.length, 24)
+      assert.equal(results.length, 25)
       assert.match(of('a namespace can be created')?.detail ?? '', /timed out waiting/)
       assert.equal(of('a pod runs on every worker')?.result, 'skipped')
       assert.equal(of('a Secret is ciphertext in etcd')?.result, 'skipped')
