@@ -7,7 +7,7 @@ import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, lastLines, StepError } from '../lib/errors.mts'
 import { quote } from '../lib/format.mts'
-import { probeApiServer, waitForReady, waitForServices } from '../lib/health.mts'
+import { leaseTime, probeApiServer, waitForReady, waitForServices } from '../lib/health.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock } from '../lib/lock.mts'
 import { runScript, script } from '../lib/script.mts'
@@ -173,13 +173,14 @@ async function describe(name: string, path: string, known: boolean): Promise<str
 async function change(node: Node, copying: boolean, row: Row): Promise<string> {
   const { name } = node
   const wasReady = (await probeApiServer(cluster)).nodes?.get(name)?.ready
+  const lease = await leaseTime(cluster, node)
   row.step('copying the files')
   if (copying) await push(node)
   if (flags['push-only']) return 'the files are in place, nothing was switched to'
   try {
     if (flags.build) return await build(node, row)
     const outcome = await switchTo(node, row, { guarded: true, signal })
-    if (wasReady) await untilReady(node, row)
+    if (wasReady) await untilReady(node, row, lease)
     await remote(node, `rm -f ${home}/unfinished`)
     return outcome
   } catch (error) {
@@ -201,9 +202,9 @@ function limits(row: Row, signal?: AbortSignal) {
   return { timeout, detail: (text: string) => row.detail(text), signal }
 }
 
-async function untilReady(node: Node, row: Row): Promise<void> {
+async function untilReady(node: Node, row: Row, lease?: string): Promise<void> {
   row.step('waiting for Ready')
-  await waitForReady(cluster, node, limits(row, signal))
+  await waitForReady(cluster, node, limits(row, signal), lease)
 }
 
 /**

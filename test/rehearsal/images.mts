@@ -74,13 +74,15 @@ function addOns(settings: ImageSettings) {
   ] as const
 }
 
-/** It holds a pod's namespaces and does nothing. Its name is a setting of containerd. */
+/** It holds a pod's namespaces until it is told to end. Its name is a setting of containerd. */
 async function pause(busybox: string): Promise<Image> {
   const file = join(projectRoot, 'configs', 'worker.nix')
   const tag = (await readFile(file, 'utf8')).match(/sandbox_image = "(.+)"/)?.[1]
   if (!tag) throw new StepError(`${file} names no sandbox_image`)
   const files = { 'bin/busybox': { program: busybox } }
-  return { tag, files, entrypoint: ['/bin/busybox', 'sleep', 'infinity'], user: 65535 }
+  // The first process of a container gets no signal that it does not ask for.
+  const wait = 'trap exit TERM INT; /bin/busybox sleep infinity & wait'
+  return { tag, files, entrypoint: ['/bin/busybox', 'sh', '-c', wait], user: 65535 }
 }
 
 /** A web server on port 8080 that ends when it is told to, and a shell to look around with. */
