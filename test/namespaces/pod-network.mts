@@ -21,6 +21,13 @@ export async function podNetwork(rehearsal: Rehearsal): Promise<void> {
   const { signal } = rehearsal
   const cluster = loadCluster({ root: rehearsal.cluster.root })
   const list = new CheckList(signal)
+  // Each pod from each, and their service.
+  await podsTalk(cluster, signal, async (pods) => {
+    for (const [what, check] of checks) {
+      await list.check(what, () => check({ rehearsal, cluster, pods }))
+    }
+  })
+  // Last, as it may take longest: metrics-server asks every 15 s, and may have been started a moment ago.
   await list.check('kubectl top has every worker', async () => {
     let reason: unknown
     const has = () =>
@@ -28,15 +35,8 @@ export async function podNetwork(rehearsal: Rehearsal): Promise<void> {
         reason = error
         return ''
       })
-    // metrics-server asks every 15 s, and may have been started a moment ago.
     if (!(await becomes(async () => (await has()) !== '', 120, signal))) throw reason
     return undefined
-  })
-  // Each pod from each, and their service.
-  await podsTalk(cluster, signal, async (pods) => {
-    for (const [what, check] of checks) {
-      await list.check(what, () => check({ rehearsal, cluster, pods }))
-    }
   })
   list.assertPassed()
 }

@@ -91,6 +91,8 @@ async function startAppOn(longer: Cluster): Promise<void> {
   const preferred = [{ weight: 100, preference: { matchExpressions } }]
   const labels = { app: 'wanderer' }
   const image = longer.settings.SMOKE_IMAGE
+  // One that ignores SIGTERM would hold up the machine's end.
+  const wait = 'trap exit TERM; sleep 3600 & wait'
   const objects = [
     { apiVersion: 'v1', kind: 'Namespace', metadata: { name: namespace } },
     {
@@ -108,7 +110,7 @@ async function startAppOn(longer: Cluster): Promise<void> {
             },
             terminationGracePeriodSeconds: 0,
             containers: [
-              { name: 'wait', image, imagePullPolicy: 'IfNotPresent', command: ['sleep', '3600'] },
+              { name: 'wait', image, imagePullPolicy: 'IfNotPresent', command: ['sh', '-c', wait] },
             ],
           },
         },
