@@ -60,16 +60,19 @@ describe('a pid file', () => {
   })
 
   it('refers to nothing when its process is a zombie', async () => {
-    // The shell becomes a sleep, which never waits for its child.
-    const parent = spawn('sh', ['-c', 'sleep 0 & echo $!; exec sleep 1000'])
-    const [output] = (await once(parent.stdout, 'data')) as [Buffer]
-    const zombie = Number(output.toString())
-    await writeFile(file, String(zombie))
-    assert.ok(await becomes(async () => (await pidFrom(file, ['sleep'])) === undefined, 10))
-    assert.ok(process.kill(zombie, 0), 'the number is still taken')
-    assert.ok(await becomes(() => isGone(zombie), 10))
-    assert.equal(await isGone(parent.pid ?? 0), false)
-    parent.kill('SIGKILL')
+    // Before its child ends the shell becomes a sleep, which waits for none.
+    const parent = spawn('sh', ['-c', 'sleep 1 & echo $!; exec sleep 1000'])
+    try {
+      const [output] = (await once(parent.stdout, 'data')) as [Buffer]
+      const zombie = Number(output.toString())
+      await writeFile(file, String(zombie))
+      assert.ok(await becomes(async () => (await pidFrom(file, ['sleep'])) === undefined, 10))
+      assert.ok(process.kill(zombie, 0), 'the number is still taken')
+      assert.ok(await becomes(() => isGone(zombie), 10))
+      assert.equal(await isGone(parent.pid ?? 0), false)
+    } finally {
+      parent.kill('SIGKILL')
+    }
   })
 })
 
@@ -109,10 +112,13 @@ describe('a port', () => {
     socket.bind(0, '127.0.0.1')
     await once(socket, 'listening')
     const { port } = socket.address()
-    assert.equal(await isPortFree('udp', port), false)
-    assert.match((await portHolder('udp', port)) ?? '', me)
-    assert.equal(await isPortFree('tcp', port), true, 'TCP has its own ports')
-    socket.close()
+    try {
+      assert.equal(await isPortFree('udp', port), false)
+      assert.match((await portHolder('udp', port)) ?? '', me)
+      assert.equal(await isPortFree('tcp', port), true, 'TCP has its own ports')
+    } finally {
+      socket.close()
+    }
   })
 
   it('that is taken is reported with its variable, its holder and a hint', async () => {
