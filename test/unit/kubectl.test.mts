@@ -149,7 +149,7 @@ describe('kubectl', () => {
         'error: Apply failed with 1 conflict: conflict with "helm": .spec.replicas\nPlease review the fields above--they currently have other managers.'
       programs.add(
         'kubectl',
-        `case "$*" in *dry-run*) cat >&2 <<'END'\n${conflict}\nEND\nexit 1;; esac`,
+        `case "$*" in *dry-run*) cat >/dev/null; cat >&2 <<'END'\n${conflict}\nEND\nexit 1;; esac`,
       )
       await assert.rejects(apply('{}', { manager: 'us' }), /exists already, owned by "helm"/)
       assert.equal(programs.calls().length, 1)
