@@ -95,7 +95,9 @@ export const hostFaults: Fault[] = [
         // It may have written everything before the signal gets there: another attempt.
         last = await retry(20, async () => {
           await rm(place.path('cloud-init'), { recursive: true })
-          return place.killWhen([staging], when)
+          const outcome = await place.killWhen([staging], when)
+          if (outcome.exitCode !== 137) throw new Error('it has ended before the signal')
+          return outcome
         })
       }
       return last as Outcome
