@@ -7,7 +7,7 @@ import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, lastLines, StepError } from '../lib/errors.mts'
 import { quote } from '../lib/format.mts'
-import { leaseTime, probeApiServer, waitForReady, waitForServices } from '../lib/health.mts'
+import { probeApiServer, waitForReady, waitForServices } from '../lib/health.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock } from '../lib/lock.mts'
 import { runScript, script } from '../lib/script.mts'
@@ -173,14 +173,14 @@ async function describe(name: string, path: string, known: boolean): Promise<str
 async function change(node: Node, copying: boolean, row: Row): Promise<string> {
   const { name } = node
   const wasReady = (await probeApiServer(cluster)).nodes?.get(name)?.ready
-  const lease = await leaseTime(cluster, node)
   row.step('copying the files')
   if (copying) await push(node)
   if (flags['push-only']) return 'the files are in place, nothing was switched to'
   try {
     if (flags.build) return await build(node, row)
     const outcome = await switchTo(node, row, { guarded: true, signal })
-    if (wasReady) await untilReady(node, row, lease)
+    const restarted = /\bkubelet\b/.test(outcome)
+    if (wasReady) await untilReady(node, row, restarted ? await kubeletStart(node) : undefined)
     await remote(node, `rm -f ${home}/unfinished`)
     return outcome
   } catch (error) {
@@ -202,9 +202,16 @@ function limits(row: Row, signal?: AbortSignal) {
   return { timeout, detail: (text: string) => row.detail(text), signal }
 }
 
-async function untilReady(node: Node, row: Row, lease?: string): Promise<void> {
+/** It renews its lease at its start, and then every ten seconds. */
+async function kubeletStart(node: Node): Promise<string | undefined> {
+  const show = 'systemctl show --timestamp=us+utc --property=ExecMainStartTimestamp kubelet'
+  const [, day, time] = (await remote(node, show)).match(/(\d+-\d+-\d+) (\S+) UTC/) ?? []
+  return day && `${day}T${time}Z`
+}
+
+async function untilReady(node: Node, row: Row, since?: string): Promise<void> {
   row.step('waiting for Ready')
-  await waitForReady(cluster, node, limits(row, signal), lease)
+  await waitForReady(cluster, node, limits(row, signal), since)
 }
 
 /**

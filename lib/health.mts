@@ -199,28 +199,24 @@ export async function waitForServices(
   })
 }
 
-/** When the kubelet last renewed the lease of its node; undefined if that cannot be read. */
-export async function leaseTime(cluster: Cluster, node: Node, limits: Limits = {}) {
-  const path = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${node.name}`
-  const lease = JSON.parse(await get(cluster, path, limits).catch(() => '{}'))
-  return lease.spec?.renewTime as string | undefined
-}
-
 /**
- * Waits until the node is Ready and its kubelet has renewed its lease since `lease` (by default since
- * the wait began): for 40 s the API server reports a node as Ready that it does not hear from.
+ * Waits until the node is Ready and its kubelet has renewed its lease: for 40 s the API server reports
+ * a node as Ready that it does not hear from.
+ * @param since when the kubelet was started, as in "2026-11-30T03:20:34.074041Z"; else the wait's begin
  */
-export async function waitForReady(cluster: Cluster, node: Node, wait: WaitLimits, lease?: string) {
+export async function waitForReady(cluster: Cluster, node: Node, wait: WaitLimits, since?: string) {
   const { name } = node
   const { signal } = wait
-  const before = lease ?? (await leaseTime(cluster, node, { signal }))
+  const path = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${name}`
+  const renewed = async (): Promise<string> =>
+    JSON.parse(await get(cluster, path, { signal }).catch(() => '{}')).spec?.renewTime ?? ''
+  const before = since ?? (await renewed())
   await waitFor({ failure: `${name} is not Ready`, ...wait }, async () => {
     const { nodes, reason } = await probeApiServer(cluster, { signal })
     if (!nodes) return `the API server does not list its nodes: ${reason}`
     const found = nodes.get(name)
     if (!found) return `${name} has not registered with the API server`
     if (!found.ready) return found.reason
-    const now = await leaseTime(cluster, node, { signal })
-    return now === before ? 'the kubelet has not renewed its lease yet' : undefined
+    return (await renewed()) > before ? undefined : 'the kubelet has not renewed its lease yet'
   })
 }

@@ -1,10 +1,10 @@
 // RSA keys (primes of OpenSSL, RFC 8017) and X.509 certificates (node-forge, RFC 5280). No files.
-import type { KeyObject } from 'node:crypto'
 import {
   createPrivateKey,
   createPublicKey,
   createSign,
   generatePrime,
+  type KeyObject,
   randomBytes,
 } from 'node:crypto'
 import { isIPv4 } from 'node:net'
@@ -98,6 +98,7 @@ const nextPrime = promisify((bits: number, done: (error: Error | null, prime: bi
  *
  * The primes are OpenSSL's, found on Node's thread pool. OpenSSL's own generateKeyPair() derives
  * each of them from further primes (FIPS 186-4, B.3.6), which takes 2.5 times as long.
+ *
  * @param bits length of the modulus, a multiple of 8
  */
 export async function generateRsaKey(bits = 2048): Promise<KeyObject> {
