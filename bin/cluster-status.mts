@@ -153,7 +153,7 @@ async function printBoots(): Promise<never> {
   return printAndExit(`${formatTable(['MACHINE', 'REACHED', '  AFTER', ''], rows)}\n`)
 }
 
-/** In seconds after power-on; of a restart, or a start from a snapshot, after that of systemd. */
+/** What a machine has reached, and how many seconds after power-on (or its restart since then). */
 async function bootOf(node: Node, registered: ApiNode | undefined) {
   await connect(cluster, node, { timeout })
   // In microseconds: the kernel's start since 1970, the rest since the kernel's start.
@@ -164,24 +164,24 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
   const read = (text: string, name: string) =>
     Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
   const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
-  const reached = units.map((text) => ({
-    at: read(text, 'ActiveEnterTimestampMonotonic'),
-    what: text.match(/^Id=(.+)\.service$/m)?.[1] ?? '',
-  }))
-  reached.push({ at: read(first, 'FinishTimestampMonotonic'), what: 'end of boot' })
-  reached.push({ at: systemd, what: 'systemd' })
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
-  if (ready?.status === 'True') {
-    reached.push({ at: Date.parse(ready.lastTransitionTime) / 1000 - kernel, what: 'node Ready' })
-  }
+  const readyAt = ready?.status === 'True' ? Date.parse(ready.lastTransitionTime) / 1000 : 0
+  const events = [
+    { what: 'systemd', at: systemd },
+    { what: 'end of boot', at: read(first, 'FinishTimestampMonotonic') },
+    { what: 'node Ready', at: readyAt - kernel },
+    ...units.map((text) => ({
+      what: text.match(/^Id=(.+)\.service$/m)?.[1] ?? '',
+      at: read(text, 'ActiveEnterTimestampMonotonic'),
+    })),
+  ].filter(({ at }) => at > 0)
+  // A QEMU that was started later has continued from a snapshot; one long before, has been restarted.
   const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
   const isFirst = poweredOn < 1 && poweredOn > -120
-  if (isFirst) reached.push({ at: 0.001, what: 'kernel' })
+  if (isFirst) events.push({ what: 'kernel', at: 0 })
   const zero = isFirst ? poweredOn : systemd
-  const events = reached
-    .filter(({ at }) => at > 0)
-    .map(({ at, what }) => ({ what, after: at - zero }))
-  return events.sort((one, other) => one.after - other.after)
+  const after = events.map(({ what, at }) => ({ what, after: at - zero }))
+  return after.sort((one, other) => one.after - other.after)
 }
 
 /** Everything that is wrong, a line each. */

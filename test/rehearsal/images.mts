@@ -74,7 +74,7 @@ function addOns(settings: ImageSettings) {
   ] as const
 }
 
-/** It holds a pod's namespaces until it is told to end. Its name is a setting of containerd. */
+/** Keeps a pod's namespaces alive until SIGTERM. containerd's configuration names this image. */
 async function pause(busybox: string): Promise<Image> {
   const file = join(projectRoot, 'configs', 'worker.nix')
   const tag = (await readFile(file, 'utf8')).match(/sandbox_image = "(.+)"/)?.[1]
@@ -108,8 +108,8 @@ async function web(busybox: string, tag: string): Promise<Image> {
 const unpack = join(import.meta.dirname, 'image-store.sh')
 
 /**
- * A folder that is containerd's on a new worker, with the images unpacked by containerd itself, which
- * takes minutes on an emulated processor. Its files belong to root, who has to make it.
+ * A copy of /var/lib/containerd with the images already unpacked, because unpacking them takes minutes
+ * on an emulated processor. Needs root, who owns its files.
  */
 export async function imageStore(
   debian: DebianLayer,
@@ -123,7 +123,7 @@ export async function imageStore(
   return join(folder, 'store')
 }
 
-/** A squashfs with such a folder as its store/; who is not root is asked for a password by sudo. */
+/** A squashfs with that folder as store/. Uses sudo unless the user is root. */
 export async function imagesLayer(
   debian: DebianLayer,
   archives: readonly string[],
