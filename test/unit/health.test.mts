@@ -6,7 +6,7 @@ import { after, afterEach, before, describe, it } from 'node:test'
 import forge from 'node-forge'
 import { $ } from 'zx/core'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
-import { clockTrouble, probeApiServer } from '../../lib/health.mts'
+import { clockTrouble, probeApiServer, waitForReady } from '../../lib/health.mts'
 import { prepareCommands } from '../../lib/script.mts'
 import { type FakeApiServer, failure, nodeList, startFakeApiServer } from '../api-server.mts'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
@@ -66,6 +66,27 @@ describe('probing the API server', () => {
     assert.equal(ready, true)
     assert.equal(nodes?.get('sigma')?.ready, true)
     assert.equal(nodes?.get('gamma')?.reason, 'cni plugin not initialized')
+  })
+
+  it('takes a node for Ready that has renewed its lease since its kubelet was started', async () => {
+    const answers = await startWith()
+    answers['/readyz'] = { body: 'ok' }
+    answers['/api/v1/nodes'] = { body: nodeList({ sigma: { ready: true } }) }
+    const path = '/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/sigma'
+    const renewed = (renewTime: string) => {
+      answers[path] = { body: JSON.stringify({ spec: { renewTime } }) }
+    }
+    const sigma = cluster.node('sigma')
+    const started = '2026-11-30T03:20:34.030327Z'
+    renewed('2026-11-30T03:20:34.028000Z')
+    await assert.rejects(
+      waitForReady(cluster, sigma, { timeout: 1 }, started),
+      /sigma is not Ready after 1 s/,
+    )
+    renewed('2026-11-30T03:20:34.074041Z')
+    await waitForReady(cluster, sigma, { timeout: 1 }, started)
+    // Of a kubelet that was not started, the last renewal shows nothing.
+    await assert.rejects(waitForReady(cluster, sigma, { timeout: 1 }), /sigma is not Ready/)
   })
 
   it('names the checks that fail', async () => {

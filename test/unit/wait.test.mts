@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { describe, it, mock } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx/core'
 import type { StepError } from '../../lib/errors.mts'
 import { prepareCommands } from '../../lib/script.mts'
@@ -38,6 +39,18 @@ describe('a wait', () => {
     )
     await assert.rejects(waiting, (error) => /refused/.test(String(error)))
     assert.deepEqual(shown, ['the API server does not answer in time'])
+  })
+
+  it('looks for at most half of the time', async () => {
+    let looks = 0
+    const waiting = waitFor({ failure: 'no pods', timeout: 1, every: 1 }, async () => {
+      looks += 1
+      await sleep(100)
+      return 'web-1'
+    })
+    await assert.rejects(waiting, /no pods after 1 s/)
+    // Ten without a pause.
+    assert.ok(looks >= 2 && looks <= 7, `${looks} looks`)
   })
 
   it('ends at once with the reason of an interruption', async () => {
