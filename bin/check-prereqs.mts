@@ -33,7 +33,8 @@ warnings (no hardware acceleration, little memory) do not count.`,
   examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
 if (flags.yes && !flags.install) throw new StepError('--yes is for --install', { exitCode: 2 })
-if (flags.leftovers && flags.json) throw new StepError('--leftovers has no --json', { exitCode: 2 })
+if (flags.leftovers && (flags.json || flags.install))
+  throw new StepError('--leftovers goes with no other flag', { exitCode: 2 })
 
 const cluster = loadCluster()
 if (flags.leftovers) await showLeftovers()
@@ -129,7 +130,7 @@ else {
 const wrong = findings.filter(({ state }) => marks[state] === '✗').map(({ name }) => name)
 if (wrong.length > 0) throw new StepError(`missing prerequisites: ${wrong.join(', ')}`)
 
-/** Machines, LAN switch, what else runs with our path, and what the scripts wrote; ends the script. */
+/** Processes with our path in their command line, and files that the scripts have written. */
 async function showLeftovers(): Promise<never> {
   const { stdout } = await $`ps -A -ww -o pid= -o args=`
   const marks = ['/run/', '/lib/lan-switch.mts', '/bin/'].map((path) => cluster.path() + path)

@@ -91,9 +91,14 @@ interface Deployment extends ApiObject {
   spec: { template: { metadata: object; spec: PodSpec } }
 }
 
+interface Probe {
+  periodSeconds: number
+  failureThreshold: number
+}
+
 interface PodSpec {
   serviceAccountName?: string
-  containers: { image: string; command?: string[]; args?: string[] }[]
+  containers: { image: string; command?: string[]; args?: string[]; startupProbe?: Probe }[]
   securityContext?: object
 }
 
@@ -162,6 +167,15 @@ export const manifests = (shared: Shared) =>
         })
       })
     }
+
+    it('give every program ten minutes to start before liveness counts', () => {
+      const containers = deployments().flatMap(({ spec }) => spec.template.spec.containers)
+      assert.equal(containers.length, 3)
+      for (const { image, startupProbe } of containers) {
+        const { periodSeconds = 0, failureThreshold = 0 } = startupProbe ?? {}
+        assert.ok(periodSeconds * failureThreshold >= 600, image)
+      }
+    })
 
     it('have versions and addresses from cluster.env', async () => {
       const settings = {
