@@ -37,6 +37,8 @@ describe('two clusters of namespaces at the same time', { skip }, () => {
 
   it('do not meet, although their machines have the same addresses', async () => {
     for (const cluster of clusters) {
+      const answers = async () => (await on(cluster, 'sigma', 'true')).exitCode === 0
+      assert.ok(await becomes(answers, 60), 'sigma does not answer ssh')
       const pki = '/var/lib/kubernetes/pki'
       const keys = `--cacert ${pki}/ca.pem --cert ${pki}/sigma.pem --key ${pki}/sigma-key.pem`
       const patient = '--retry 60 --retry-delay 1 --retry-all-errors'
