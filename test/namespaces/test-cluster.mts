@@ -66,7 +66,7 @@ const further: readonly Step[] = [
   ['make helm-deploy with an own chart', ownChart],
   // Snapshots are of disks, which only virtual machines have.
   ...dayTwoChecks
-    .filter(([what]) => !/^make (snapshot|suspend)/.test(what))
+    .filter(([what]) => !/^make (snapshot|restore|suspend)/.test(what))
     .flatMap(([what, work]): Step[] => [
       [what, work],
       [`pod network after ${what}`, podNetwork],

@@ -1,7 +1,7 @@
 // From machines that answer ssh to a cluster that has passed its checks: the steps of a rehearsal.
 import { existsSync } from 'node:fs'
 import { $ } from 'zx'
-import { describeError } from '../../lib/errors.mts'
+import { describeError, StepError } from '../../lib/errors.mts'
 import { formatDuration, formatTable } from '../../lib/format.mts'
 import { addOnChecks } from './add-on-checks.mts'
 import { dayTwoChecks } from './day-two-checks.mts'
@@ -35,9 +35,17 @@ const dayTwoSteps: readonly Step[] = [
   ['make status, at the end', (rehearsal) => rehearsal.script('cluster-status', '--timeout=60')],
 ]
 
-/** @param words separated by blanks: only the steps that have one of them in their names */
+/**
+ * @param words separated by blanks: only the steps that have one of them in their names
+ * @throws StepError if no step has one of the words
+ */
 export function dayTwo(words = ''): Step[] {
   const wanted = words.split(' ').filter(Boolean)
+  for (const word of wanted) {
+    if (dayTwoSteps.some(([what]) => what.includes(word))) continue
+    const output = dayTwoSteps.map(([what]) => what).join('\n')
+    throw new StepError(`no step of day two has "${word}" in its name`, { output, exitCode: 2 })
+  }
   const has = (what: string) => wanted.some((word) => what.includes(word))
   return dayTwoSteps.filter(([what]) => wanted.length === 0 || has(what))
 }

@@ -19,6 +19,7 @@ const snapshot = 'day-two'
 
 export const dayTwoChecks: readonly Step[] = [
   ['make snapshot, breaking a worker, make restore', snapshotAndRestore],
+  ['make restore of the disks alone', restoreDisks],
   ['make suspend, make up', suspendAndUp],
   ['make etcd-snapshot, deleting objects, make etcd-restore', backupAndRestore],
   ['make reconfig with a changed setting of a kubelet', changedSetting],
@@ -48,7 +49,19 @@ async function snapshotAndRestore(rehearsal: Rehearsal): Promise<void> {
   assert.equal(await healthy(), true)
   await assertWorks(rehearsal)
   await removeNamespace()
-  await rehearsal.script('snapshot', '--disks-only', 'disks')
+  await removeSnapshots(rehearsal)
+}
+
+/** The machines boot, so all containers are started again; what was in etcd and on disks is as then. */
+async function restoreDisks(rehearsal: Rehearsal): Promise<void> {
+  await makeSecret()
+  await rehearsal.script('snapshot', '--disks-only', snapshot)
+  await removeNamespace()
+  await untilReady('restored', () => rehearsal.script('restore', snapshot))
+  await settled(rehearsal)
+  await assertSecret()
+  await assertWorks(rehearsal)
+  await removeNamespace()
   await removeSnapshots(rehearsal)
 }
 

@@ -25,7 +25,9 @@ while True:
         continue
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            sys.stdout.buffer.write(file.read().replace(b"\n", b" ").replace(b"\0", b" ") + b"\n")
-            sys.stdout.buffer.flush()
+            line = file.read()
     except OSError:
-        pass  # It has ended already.
+        continue  # It has ended already.
+    # Fails, and so ends this program, when nobody reads any more.
+    sys.stdout.buffer.write(line.replace(b"\n", b" ").replace(b"\0", b" ") + b"\n")
+    sys.stdout.buffer.flush()

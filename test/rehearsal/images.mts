@@ -109,7 +109,7 @@ const unpack = join(import.meta.dirname, 'image-store.sh')
 
 /**
  * A copy of /var/lib/containerd with the images already unpacked, because unpacking them takes minutes
- * on an emulated processor. Needs root, who owns its files.
+ * on an emulated processor. Needs root, which owns its files.
  */
 export async function imageStore(
   debian: DebianLayer,
@@ -150,8 +150,15 @@ async function unpackImages(
   await mkdir(store)
   const command = ['sh', unpack, store, debian.image, ...archives]
   const run = $({ quiet: true, stdio: ['inherit', 'pipe', 'pipe'] })
-  await run`${sudo} unshare --mount --pid --fork --kill-child ${command}`
-  await run`${sudo} rmdir ${store}.root`
+  try {
+    await run`${sudo} unshare --mount --pid --fork --kill-child ${command}`
+  } catch (error) {
+    // Root owns these files: the caller could not remove them.
+    await run`${sudo} rm -rf ${store}`
+    throw error
+  } finally {
+    await run`${sudo} rm -rf --one-file-system ${store}.root`
+  }
 }
 
 async function archiveOf(name: string, image: Image): Promise<string> {

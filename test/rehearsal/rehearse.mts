@@ -17,6 +17,7 @@ import { type CiliumParts, ciliumParts } from '../namespaces/cilium-image.mts'
 import { buildIso } from './build-iso.mts'
 import { clusterSteps, dayTwo, rehearseSteps, waitForComponents } from './cluster-steps.mts'
 import { ensureHostPackages } from './host-packages.mts'
+import { PortWatch } from './listening-ports.mts'
 import { machineTable } from './machine-table.mts'
 import { machinePrograms, preferOnPath } from './programs-on-path.mts'
 import { Rehearsal } from './rehearsal.mts'
@@ -38,6 +39,7 @@ try {
 
 async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   await endFormer()
+  const later = DAY_TWO ? dayTwo(DAY_TWO === '1' ? '' : DAY_TWO) : []
   const programs = await machinePrograms()
   const workers = chosen.filter(({ role }) => role === 'worker')
   const whole = chosen.length === real.nodes.length
@@ -57,6 +59,7 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   const rehearsal = new Rehearsal(cluster, nodes, signal)
   rehearsal.note('simulated installer ISO', isoTook)
   await preferOnPath(programs)
+  const ports = await PortWatch.start(cluster)
   const watch = await SecretWatch.start()
 
   try {
@@ -67,15 +70,19 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
     if (programs.length > 0) await waitForComponents(rehearsal)
     if (programs.length > 0 && whole) await rehearseSteps(rehearsal, clusterSteps)
     console.log(`\n${await machineTable(rehearsal)}`)
-    if (programs.length > 0 && whole && DAY_TWO)
-      await rehearseSteps(rehearsal, dayTwo(DAY_TWO === '1' ? '' : DAY_TWO))
-    await rehearseSteps(rehearsal, [['secrets', () => watch.check(rehearsal)]])
+    if (programs.length > 0 && whole) await rehearseSteps(rehearsal, later)
+    await rehearseSteps(rehearsal, [
+      ['secrets', () => watch.check(rehearsal)],
+      ['listening ports', () => ports.check(rehearsal)],
+    ])
   } finally {
     await watch.end()
+    await ports.end()
     console.log(`\n${rehearsal.timeTable()}`)
     if (KEEP) explainHowToContinue(whole ? '' : names)
     else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
   }
+  if (!KEEP) await ports.assertNone()
   console.error(`\nrehearsed: ${rehearsal.names.join(', ')}`)
 }
 

@@ -2,43 +2,60 @@
 // rehearsal, the logs and transcripts that it writes, and the journals of the machines. What is
 // searched for is the cluster's real keys.
 import { spawn } from 'node:child_process'
-import { once } from 'node:events'
 import { createWriteStream, existsSync } from 'node:fs'
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { parse } from 'yaml'
-import { glob } from 'zx'
+import { $, glob } from 'zx'
 import type { Cluster } from '../../lib/cluster.mts'
 import { StepError } from '../../lib/errors.mts'
 import { connect, remote } from '../../lib/ssh.mts'
 import { isRunning } from '../../lib/vm.mts'
+import { becomes } from '../../lib/wait.mts'
 import { CheckList } from './check-list.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
 /** Watches the programs that are started, until `end`. */
 export class SecretWatch {
   private readonly folder: string
-  private readonly watcher: ReturnType<typeof spawn> | undefined
+  private watcher: ReturnType<typeof spawn> | undefined
+  /** Why command lines are not searched, if so. */
+  private blind = ''
 
-  private constructor(folder: string, watcher?: ReturnType<typeof spawn>) {
+  private constructor(folder: string) {
     this.folder = folder
-    this.watcher = watcher
   }
 
   /** Only root learns of programs that are started; others search logs and journals alone. */
   static async start(): Promise<SecretWatch> {
-    const folder = await mkdtemp(join(tmpdir(), 'command-lines-'))
-    if (process.getuid?.() !== 0) return new SecretWatch(folder)
+    const watch = new SecretWatch(await mkdtemp(join(tmpdir(), 'command-lines-')))
+    if (process.getuid?.() !== 0) watch.blind = 'only root sees those of others'
+    else if (!(await watch.observe())) watch.blind = 'the kernel does not report them here'
+    return watch
+  }
+
+  /** Records the command lines of programs that are started. @returns whether it can */
+  private async observe(): Promise<boolean> {
+    const file = join(this.folder, 'command-lines')
     const watcher = spawn('python3', ['-IB', join(import.meta.dirname, 'execs.py')], {
       stdio: ['ignore', 'pipe', 'inherit'],
     })
+    this.watcher = watcher
     const lines = createInterface({ input: watcher.stdout })
-    await once(lines, 'line')
-    const log = createWriteStream(join(folder, 'command-lines'), { mode: 0o600 })
+    const log = createWriteStream(file, { mode: 0o600 })
     lines.on('line', (line) => log.write(`${line}\n`))
-    return new SecretWatch(folder, watcher)
+    const ended = new Promise<boolean>((resolve) => {
+      watcher.once('error', () => resolve(false)).once('exit', () => resolve(false))
+    })
+    // A container may get no events although it may ask for them.
+    const mark = `command lines are recorded ${process.pid}`
+    const recorded = becomes(async () => {
+      await $({ quiet: true, nothrow: true })`sh -c ${`exit 0 # ${mark}`}`
+      return existsSync(file) && (await readFile(file, 'utf8')).includes(mark)
+    }, 10)
+    return Promise.race([ended, recorded])
   }
 
   /**
@@ -56,9 +73,8 @@ export class SecretWatch {
       }
     }
     await list.check(`${secrets.size} secrets are in no command line`, async () => {
-      const file = join(this.folder, 'command-lines')
-      if (!existsSync(file)) return 'not looked for: only root sees those of others'
-      const text = await readFile(file, 'utf8')
+      if (this.blind) return `not searched: ${this.blind}`
+      const text = await readFile(join(this.folder, 'command-lines'), 'utf8')
       await search(text, 'a command line')
       const count = text.split('\n').length
       if (!text.includes('ssh -F ')) throw new StepError(`no ssh among ${count} programs`)
@@ -76,11 +92,14 @@ export class SecretWatch {
       await list.check(`nor in the journal and the command lines of ${node.name}`, async () => {
         await connect(cluster, node, { signal })
         // Not in a command line, which would be found.
-        const look = `secrets=$(cat)
-          { journalctl --no-pager; ps -A -ww -o args; } | grep -cFf <(echo "$secrets") || true`
-        const found = Number(await remote(node, look, { input: pieces, timeout: 300, signal }))
-        if (found > 0) throw new StepError(`${found} lines have one`)
-        return undefined
+        const look = `secrets=$(cat) text=$(journalctl --no-pager; ps -A -ww -o args)
+          grep -c . <<<"$text"
+          grep -cFf <(echo "$secrets") <<<"$text" || [ $? = 1 ]`
+        const counts = await remote(node, look, { input: pieces, timeout: 300, signal })
+        const [lines = 0, found = Number.NaN] = counts.trim().split('\n').map(Number)
+        if (found !== 0) throw new StepError(`${found} lines have one`)
+        if (!(lines > 100)) throw new StepError(`there are only ${lines} lines`)
+        return `${lines} lines`
       })
     }
     list.assertPassed()
