@@ -15,12 +15,14 @@ import { ConsoleShell } from '../lib/console-shell.mts'
 import { spawn as spawnInTerminal } from '../lib/expect.mts'
 import { formatTable } from '../lib/format.mts'
 import { ensureLanSwitch } from '../lib/lan.mts'
+import type { Snapshot } from '../lib/snapshots.mts'
 import { nodeList, startFakeApiServer } from './api-server.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from './checkout.mts'
 import { HollowMachines } from './hollow-machines.mts'
 import { installerFiles, makeIso } from './installer-iso.mts'
 import { makeLiveSystem } from './live-system.mts'
 import { freePorts } from './ports.mts'
+import { makeMachines } from './uefi-machine.mts'
 
 interface Contest {
   name: string
@@ -32,6 +34,7 @@ interface Contest {
   prepare?(): Promise<unknown>
   /** What takes the time, or the seconds that it took itself. */
   ours(): Promise<unknown>
+  /** Seconds of its own can also be a limit. */
   other(): Promise<unknown>
 }
 
@@ -49,6 +52,8 @@ try {
   const cluster = loadCluster({ root: three.root, env: {} })
   await prepareCfssl(cluster)
   const kubeconfigs = await prepareKubectl(three)
+  const [status3, status5, status10] = [await statusOf(3), await statusOf(5), await statusOf(10)]
+  const snapshots = snapshotsOfMachines()
   const contests: Contest[] = [
     {
       name: `${certificatesOf(cluster).length + 1} certificates`,
@@ -99,10 +104,19 @@ try {
     },
     {
       name: 'cluster-status',
+      between: ['5 nodes', '3 nodes'],
+      goal: 1.5,
+      rounds: 5,
+      ours: status5,
+      other: status3,
+    },
+    {
+      name: 'cluster-status',
       between: ['10 nodes', '3 nodes'],
       goal: 1.5,
       rounds: 5,
-      ...(await statuses()),
+      ours: status10,
+      other: status3,
     },
     {
       name: 'upload over the console',
@@ -124,6 +138,24 @@ try {
       goal: 0.6,
       rounds: 3,
       ...(await installations()),
+    },
+    {
+      name: 'snapshot of three machines',
+      between: ['standing still', 'goal'],
+      goal: 1,
+      rounds: 3,
+      prepare: snapshots.prepare,
+      ours: snapshots.pause,
+      other: async () => 2.5,
+    },
+    {
+      name: 'restore of three machines',
+      between: ['with memory', 'of the disks alone'],
+      goal: 2,
+      rounds: 3,
+      prepare: snapshots.prepare,
+      ours: () => snapshots.restore('live'),
+      other: () => snapshots.restore('disks'),
     },
   ]
   const results = []
@@ -235,32 +267,53 @@ async function preparations(): Promise<Both> {
 }
 
 /** Machines with a real sshd; the API server answers what a healthy one does. */
-async function statuses(): Promise<Both> {
-  const asks = []
-  for (const count of [10, 3]) {
-    const checkout = await prepared(count)
-    const { nodes, workers } = loadCluster({ root: checkout.root, env: {} })
-    const machines = new HollowMachines(checkout)
-    const names = nodes.map(({ name }) => name)
-    await machines.start(...names)
-    cleanUp.push(() => machines.stop(...names))
-    const api = await startFakeApiServer(checkout)
-    cleanUp.push(() => api.stop())
-    const ready = workers.map(({ name }) => [name, { ready: true }] as const)
-    const list = { kind: 'PodList', apiVersion: 'v1', items: [] }
-    Object.assign(api.answers, {
-      '/readyz': { body: 'readyz check passed' },
-      '/version': { body: JSON.stringify({ gitVersion: 'v1.36.3' }) },
-      '/api/v1/nodes': { body: nodeList(Object.fromEntries(ready)) },
-      '/api/v1/pods': { body: JSON.stringify(list) },
-    })
-    const ask = () => must(checkout, 'bin/cluster-status.mts', ['--json', '--timeout', '60'])
-    asks.push(ask)
-    // The first opens the ssh connections that later ones share.
-    await ask()
+async function statusOf(count: number): Promise<() => Promise<unknown>> {
+  const checkout = await prepared(count)
+  const { nodes, workers } = loadCluster({ root: checkout.root, env: {} })
+  const machines = new HollowMachines(checkout)
+  const names = nodes.map(({ name }) => name)
+  await machines.start(...names)
+  cleanUp.push(() => machines.stop(...names))
+  const api = await startFakeApiServer(checkout)
+  cleanUp.push(() => api.stop())
+  const ready = workers.map(({ name }) => [name, { ready: true }] as const)
+  const list = { kind: 'PodList', apiVersion: 'v1', items: [] }
+  Object.assign(api.answers, {
+    '/readyz': { body: 'readyz check passed' },
+    '/version': { body: JSON.stringify({ gitVersion: 'v1.36.3' }) },
+    '/api/v1/nodes': { body: nodeList(Object.fromEntries(ready)) },
+    '/api/v1/pods': { body: JSON.stringify(list) },
+  })
+  const ask = () => must(checkout, 'bin/cluster-status.mts', ['--json', '--timeout', '60'])
+  // The first opens the ssh connections that later ones share.
+  await ask()
+  return ask
+}
+
+/** Real QEMUs whose machines have no operating system, so their firmware runs: nothing boots. */
+function snapshotsOfMachines() {
+  let root = ''
+  const script = (name: string, ...args: string[]) => must({ root }, `bin/${name}.mts`, args)
+  return {
+    /** Not earlier than they are needed: they take processor time. */
+    async prepare(): Promise<void> {
+      if (root) return
+      const { checkout, cluster, start, remove } = await makeMachines()
+      cleanUp.push(remove)
+      root = checkout.root
+      for (const node of cluster.nodes) await start(node)
+      await script('snapshot', 'live')
+      await script('snapshot', '--disks-only', 'disks')
+    },
+    /** Seconds that the machines stand still. */
+    async pause(): Promise<number> {
+      const taken = await script('snapshot', '--json', 'measured')
+      await script('snapshot', '--delete', 'measured')
+      return (JSON.parse(taken) as Snapshot).pause
+    },
+    /** Until the machines run. */
+    restore: (name: string) => script('restore', '--start-only', name),
   }
-  const [ours = must, other = must] = asks as (() => Promise<string>)[]
-  return { ours, other } as Both
 }
 
 /** Into a shell on a terminal, as the installer's console is. */
