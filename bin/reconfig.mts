@@ -172,9 +172,12 @@ async function describe(name: string, path: string, known: boolean): Promise<str
 /** Copies the files, switches and checks; goes back if the machine is not healthy. */
 async function change(node: Node, copying: boolean, row: Row): Promise<string> {
   const { name } = node
+  signal.throwIfAborted()
   const wasReady = (await probeApiServer(cluster)).nodes?.get(name)?.ready
   row.step('copying the files')
   if (copying) await push(node)
+  if (signal.aborted) await takingTime(() => putBack(name))
+  signal.throwIfAborted()
   if (flags['push-only']) return 'the files are in place, nothing was switched to'
   try {
     if (flags.build) return await build(node, row)
@@ -189,7 +192,7 @@ async function change(node: Node, copying: boolean, row: Row): Promise<string> {
       await remote(node, `rm -f ${home}/guarded`).catch(() => {})
       throw new StepError(`interrupted: the change on ${name} continues in the background`, {
         ...(signal.reason as StepError).explanation,
-        hint: `make ${flags.build ? 'upgrade' : 'reconfig'} looks how it ended, and finishes it`,
+        hint: `make ${flags.build ? 'upgrade' : 'reconfig'} checks the result and completes the change`,
       })
     }
     row.step('going back to the former configuration')
@@ -464,6 +467,9 @@ async function restart(node: Node, row: Row): Promise<string> {
 async function runUnit(node: Node, row: Row, command: string, signal?: AbortSignal) {
   const { name } = node
   const log = '/var/log/reconfig.log'
+  // What a login has and a unit has not: PATH, NIX_PATH, the proxy.
+  const environment = '. /etc/set-environment; set -euo pipefail'
+  const text = `${environment}; cd ${home}; exec 9>lock; flock 9; ${command}`
   // --remain-after-exit keeps its exit status until the unit is stopped.
   const start = `
     mkdir -p ${home}
@@ -471,9 +477,9 @@ async function runUnit(node: Node, row: Row, command: string, signal?: AbortSign
     flock --timeout 5 9 || { echo 'the last change is still running' >&2; exit 75; }
     systemctl stop reconfig 2>/dev/null || true
     systemctl reset-failed reconfig 2>/dev/null || true
-    systemd-run --quiet --unit=reconfig --remain-after-exit --setenv=PATH="$PATH" --setenv=HOME=/root \\
+    systemd-run --quiet --unit=reconfig --remain-after-exit --setenv=HOME=/root \\
       --property=StandardOutput=truncate:${log} --property=StandardError=append:${log} \\
-      bash -euo pipefail -c ${quote(`cd ${home}; exec 9>lock; flock 9; ${command}`)} 9>&-
+      bash -c ${quote(text)} 9>&-
     ${bootId}`
   const boot = await remote(node, start)
   const look = `${bootId}; systemctl show --property=SubState,ExecMainStatus reconfig

@@ -212,6 +212,7 @@ in
   environment.systemPackages = [
     pkgs.curl
     pkgs.jq
+    pkgs.rsync
   ];
   environment.defaultPackages = [ ];
   documentation.enable = false;

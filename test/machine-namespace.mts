@@ -14,6 +14,7 @@ mount --make-rprivate /
 cd "$1"
 mkdir -p etc etc-work run var-lib var-log
 mount -t overlay overlay -o "lowerdir=/etc,upperdir=$1/etc,workdir=$1/etc-work" /etc
+touch /etc/set-environment
 mount --bind var-lib /var/lib
 mount --bind var-log /var/log
 mount --bind run /run

@@ -97,6 +97,10 @@
     "ssh-keygen"
     "sshd"
   ];
+  rsync = [
+    "rsync"
+    "rsync-ssl"
+  ];
   runc = [ "runc" ];
   systemd = [
     "journalctl"
