@@ -6,7 +6,7 @@ import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { formatTable } from '../lib/format.mts'
 import { apiError, probeApiServer } from '../lib/health.mts'
-import { interruption } from '../lib/interrupt.mts'
+import { interrupted, interruption } from '../lib/interrupt.mts'
 import { useCluster } from '../lib/kubectl.mts'
 import type { Pod } from '../lib/pods.mts'
 import { script } from '../lib/script.mts'
@@ -224,7 +224,7 @@ function view(health: Health): string {
 /** Measures and draws until a key or a signal ends it. */
 async function watch(): Promise<void> {
   const quit = new AbortController()
-  const signal = AbortSignal.any([interruption(), quit.signal])
+  const signal = AbortSignal.any([interruption(false), quit.signal])
   let paused = false
   let health: Health | undefined
   const redraw = redrawer()
@@ -250,8 +250,7 @@ async function watch(): Promise<void> {
       await sleep((paused ? 0.1 : interval) * 1000, undefined, { signal })
     }
   } catch (error) {
-    // Of its own end, or after Ctrl-C.
-    if (!quit.signal.aborted) throw error
+    if (!quit.signal.aborted) throw interrupted() ?? error
   } finally {
     release()
   }

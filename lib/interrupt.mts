@@ -1,8 +1,9 @@
-// Ctrl-C and SIGTERM: as an AbortSignal for a step that has something to undo, else the end.
+// Ctrl-C, SIGTERM and a closed terminal: as an AbortSignal for a step that has something to undo, else the end.
 import { spawn } from 'node:child_process'
 import { constants } from 'node:os'
 import { StepError } from './errors.mts'
 
+export const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
 const isMac = process.platform === 'darwin'
 const gracePeriod = 30_000
 let controller: AbortController | undefined
@@ -12,26 +13,32 @@ let undoing = 0
 /** Without `interruption`, a signal ends the script and, by `end`, the commands that it is running. */
 export function handleSignals(end: () => void): void {
   endCommands = end
-  process.off('SIGINT', stop).on('SIGINT', stop)
-  process.off('SIGTERM', stop).on('SIGTERM', stop)
+  for (const signal of signals) process.off(signal, stop).on(signal, stop)
+}
+
+/** Nobody reads the output any more (`| head`): no error, but a change is interrupted. */
+export function outputClosed(): void {
+  if (!controller) process.exit(0)
+  if (!controller.signal.aborted) stop('SIGHUP')
 }
 
 /**
- * The signal that Ctrl-C and SIGTERM abort. The caller must then stop soon, clean up and let the
- * error pass; the process ends with the shell's status for that signal (130, 143). A second Ctrl-C,
- * or 30 seconds outside of `takingTime`, end it without waiting.
+ * The signal that Ctrl-C, SIGTERM and SIGHUP abort. The caller must then stop soon, clean up and let the
+ * error pass; the process ends with the shell's status for that signal (130, 143, 129). A second
+ * Ctrl-C, or 30 seconds outside of `takingTime`, end it without waiting.
+ * @param awake keep this computer awake until this process ends
  */
-export function interruption(): AbortSignal {
+export function interruption(awake = true): AbortSignal {
   if (!controller) {
     controller = new AbortController()
     handleSignals(endCommands)
     // What can be interrupted takes time; a script that another one runs leaves it to that.
-    if (process.env.CLUSTER_LOCKS === undefined) stayAwake()
+    if (awake && process.env.CLUSTER_LOCKS === undefined) stayAwake()
   }
   return controller.signal
 }
 
-/** Keeps this computer awake until this process ends, where the system has a program for it. */
+/** Where the system has a program for it. */
 function stayAwake(): void {
   const wait = ['tail', '-f', '/dev/null', `--pid=${process.pid}`]
   const args = isMac ? ['-i', '-w', `${process.pid}`] : ['--what=idle:sleep', ...wait]
@@ -56,7 +63,7 @@ export async function takingTime<T>(work: () => Promise<T>): Promise<T> {
   }
 }
 
-function stop(signal: 'SIGINT' | 'SIGTERM'): void {
+function stop(signal: (typeof signals)[number]): void {
   const exitCode = 128 + constants.signals[signal]
   if (!controller || controller.signal.aborted) {
     endCommands()

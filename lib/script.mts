@@ -7,7 +7,7 @@ import minimist from 'minimist'
 import { $, ProcessOutput, useBash, which } from 'zx/core'
 import { describeError, explain, noteFailure, StepError } from './errors.mts'
 import { quote } from './format.mts'
-import { handleSignals, interrupted, interruption } from './interrupt.mts'
+import { handleSignals, interrupted, interruption, outputClosed, takingTime } from './interrupt.mts'
 import { locksForChildren } from './lock.mts'
 
 /** A flag is a switch (`--force`) unless `value` names what follows it (`--timeout SECONDS`). */
@@ -67,11 +67,10 @@ export function script<const Flags extends Record<string, Flag>>(
     console.error(`${name}: ${describeError(shown, argv.includes('--verbose'))}`)
     process.exit(explain(shown instanceof StepError ? shown : reason).explanation.exitCode ?? 1)
   })
-  // A reader that has seen enough (`| head`) is no error.
   for (const stream of [process.stdout, process.stderr]) {
     stream.on('error', (error: NodeJS.ErrnoException) => {
-      if (error.code === 'EPIPE') process.exit(0)
-      throw error
+      if (error.code !== 'EPIPE' && error.code !== 'EIO') throw error
+      outputClosed()
     })
   }
   const known: Record<string, Flag> = { ...declaration.flags, ...common }
@@ -174,8 +173,10 @@ export async function runScript(
   })
   // Ctrl-C reaches both processes; what is sent to this one alone has to be passed on.
   const forward = () => child.kill('SIGTERM')
-  process.once('SIGTERM', forward)
-  const [status] = await once(child, 'exit').finally(() => process.off('SIGTERM', forward))
+  process.once('SIGTERM', forward).once('SIGHUP', forward)
+  // The child may have something to undo.
+  const [status] = await takingTime(() => once(child, 'exit'))
+  process.off('SIGTERM', forward).off('SIGHUP', forward)
   signal.throwIfAborted()
   if (status === 0) return
   const reason = `${name} failed${failure && `, ${failure}`}`
@@ -190,11 +191,12 @@ function parse(known: Record<string, Flag>, argv: readonly string[], name: strin
     alias: { h: 'help' },
     unknown: (arg) => !arg.startsWith('-') || arg === '-' || refuse(name, `unknown flag ${arg}`),
   })
+  const own = argv.slice(0, argv.includes('--') ? argv.indexOf('--') : undefined)
   for (const [flag, { value: what, number, choices }] of Object.entries(known)) {
     const value: unknown = parsed[flag]
     const wrong = (reason: string) => refuse(name, `--${flag} ${reason}`)
     if (!what) {
-      if (argv.some((arg) => arg.startsWith(`--${flag}=`))) wrong('takes no value')
+      if (own.some((arg) => arg.startsWith(`--${flag}=`))) wrong('takes no value')
     } else if (value !== undefined) {
       if (Array.isArray(value)) wrong('is given more than once')
       if (value === '' || value === false) wrong(`needs a value: ${what}`)

@@ -1,5 +1,7 @@
 import assert from 'node:assert/strict'
 import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { existsSync } from 'node:fs'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
@@ -8,6 +10,7 @@ import { type Checkout, makeCheckout } from '../checkout.mts'
 
 /** Waits for the signal, then cleans up, as slowly as its arguments say. Half a minute takes 0.3 s. */
 const sample = `
+import { writeFile } from 'node:fs/promises'
 import { setTimeout as wait } from 'node:timers/promises'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
@@ -18,10 +21,12 @@ const { args } = script({ does: '', reads: [], writes: [], args: 'MILLISECONDS H
 const signal = interruption()
 if (signal !== interruption()) throw new Error('there is one signal only')
 console.log('ready')
+if (args[1] === 'ticking') repeat(() => console.error('tick'), 20)
 await wait(60_000, undefined, { signal }).catch(() => {})
 console.log('cleaning up')
 const clean = () => wait(Number(args[0]))
 await (args[1] === 'undoing' ? takingTime(clean) : clean())
+if (args[1] === 'ticking') await writeFile('cleaned', '')
 console.log('clean')
 signal.throwIfAborted()
 `
@@ -44,7 +49,8 @@ describe('an interruption', () => {
     end: Promise<unknown[]>
   } {
     const [launch, sample] = [checkout.path('lib/launch.mjs'), checkout.path('bin/sample.mts')]
-    const child = spawn(process.execPath, [launch, sample, `${cleaning}`, how], { env })
+    const args = [launch, sample, `${cleaning}`, how]
+    const child = spawn(process.execPath, args, { env, cwd: checkout.root })
     let output = ''
     const listeners = new Set<() => void>()
     for (const stream of [child.stdout, child.stderr]) {
@@ -71,6 +77,8 @@ describe('an interruption', () => {
   for (const [signal, status] of [
     ['SIGINT', 130],
     ['SIGTERM', 143],
+    // The terminal was closed.
+    ['SIGHUP', 129],
   ] as const) {
     it(`by ${signal} lets the step clean up, and ends it with status ${status}`, async () => {
       const { child, said, end } = start(50)
@@ -83,6 +91,15 @@ describe('an interruption', () => {
       ])
     })
   }
+
+  it('by a reader that has seen enough (| head) lets the step clean up as well', async () => {
+    const { child, said } = start(50, 'ticking')
+    await said('tick')
+    const ended = once(child, 'exit')
+    for (const stream of [child.stdout, child.stderr]) stream?.destroy()
+    assert.deepEqual(await ended, [129, null])
+    assert.ok(existsSync(checkout.path('cleaned')))
+  })
 
   it('lets what undoes something take more than half a minute', async () => {
     const { child, said, end } = start(800)

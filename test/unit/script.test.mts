@@ -98,7 +98,7 @@ describe('a script', () => {
   })
 
   it('gets arguments as text, and everything behind -- as arguments', async () => {
-    assert.deepEqual((await given('007', '--', '--force')).args, ['007', '--force'])
+    assert.deepEqual((await given('007', '--', '--force=4')).args, ['007', '--force=4'])
   })
 
   it('shows with --help what it does, reads and writes, its flags and examples', async () => {
