@@ -31,14 +31,14 @@ export function machineProxy({ root, settings }: Cluster) {
  * every program here takes them, else that of cluster.env. Passwords stay out of argv this way.
  */
 export async function hostEnvironment(cluster: Cluster): Promise<Record<string, string>> {
-  const { PROXY_HTTP, PROXY_HTTPS, PROXY_NO } = cluster.settings
-  const { caFile } = machineProxy(cluster)
+  const { PROXY_NO } = cluster.settings
+  const { caFile, http, https } = machineProxy(cluster)
   const callers = (name: string) => process.env[name] || process.env[name.toUpperCase()] || ''
   // A proxy on this computer has another address when seen from the machines.
   const local = (proxy: string) => proxy.replace(outsideGateway, '127.0.0.1')
   const proxy = {
-    http_proxy: callers('http_proxy') || local(PROXY_HTTP),
-    https_proxy: callers('https_proxy') || local(PROXY_HTTPS),
+    http_proxy: callers('http_proxy') || local(http),
+    https_proxy: callers('https_proxy') || local(https),
     no_proxy: [callers('no_proxy'), PROXY_NO].filter(Boolean).join(','),
   }
   const variables = Object.fromEntries(
