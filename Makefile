@@ -17,7 +17,7 @@ $(foreach variable,FLAGS NAME FILE NODES YES KEEP DAY_TWO CHART REPO RELEASE NS 
 check: packages ## Verify prerequisites (QEMU, kubectl, firmware)
 	@./bin/check-prereqs.mts $(FLAGS)
 
-all: packages ## Full build: prereqs + PKI + install + boot
+all: packages ## From nothing to a cluster: PKI, install, boot, network, DNS, storage, metrics
 	@./bin/bootstrap-cluster.mts $(FLAGS)
 
 up: packages ## Boot all installed nodes
@@ -118,6 +118,8 @@ pki: packages ## Generate all of these: certs + kubeconfigs + encryption
 configs: packages ## Stage the NixOS configuration of each node
 	@./bin/generate-nocloud-iso.mts $(FLAGS)
 
+# FLAGS would reach all of them, and --force replace the CA.
+prepare: override FLAGS :=
 prepare: download pki configs ## Everything before the install: download + pki + configs
 
 install: packages ## Install NixOS on all nodes
@@ -156,7 +158,7 @@ compare_packages = \
   const wanted = require("./package-lock.json").packages; \
   const found = require("./node_modules/.package-lock.json").packages; \
   const same = ([path, { version }]) => wanted[path] && wanted[path].version === version; \
-  const needed = ([path, { optional }]) => !path || optional || found[path]; \
+  const needed = ([path, { optional, dev }]) => !path || optional || dev || found[path]; \
   process.exit(Object.entries(found).every(same) && Object.entries(wanted).every(needed) ? 0 : 1)
 
 install_packages = { \

@@ -48,7 +48,9 @@ describe('the Makefile', () => {
 
   it('has every target that is no file among the phony ones', () => {
     const phony = makefile.match(/^\.PHONY: ((?:.*\\\n)*.*)/m)?.[1]?.match(/[a-z-]+/g) ?? []
-    const targets = [...makefile.matchAll(/^([a-z][a-z-]*):/gm)].map(([, name]) => name)
+    const targets = [...makefile.matchAll(/^([a-z][a-z-]*):(?! override)/gm)].map(
+      ([, name]) => name,
+    )
     assert.deepEqual([...phony].sort(), targets.sort())
   })
 
@@ -59,6 +61,12 @@ describe('the Makefile', () => {
     const refused = await make('certs', 'FLAGS=--no-such-flag')
     assert.notEqual(refused.exitCode, 0)
     assert.match(refused.stderr, /unknown flag --no-such-flag/)
+  })
+
+  it('hands FLAGS to no part of prepare, where --force would replace the CA', async () => {
+    const { stdout } = await make('-n', 'prepare', 'FLAGS=--force')
+    assert.match(stdout, /generate-certs\.mts/)
+    assert.doesNotMatch(stdout, /--force/)
   })
 
   it('takes the variables of a target from its command line, not from the environment', async () => {
@@ -229,6 +237,14 @@ cp package-lock.json node_modules/.package-lock.json
   it('are left alone when they are installed, whatever the times of the files', async () => {
     const soon = new Date(Date.now() + 5000)
     await utimes(checkout.path('package-lock.json'), soon, soon)
+    await help()
+    assert.deepEqual(await calls(), ['ci'])
+  })
+
+  it('are left alone where npm does not install those of the developers', async () => {
+    const { packages } = JSON.parse(lockFile('8.0.0'))
+    const more = { ...packages, 'node_modules/typescript': { version: '5.0.0', dev: true } }
+    await writeFile(checkout.path('package-lock.json'), JSON.stringify({ packages: more }))
     await help()
     assert.deepEqual(await calls(), ['ci'])
   })
