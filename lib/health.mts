@@ -202,21 +202,28 @@ export async function waitForServices(
 /**
  * Waits until the node is Ready and its kubelet has renewed its lease: for 40 s the API server reports
  * a node as Ready that it does not hear from.
- * @param since when the kubelet was started, as in "2026-11-30T03:20:34.074041Z"; else the wait's begin
+ * @param since when the kubelet was started, "2026-11-30T03:20:34.074041Z"; by default, the first answer
  */
 export async function waitForReady(cluster: Cluster, node: Node, wait: WaitLimits, since?: string) {
   const { name } = node
   const { signal } = wait
   const path = `/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/${name}`
-  const renewed = async (): Promise<string> =>
-    JSON.parse(await get(cluster, path, { signal }).catch(() => '{}')).spec?.renewTime ?? ''
-  const before = since ?? (await renewed())
+  // Empty if there is no lease yet; undefined without an answer.
+  const renewed = (): Promise<string | undefined> =>
+    get(cluster, path, { signal }).then(
+      (lease) => JSON.parse(lease).spec?.renewTime ?? '',
+      (error) => (/NotFound/.test(String(error.stderr)) ? '' : undefined),
+    )
+  let before = since ?? (await renewed())
   await waitFor({ failure: `${name} is not Ready`, ...wait }, async () => {
     const { nodes, reason } = await probeApiServer(cluster, { signal })
     if (!nodes) return `the API server does not list its nodes: ${reason}`
     const found = nodes.get(name)
     if (!found) return `${name} has not registered with the API server`
     if (!found.ready) return found.reason
-    return (await renewed()) > before ? undefined : 'the kubelet has not renewed its lease yet'
+    const now = await renewed()
+    if (before !== undefined && now !== undefined && now > before) return undefined
+    before ??= now
+    return 'the kubelet has not renewed its lease yet'
   })
 }

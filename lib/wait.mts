@@ -18,8 +18,9 @@ interface Wait extends WaitLimits, Pick<Explanation, 'command' | 'hint' | 'log'>
   every?: number
 }
 
-// A computer that was asleep is not late: a pause that took this much longer restarts the deadline.
-const asleep = 30_000
+// A computer that was asleep is not late: a pause that took this much longer, or a look that took
+// longer than any does, restarts the deadline. Milliseconds.
+const asleep = { pause: 30_000, look: 150_000 }
 
 /**
  * Polls until nothing is missing any more.
@@ -41,14 +42,15 @@ export async function waitFor(
     })
     if (missing === undefined) return
     const before = Date.now()
+    if (before - began > asleep.look) deadline = before + timeout * 1000
     if (before > deadline) {
       throw new StepError(`${failure} after ${timeout} s`, { output: missing, ...explanation })
     }
     detail?.(missing.split('\n')[0] ?? '')
-    // Where each look takes long, looking must not be what keeps the computer busy.
-    const pause = Math.max(every, before - began)
+    // If a look takes long, the pause is as long: looking must not keep the computer busy.
+    const pause = Math.max(every, Math.min(before - began, 5000))
     await sleep(pause, undefined, signal ? { signal } : {}).catch(() => {})
-    if (Date.now() - before > pause + asleep) deadline = Date.now() + timeout * 1000
+    if (Date.now() - before > pause + asleep.pause) deadline = Date.now() + timeout * 1000
   }
 }
 

@@ -87,6 +87,13 @@ describe('probing the API server', () => {
     await waitForReady(cluster, sigma, { timeout: 1 }, started)
     // Of a kubelet that was not started, the last renewal shows nothing.
     await assert.rejects(waitForReady(cluster, sigma, { timeout: 1 }), /sigma is not Ready/)
+    // Also if it could not be read at first.
+    answers[path] = { status: 500, body: 'etcdserver: request timed out' }
+    const wait = waitForReady(cluster, sigma, {
+      timeout: 2,
+      detail: () => renewed('2026-11-30T03:20:34.074041Z'),
+    })
+    await assert.rejects(wait, /sigma is not Ready after 2 s/)
   })
 
   it('names the checks that fail', async () => {
