@@ -14,7 +14,7 @@ import { formatBytes, formatTable } from '../lib/format.mts'
 import * as host from '../lib/host.mts'
 import { bsdtar } from '../lib/iso.mts'
 import { lanSwitchStatus } from '../lib/lan.mts'
-import { assertFree, isPortFree } from '../lib/processes.mts'
+import { assertFree, commandLines, isPortFree } from '../lib/processes.mts'
 import { script } from '../lib/script.mts'
 import { assertDiskSpace, assertPortsFree, freeBytes, hasDisk, isRunning } from '../lib/vm.mts'
 
@@ -28,13 +28,13 @@ warnings (no hardware acceleration, little memory) do not count.`,
     install: { help: 'run those commands, after asking, and check again' },
     yes: { help: 'with --install: do not ask' },
     json: { help: 'the findings and the commands as JSON' },
-    leftovers: { help: 'show instead which processes and files of this project there are' },
+    leftovers: { help: 'list running processes and generated files of this project instead' },
   },
   examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
 if (flags.yes && !flags.install) throw new StepError('--yes is for --install', { exitCode: 2 })
 if (flags.leftovers && (flags.json || flags.install))
-  throw new StepError('--leftovers goes with no other flag', { exitCode: 2 })
+  throw new StepError('--leftovers cannot be combined with --json or --install', { exitCode: 2 })
 
 const cluster = loadCluster()
 if (flags.leftovers) await showLeftovers()
@@ -132,13 +132,11 @@ if (wrong.length > 0) throw new StepError(`missing prerequisites: ${wrong.join('
 
 /** Processes with our path in their command line, and files that the scripts have written. */
 async function showLeftovers(): Promise<never> {
-  const { stdout } = await $`ps -A -ww -o pid= -o args=`
   const marks = ['/run/', '/lib/lan-switch.mts', '/bin/'].map((path) => cluster.path() + path)
-  const rows = stdout.split('\n').flatMap((line) => {
-    const [, pid = '', args = ''] = line.match(/^ *(\d+) (.*)/) ?? []
-    // This script, and clean, which has run it.
-    if (/\/(check-prereqs|clean)\.mts/.test(args)) return []
-    return marks.some((mark) => args.includes(mark)) ? [[pid, args.slice(0, 100)]] : []
+  const rows = [...(await commandLines())].flatMap(([pid, args]) => {
+    // This script, and clean, which may have run it.
+    if (pid === process.pid || pid === process.ppid) return []
+    return marks.some((mark) => args.includes(mark)) ? [[`${pid}`, args.slice(0, 100)]] : []
   })
   console.log(rows.length > 0 ? formatTable(['PID', 'PROCESS'], rows) : 'No process is running.')
   console.log((await $`./bin/clean.mts --list --disks`).stdout.trimEnd())

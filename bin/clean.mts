@@ -55,7 +55,7 @@ else {
 }
 
 async function clean(): Promise<void> {
-  await refuseIfInUse()
+  if (!flags.list) await refuseIfInUse()
   if (flags.disks && !flags.list) await runScript('shutdown')
 
   const installed = cluster.nodes.filter((node) => hasDisk(cluster, node)).map(({ name }) => name)

@@ -12,7 +12,6 @@ import { type ApiNode, getNodes, printAndExit, useCluster } from '../lib/kubectl
 import { lanSwitchStatus } from '../lib/lan.mts'
 import { script } from '../lib/script.mts'
 import { connect, remote, runProbes } from '../lib/ssh.mts'
-import { inParallel } from '../lib/steps.mts'
 import { filesOf, machineState } from '../lib/vm.mts'
 import type { Health } from './cluster-health.mts'
 
@@ -24,7 +23,7 @@ and ends with status 0 whatever it finds ("healthy" in --json has the result).`,
   writes: [],
   flags: {
     json: { help: 'all of it as JSON' },
-    boot: { help: 'when the last boot of each machine reached what, instead of all this' },
+    boot: { help: 'show the last boot of each machine as a timeline instead' },
     timeout: { value: 'SECONDS', number: true, help: 'how long to wait for each answer (8)' },
   },
   examples: ['./bin/cluster-status.mts --boot', './bin/cluster-status.mts --json | jq .problems'],
@@ -134,40 +133,50 @@ async function askMachine(node: Node) {
   }
 }
 
-/** When the last boot of each machine reached what, as systemd and the API know it. */
+/** The last boot of each machine, as systemd and the API know it, or why it is not known. */
 async function printBoots(): Promise<never> {
-  await useCluster(cluster)
-  const nodes = await getNodes().catch(() => undefined)
-  const names = cluster.nodes.map(({ name }) => name)
-  const boots = await inParallel(names, async (name) => {
-    return { name, events: await bootOf(cluster.node(name), nodes?.get(name)) }
-  })
+  const asked = useCluster(cluster).then(getNodes)
+  const nodes = await asked.catch(() => undefined)
+  const boots = await Promise.all(cluster.nodes.map((node) => bootOf(node, nodes?.get(node.name))))
   if (flags.json) return printAndExit(`${JSON.stringify(boots, null, 2)}\n`)
   const longest = Math.max(...boots.map(({ events }) => events.at(-1)?.after ?? 0))
-  const rows = boots.flatMap(({ name, events }) =>
-    events.map(({ what, after }, index) => {
+  const rows = boots.flatMap(({ name, events, reason }) => {
+    if (reason) return [[name, reason]]
+    return events.map(({ what, after }, index) => {
       const bar = '█'.repeat(Math.round((40 * after) / longest))
       return [index > 0 ? '' : name, what, `${after.toFixed(1).padStart(7)} s`, bar]
-    }),
-  )
+    })
+  })
   return printAndExit(`${formatTable(['MACHINE', 'REACHED', '  AFTER', ''], rows)}\n`)
 }
 
-/** What a machine has reached, and how many seconds after power-on (or its restart since then). */
+/** What a machine has reached, and how many seconds after power-on (or the kernel's start). */
 async function bootOf(node: Node, registered: ApiNode | undefined) {
-  await connect(cluster, node, { timeout })
+  const { name } = node
   // In microseconds: the kernel's start since 1970, the rest since the kernel's start.
   const command = `echo Kernel=$(($(date +%s%6N) - $(sed 's/\\.//; s/ .*/0000/' /proc/uptime)))
     systemctl show --property=UserspaceTimestampMonotonic,FinishTimestampMonotonic; echo
     systemctl show --property=Id,ActiveEnterTimestampMonotonic sshd ${servicesOf(cluster, node).join(' ')}`
-  const [first = '', ...units] = (await remote(node, command, { timeout })).split('\n\n')
+  let reason = ''
+  const ask = connect(cluster, node, { timeout }).then(() => remote(node, command, { timeout }))
+  const answer = await ask.catch((error) => {
+    if (!(error instanceof StepError)) throw error
+    reason = error.message
+  })
+  if (!answer) return { name, events: [], reason }
+  const [first = '', ...units] = answer.split('\n\n')
   const read = (text: string, name: string) =>
     Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
-  const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
+  const kernel = read(first, 'Kernel')
+  // If QEMU was started after the kernel, it has loaded a snapshot; if long before, the guest has
+  // rebooted.
+  const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
-  const readyAt = ready?.status === 'True' ? Date.parse(ready.lastTransitionTime) / 1000 : 0
-  const events = [
-    { what: 'systemd', at: systemd },
+  // The API server's clock went on while a snapshot was all that there was of the machine.
+  const isReady = ready?.status === 'True' && poweredOn < 1
+  const readyAt = isReady ? Date.parse(ready.lastTransitionTime) / 1000 : 0
+  const reached = [
+    { what: 'systemd', at: read(first, 'UserspaceTimestampMonotonic') },
     { what: 'end of boot', at: read(first, 'FinishTimestampMonotonic') },
     { what: 'node Ready', at: readyAt - kernel },
     ...units.map((text) => ({
@@ -175,13 +184,11 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
       at: read(text, 'ActiveEnterTimestampMonotonic'),
     })),
   ].filter(({ at }) => at > 0)
-  // A QEMU that was started later has continued from a snapshot; one long before, has been restarted.
-  const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
-  const isFirst = poweredOn < 1 && poweredOn > -120
-  if (isFirst) events.push({ what: 'kernel', at: 0 })
-  const zero = isFirst ? poweredOn : systemd
-  const after = events.map(({ what, at }) => ({ what, after: at - zero }))
-  return after.sort((one, other) => one.after - other.after)
+  const zero = poweredOn < 1 && poweredOn > -120 ? Math.min(0, poweredOn) : 0
+  const events = [{ what: 'kernel', at: 0 }, ...reached]
+    .map(({ what, at }) => ({ what, after: at - zero }))
+    .sort((one, other) => one.after - other.after)
+  return { name, events, reason }
 }
 
 /** Everything that is wrong, a line each. */

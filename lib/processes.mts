@@ -2,7 +2,7 @@
 import { execFile } from 'node:child_process'
 import { createSocket, type Socket } from 'node:dgram'
 import { once } from 'node:events'
-import { readFile } from 'node:fs/promises'
+import { readdir, readFile } from 'node:fs/promises'
 import { createConnection, createServer, type Server } from 'node:net'
 import { StepError } from './errors.mts'
 
@@ -27,6 +27,17 @@ export async function commandLine(pid: number, os: NodeJS.Platform = process.pla
   // Two -o: by POSIX, all that follows a "=" is a heading.
   const line = await outputOf('ps', '-ww', '-o', 'stat=', '-o', 'args=', '-p', `${pid}`)
   return line.match(/^[^Z\s]\S*\s+(.*)$/s)?.[1]
+}
+
+/** The arguments of all processes that this user can see, by their pids. */
+export async function commandLines(): Promise<Map<number, string>> {
+  if (process.platform === 'linux') {
+    const pids = (await readdir('/proc')).map(Number).filter((pid) => pid > 0)
+    const lines = await Promise.all(pids.map((pid) => commandLine(pid, 'linux')))
+    return new Map(pids.map((pid, index) => [pid, lines[index] ?? '']))
+  }
+  const lines = (await outputOf('ps', '-A', '-ww', '-o', 'pid=', '-o', 'args=')).split('\n')
+  return new Map(lines.map((line) => [Number.parseInt(line, 10), line.replace(/^ *\d+ /, '')]))
 }
 
 /** The bytes of memory that a process uses. */

@@ -182,6 +182,8 @@ describe('clean', () => {
         assert.equal(exitCode, 1)
         assert.match(stderr, /a machine "gamma" runs \(pid \d+\) that cluster\.env does not name/)
         assert.ok(existsSync(checkout.path('images', 'gamma.qcow2')))
+        const list = await run(checkout, script, ['--disks', '--list'], { env })
+        assert.match(list.stdout, /disks +1 /)
       } finally {
         await gamma.stop()
       }

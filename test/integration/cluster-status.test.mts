@@ -202,6 +202,20 @@ describe('cluster-status', { skip: noSshd || noQemu }, () => {
     await machines.stop('gamma')
   })
 
+  it('says with --boot which machine is off, and shows the boots of the others', async () => {
+    await machines.stop('sigma')
+    const { stdout, stderr, exitCode } = await run(checkout, script, ['--boot', '--json'])
+    assert.equal(exitCode, 0, stderr)
+    const boots: { name: string; events: { what: string }[]; reason: string }[] = JSON.parse(stdout)
+    const of = (name: string) => boots.find((boot) => boot.name === name) ?? assert.fail()
+    assert.match(of('sigma').reason, /sigma/)
+    assert.deepEqual(of('sigma').events, [])
+    assert.equal(of('gamma').reason, '')
+    assert.ok(of('gamma').events.some(({ what }) => what === 'kernel'))
+    const table = await run(checkout, script, ['--boot'])
+    assert.match(table.stdout, /^sigma +sigma .*\ngamma +kernel/m)
+  })
+
   it('asks all machines at once, and waits for one that hangs no longer than --timeout', async () => {
     for (const name of names)
       await machines.sshd(name).program('systemctl', '#!/bin/sh\nsleep 90\n')
