@@ -102,11 +102,10 @@ spec:
             - {name: dns-tcp, containerPort: 1053, protocol: TCP}
             - {name: metrics, containerPort: 9153, protocol: TCP}
           resources: {requests: {cpu: 100m, memory: 70Mi}, limits: {memory: 170Mi}}
-          # An emulated processor takes long to start it; the others wait for that.
+          # Ten minutes, for an emulated processor; the other probes begin afterwards.
           startupProbe:
-            httpGet: {path: /health, port: 8080}
-            periodSeconds: 2
-            failureThreshold: 300
+            {httpGet: {path: /health, port: 8080}, periodSeconds: 2, timeoutSeconds: 5,
+              failureThreshold: 300}
           livenessProbe: {httpGet: {path: /health, port: 8080}, timeoutSeconds: 5}
           readinessProbe: {httpGet: {path: /ready, port: 8181}, periodSeconds: 2, timeoutSeconds: 5}
           securityContext:

@@ -1,7 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Storage for claims: local-path-provisioner creates a folder on a worker's disk for each. Its
-// content outlives the pod, but never leaves that worker.
+// Storage for claims: each is a folder on a worker's disk, which outlives pods but never moves.
 import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
@@ -30,9 +29,7 @@ const manifest = `\
 # Its helper pods run as root and mount a folder of the machine; Pod Security admits them only here.
 apiVersion: v1
 kind: Namespace
-metadata:
-  name: local-path-storage
-  labels: {pod-security.kubernetes.io/enforce: privileged}
+metadata: {name: local-path-storage, labels: {pod-security.kubernetes.io/enforce: privileged}}
 ---
 apiVersion: v1
 kind: ServiceAccount
@@ -95,8 +92,7 @@ data:
   helperPod.yaml: |
     apiVersion: v1
     kind: Pod
-    metadata:
-      name: helper-pod
+    metadata: {name: helper-pod}
     spec:
       priorityClassName: system-node-critical
       automountServiceAccountToken: false
@@ -107,9 +103,7 @@ data:
           image: ${SMOKE_IMAGE}
           imagePullPolicy: IfNotPresent
           securityContext:
-            runAsUser: 0
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
+            {runAsUser: 0, allowPrivilegeEscalation: false, readOnlyRootFilesystem: true}
 ---
 apiVersion: apps/v1
 kind: Deployment
@@ -148,10 +142,10 @@ spec:
             - {name: CONFIG_MOUNT_PATH, value: /etc/config/}
           ports: [{name: health, containerPort: 8080, protocol: TCP}]
           resources: {requests: {cpu: 10m, memory: 32Mi}}
+          # Ten minutes, for an emulated processor; the other probes begin afterwards.
           startupProbe:
-            httpGet: {path: /health, port: health}
-            periodSeconds: 2
-            failureThreshold: 300
+            {httpGet: {path: /health, port: health}, periodSeconds: 2, timeoutSeconds: 5,
+              failureThreshold: 300}
           livenessProbe: {httpGet: {path: /health, port: health}, timeoutSeconds: 5}
           readinessProbe:
             httpGet: {path: /ready, port: health}
@@ -192,8 +186,7 @@ provisioner: ${provisioner}
 volumeBindingMode: WaitForFirstConsumer
 reclaimPolicy: Delete
 allowedTopologies:
-  - matchLabelExpressions:
-      - {key: kubernetes.io/hostname, values: [${worker}]}
+  - matchLabelExpressions: [{key: kubernetes.io/hostname, values: [${worker}]}]
 `
 }
 

@@ -107,12 +107,10 @@ spec:
             - --metric-resolution=15s
           ports: [{name: https, containerPort: 10250, protocol: TCP}]
           resources: {requests: {cpu: 100m, memory: 200Mi}}
-          # An emulated processor takes minutes to start it; the others wait for that.
+          # Ten minutes, for an emulated processor; the other probes begin afterwards.
           startupProbe:
-            httpGet: {path: /livez, port: https, scheme: HTTPS}
-            periodSeconds: 2
-            timeoutSeconds: 5
-            failureThreshold: 300
+            {httpGet: {path: /livez, port: https, scheme: HTTPS}, periodSeconds: 2, timeoutSeconds: 5,
+              failureThreshold: 300}
           livenessProbe: {httpGet: {path: /livez, port: https, scheme: HTTPS}, timeoutSeconds: 5}
           readinessProbe:
             httpGet: {path: /readyz, port: https, scheme: HTTPS}
@@ -183,7 +181,7 @@ const table = await step('metrics of every worker and of pods', async (detail) =
     nodes = top.stdout.trimEnd()
     // A node without metrics has a row, too: <unknown>.
     const missing = workers.filter(({ name }) => !new RegExp(`^${name} +\\d`, 'm').test(nodes))
-    return missing.map(({ name }) => `none of ${name}`).join('\n') || undefined
+    return missing.map(({ name }) => `no metrics for ${name}`).join('\n') || undefined
   })
   return nodes
 })

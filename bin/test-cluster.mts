@@ -128,7 +128,7 @@ try {
   await check('logs of every pod can be read', noPods, async () => {
     for (const { name } of pods) await $({ signal })`kubectl logs ${name} ${inNamespace}`
   })
-  await check('every pod reaches every pod', noPods, () =>
+  const connected = await check('every pod reaches every pod', noPods, () =>
     inEveryPod(pods.map(({ ip }) => `wget -q -T 10 -O /dev/null ${ip}:8080`).join('; ')),
   )
   await check('every pod reaches the service', noPods, async () => {
@@ -141,31 +141,36 @@ try {
     // It answers plain HTTP with an error, but it answers.
     inEveryPod(`wget -T 10 -O - ${settings.K8S_API_SERVICE_IP}:443 2>&1 | grep -q 400`),
   )
-  const coredns = $({ nothrow: true })`kubectl get deployment coredns --namespace=kube-system`
-  const noDns = run && /NotFound/.test((await coredns).stderr) && 'CoreDNS is missing: make dns'
+  const kubectl = $({ nothrow: true, signal, timeout: '60s' })
+  const isMissing = async (kind: string, name: string) => {
+    const { stderr } = await kubectl`kubectl get ${kind} ${name} --namespace=kube-system`
+    return /NotFound/.test(stderr)
+  }
+  const noDns = run && (await isMissing('deployment', 'coredns')) && 'CoreDNS is missing: make dns'
   await check('every pod finds a service by its name', noPods || noDns, () =>
     inEveryPod(`nslookup kubernetes.default.svc.${settings.K8S_CLUSTER_DOMAIN}.`),
   )
-  const cilium = $({ nothrow: true })`kubectl get crd ciliumnetworkpolicies.cilium.io`
-  const noPolicies = run && (await cilium).exitCode !== 0 && 'Cilium is missing: make network'
-  const onePod = pods.length === 1 && 'it takes two workers'
-  await check('a network policy keeps pods out', noPods || noPolicies || onePod, async () => {
-    const spec = { podSelector: {}, policyTypes: ['Ingress'] }
-    const policy = { apiVersion: 'networking.k8s.io/v1', kind: 'NetworkPolicy' }
-    await apply([{ ...policy, metadata: { name: 'closed', namespace }, spec }], {
-      manager: 'test-cluster',
-      signal,
-    })
-    const fetch = `wget -q -T 2 -O /dev/null ${pods[1]?.ip}:8080 || echo kept out`
-    await waitFor({ failure: 'pods are let in', timeout: 60, signal }, async () => {
-      return (await pods[0]?.run(fetch))?.trim() ? undefined : `${pods[0]?.name} is let in`
-    })
-    await $`kubectl delete networkpolicy closed ${inNamespace}`
-  })
   await check(`${controlPlane.name} reaches every pod`, noPods, async () => {
     for (const { ip } of pods) {
       await remote(controlPlane, `curl -fsS -m 10 -o /dev/null ${ip}:8080`, { signal })
     }
+  })
+  const crd = 'ciliumnetworkpolicies.cilium.io'
+  const noPolicies = run && (await isMissing('crd', crd)) && 'Cilium is missing: make network'
+  const onePod = pods.length === 1 && 'it needs two workers'
+  const unconnected = !connected && 'they do not reach each other without one'
+  const noPolicy = noPods || noPolicies || onePod || unconnected
+  await check('a network policy blocks traffic between pods', noPolicy, async () => {
+    const spec = { podSelector: {}, policyTypes: ['Ingress'] }
+    const policy = { apiVersion: 'networking.k8s.io/v1', kind: 'NetworkPolicy' }
+    const manager = 'test-cluster'
+    await apply([{ ...policy, metadata: { name: 'closed', namespace }, spec }], { manager, signal })
+    const get = `wget -q -T 5 -O /dev/null ${pods[1]?.ip}:8080`
+    await waitFor({ failure: 'the policy blocks nothing', timeout: 60, signal }, async () => {
+      // Twice, as one request may fail for another reason.
+      const answer = await pods[0]?.run(`${get} || ${get} || echo blocked`)
+      return answer?.trim() ? undefined : `${pods[0]?.name} still reaches ${pods[1]?.name}`
+    })
   })
   await check('a Secret is ciphertext in etcd', noNamespace, encryptionProvider)
 } finally {

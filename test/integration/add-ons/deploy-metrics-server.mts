@@ -54,7 +54,7 @@ export const deployMetricsServer = (shared: Shared) =>
       )
       const { exitCode, stderr } = await deploy('--timeout', '1')
       assert.equal(exitCode, 1)
-      assert.match(stderr, /no metrics after 1 s\n.*none of gamma/)
+      assert.match(stderr, /no metrics after 1 s\n.*no metrics for gamma/)
     })
 
     it('is not done before kubectl top has metrics', async () => {

@@ -94,6 +94,7 @@ interface Deployment extends ApiObject {
 interface Probe {
   periodSeconds: number
   failureThreshold: number
+  timeoutSeconds: number
 }
 
 interface PodSpec {
@@ -172,8 +173,9 @@ export const manifests = (shared: Shared) =>
       const containers = deployments().flatMap(({ spec }) => spec.template.spec.containers)
       assert.equal(containers.length, 3)
       for (const { image, startupProbe } of containers) {
-        const { periodSeconds = 0, failureThreshold = 0 } = startupProbe ?? {}
+        const { periodSeconds = 0, failureThreshold = 0, timeoutSeconds } = startupProbe ?? {}
         assert.ok(periodSeconds * failureThreshold >= 600, image)
+        assert.equal(timeoutSeconds, 5, image)
       }
     })
 

@@ -77,7 +77,7 @@ export const testCluster = (shared: Shared) =>
         const others = results.filter(({ result }) => result !== 'passed').map(({ name }) => name)
         assert.deepEqual(others, [
           'every pod finds a service by its name',
-          'a network policy keeps pods out',
+          'a network policy blocks traffic between pods',
         ])
       })
 
