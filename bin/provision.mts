@@ -50,7 +50,7 @@ const nodes = chooseNodes(cluster, args)
 const names = nodes.map(({ name }) => name)
 const installing = flags.iso || flags['iso-file'] !== undefined
 const wrong = installing
-  ? (flags.wait || flags['disks-only']) && '--wait is for starting: --iso powers the machines off'
+  ? (flags.wait || flags['disks-only']) && '--wait and --disks-only do not go with --iso'
   : flags.force && '--force is for --iso: starting a machine replaces nothing'
 if (wrong) throw new StepError(wrong, { exitCode: 2 })
 const host = await detectHost(cluster)
@@ -74,8 +74,8 @@ if (installing) {
       hint: `start: ./bin/provision.mts ${present.join(' ')}\nreinstall, all data is lost: --iso --force`,
     })
   }
-  await vm.assertDiskSpace(cluster, nodes)
-  if (host.warning) console.error(`! ${host.warning}`)
+  const warnings = [await vm.assertDiskSpace(cluster, nodes), host.warning].filter(Boolean)
+  for (const warning of warnings) console.error(`! ${warning}`)
   await vm.prepareFolders(cluster)
   await inParallel(names, (name, row) => {
     const lock = cluster.path('run', `${name}-install.lock`)

@@ -110,7 +110,9 @@ async function shutDown(node: Node, row: Row): Promise<string> {
   }
   row.step('switched off')
   const late = gently ? 'did not power off in time and was ' : ''
-  if (await ended(10, () => qmp('quit'))) return how(`${late}switched off`)
+  // SIGTERM tells provision that it was ended on purpose, and not to try again.
+  const quit = async () => (mode === 'install' ? process.kill(pid, 'SIGTERM') : qmp('quit'))
+  if (await ended(10, quit)) return how(`${late}switched off`)
 
   row.step('QEMU does not quit: killed')
   const kill = async () => process.kill(pid, 'SIGKILL')

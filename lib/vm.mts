@@ -13,7 +13,7 @@ import { withLock } from './lock.mts'
 import { assertFree, commandLine, isGone, type Port, pidFrom } from './processes.mts'
 import { filesOf, qemuArguments } from './qemu.mts'
 import { Qmp } from './qmp.mts'
-import { inspect } from './snapshots.mts'
+import { inspect, suspended } from './snapshots.mts'
 import { becomes } from './wait.mts'
 
 export { filesOf }
@@ -114,6 +114,9 @@ export async function startMachine(
       throw new StepError(`${node.name} has no disk: images/${node.name}.qcow2 is missing`, {
         hint: `install it first: make install-${node.name}`,
       })
+    }
+    if (!load && existsSync(cluster.path('snapshots', suspended))) {
+      throw new StepError('the machines were suspended meanwhile', { hint: 'make up' })
     }
     await assertFree(portsOf(cluster, node))
     await prepareEfiVars(cluster, node, host)

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { existsSync } from 'node:fs'
-import { readdir, readFile, writeFile } from 'node:fs/promises'
+import { readdir, readFile, rename, writeFile } from 'node:fs/promises'
 import { after, before, describe, it } from 'node:test'
 import { $ } from 'zx'
 import type { Cluster, Node } from '../../lib/cluster.mts'
@@ -137,6 +137,17 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
       assertRefused(/sigma was saved on .* -m 256, and would be on .* -m 300/, {
         WORKER_MEM: '300',
       }))
+
+    it('without the UEFI variables of that moment', async () => {
+      const { efiVars } = filesOf(cluster, sigma)
+      await rename(efiVars, `${efiVars}.away`)
+      try {
+        await $({ quiet: true })`qemu-img create -q -f qcow2 ${efiVars} 64M`
+        await assertRefused(/the UEFI variables of sigma do not have it/)
+      } finally {
+        await rename(`${efiVars}.away`, efiVars)
+      }
+    })
   })
 
   it('can be left out of a restore: the machines boot from the disks of that moment', async () => {

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { copyFile, readFile, rename, stat, writeFile } from 'node:fs/promises'
+import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { afterEach, beforeEach, describe, it } from 'node:test'
 import type { Node } from '../../lib/cluster.mts'
@@ -127,6 +127,15 @@ describe('starting a machine', { skip: noMachines }, () => {
     assert.match(stderr, /QEMU of alpha ended at once: another program has this disk open/)
   })
 
+  it('is refused when a script that it waited for has suspended the machines', async () => {
+    const { cluster, host } = machines
+    await giveDisk(cluster, alpha)
+    await mkdir(cluster.path('snapshots', '_suspended'), { recursive: true })
+    await assert.rejects(startMachine(cluster, alpha, host), /were suspended meanwhile/)
+    await rm(cluster.path('snapshots'), { recursive: true })
+    assert.equal((await state()).state, 'stopped')
+  })
+
   it('is refused while it is being installed, which counts as running', async () => {
     const { cluster, host } = machines
     const files = filesOf(cluster, alpha)
@@ -139,6 +148,10 @@ describe('starting a machine', { skip: noMachines }, () => {
     const args = qemuArguments({ cluster, node: alpha, host, mode: { kind: 'install', iso } })
     const qemu = spawn(host.qemu.path, args, { cwd: cluster.path('run'), stdio: 'pipe' })
     let output = ''
+    let errors = ''
+    qemu.stderr.on('data', (text) => {
+      errors += text
+    })
     qemu.stdout.on('data', (text) => {
       output += text
     })
@@ -151,6 +164,8 @@ describe('starting a machine', { skip: noMachines }, () => {
     const { stdout, stderr } = await run(machines.checkout, 'bin/shutdown.mts', ['alpha'])
     assert.doesNotMatch(stderr, /asked to power off/)
     assert.match(stdout, /^alpha +.*switched off \(\d\.\ds\)/)
+    // By this provision knows that it is not to try again.
+    assert.match(errors, /terminating on signal 15/)
     await rename(files.partialDisk, `${files.disk}.2`)
   })
 })
