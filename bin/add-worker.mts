@@ -111,6 +111,10 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
   const { stdout } = await $`kubectl get ${cilium} --ignore-not-found --output=name`
   if (stdout.trim() === '') console.error('next: make network, as there is no pod network yet')
   else await step(`${name}: Ready`, (detail) => waitForReady(cluster, node, wait(detail)))
+
+  // 8. Where there is local storage, each worker has a class of its own.
+  const storage = await $`kubectl get storageclass local-path --ignore-not-found --output=name`
+  if (stdout.trim() && storage.stdout.trim()) await run('deploy-local-storage')
 }
 
 // ── Checks ───────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +146,7 @@ async function checkCluster(): Promise<void> {
     await connect(before, node, { signal })
   }).catch((error) => {
     signal.throwIfAborted()
-    throw new StepError('not all machines can be given a new worker, so nothing was done', {
+    throw new StepError('all machines must be reachable to add a worker; nothing was changed', {
       output: describeError(error),
       hint: 'make up starts machines; make status shows their state',
     })

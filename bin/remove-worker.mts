@@ -66,6 +66,7 @@ await withClusterLock(cluster, `removing the worker ${name}`, async () => {
   await $`kubectl delete node ${name} --ignore-not-found`
   const pods = ['--all-namespaces', `--field-selector=spec.nodeName=${name}`]
   await $`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
+  await $`kubectl delete storageclass local-path-${name} --ignore-not-found`
 
   // 4. The others forget its name and the route to its pods; from here on without it.
   process.env.WORKER_NODES = remaining.join(' ')

@@ -193,7 +193,7 @@ describe('workers', { skip, timeout: 900_000 }, () => {
   it('are not added while a machine cannot be reconfigured', async () => {
     const { exitCode, stderr } = await add('delta')
     assert.equal(exitCode, 1)
-    assert.match(stderr, /not all machines can be given a new worker, so nothing was done/)
+    assert.match(stderr, /all machines must be reachable to add a worker; nothing was changed/)
     for (const name of ['alpha', 'sigma', 'gamma']) {
       assert.match(stderr, new RegExp(`${name} is not running`))
     }
@@ -243,6 +243,13 @@ describe('workers', { skip, timeout: 900_000 }, () => {
       await hollow.nodes?.api('POST', '/api/v1/nodes', {
         ...{ apiVersion: 'v1', kind: 'Node', metadata: { name: 'delta' } },
       })
+      const storage = { apiVersion: 'storage.k8s.io/v1', kind: 'StorageClass' }
+      const storageClass = {
+        ...storage,
+        metadata: { name: 'local-path-delta' },
+        provisioner: 'none',
+      }
+      await hollow.kubectl(['apply', '--filename=-'], JSON.stringify(storageClass))
       const pod = { apiVersion: 'v1', kind: 'Pod', metadata: { name: 'bare' } }
       const spec = { nodeName: 'delta', containers: [{ name: 'bare', image: 'bare' }] }
       await hollow.kubectl(['apply', '--filename=-'], JSON.stringify({ ...pod, spec }))
@@ -268,6 +275,7 @@ describe('workers', { skip, timeout: 900_000 }, () => {
       }
       assert.equal(await hollow.kubectl(['get', 'node', 'delta', '--ignore-not-found']), '')
       assert.equal(await hollow.kubectl(['get', 'pod', 'bare', '--ignore-not-found']), '')
+      assert.doesNotMatch(await hollow.kubectl(['get', 'storageclass']), /delta/)
       const text = withDelta(original)
       const cluster = loadCluster({ root: hollow.checkout.root, env: {}, text })
       assert.equal(await isRunning(cluster, cluster.node('delta')), false)
