@@ -3,7 +3,7 @@ import type { Fault } from './fault.mts'
 
 const introduction = `# Faults
 
-What may go wrong, and what holds afterwards. \`npm run test:faults\` brings each of these about, for real, and checks all that its row says: the first two groups if nothing else is asked for, groups (\`host\`, \`machine\`, \`cluster\`) or faults with these words in their names otherwise. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
+What may go wrong, and what holds afterwards. \`npm run test:faults\` causes each fault for real and checks what its row states. Without arguments it runs the first two groups; arguments select groups (\`host\`, \`machine\`, \`cluster\`) or faults by words in their names. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
 
 For every row, beside what it says:
 
