@@ -56,8 +56,7 @@ const curl = $({ env, signal, nothrow: true, ...(login ? { input: login } : {}) 
 await withLock(cluster.path('run', 'download-iso.lock'), 'downloading the ISO', async () => {
   const known = flags.force ? undefined : await isoRecord(file)
   if (known && (!chosen || known.source === source)) {
-    console.error(`✓ ${name} is there and verified (from ${known.source})`)
-    return
+    return console.error(`✓ ${name} is there and verified (from ${known.source})`)
   }
   await mkdir(dirname(file), { recursive: true })
   if (host) await download()

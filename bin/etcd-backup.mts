@@ -119,8 +119,7 @@ async function replaceData(path: string, row: Row): Promise<string> {
   const former = `${data}.former-${timestamp()}`
   // One at a time: a command whose connection was cut still runs to its end on the machine.
   const lock = `exec 9>${data}.lock; flock --timeout 600 9`
-  // In the order in which they start. They stop in the opposite one: an API server that has lost
-  // its etcd does not end for a minute.
+  // They stop in the opposite order: an API server that has lost its etcd takes a minute to end.
   const units = servicesOf(cluster, controlPlane)
   const stop = `systemctl stop ${units.toReversed().join(' ')}`
   const start = `sync; systemctl start --no-block ${units.join(' ')}`
@@ -210,8 +209,7 @@ async function etcdOnMachine(): Promise<{ flag: (name: string) => string; work: 
 async function secretsMissing(): Promise<string | undefined> {
   // With a limit the answer comes from etcd, even before the API server has read all of them.
   const call = $({ nothrow: true, timeout: '20s', signal })
-  const { exitCode, stderr } =
-    await call`kubectl get --raw ${'/api/v1/secrets?limit=100'} >/dev/null`
+  const { exitCode, stderr } = await call`kubectl get --raw '/api/v1/secrets?limit=100' >/dev/null`
   signal.throwIfAborted()
   if (exitCode === 0) return undefined
   if (!/unable to transform key/.test(stderr)) return 'the API server does not list Secrets yet'

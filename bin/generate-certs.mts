@@ -16,9 +16,8 @@ import * as tls from '../lib/tls.mts'
 import type { Credential } from '../lib/x509.mts'
 
 const { flags } = script({
-  does:
-    'Generates the certificate authority, the certificates it signs and the ssh keys, in tls/.\n' +
-    'What exists and is right is kept; what is missing, changed or about to expire is renewed.',
+  does: `Generates the certificate authority, the certificates it signs and the ssh keys, in tls/.
+What exists and is right is kept; what is missing, changed or about to expire is renewed.`,
   reads: ['cluster.env', 'tls/'],
   writes: ['tls/'],
   flags: {
@@ -74,8 +73,7 @@ async function generate(): Promise<void> {
   const used = flags.force ? [] : pairs.flatMap((files) => Object.values(files))
   await tls.assertUnchanged(cluster, [...used, ...sshFiles])
 
-  // 2. What exists and is right is kept; above all the authority, because what it has signed is
-  //    worthless with another one.
+  // 2. What is right is kept, above all the authority: all it has signed is worthless without it.
   const { authority, leaves } = await tls.inspectPairs(cluster)
   refuseEarly([authority, ...leaves])
   const present = usableAuthority(authority)
@@ -121,9 +119,8 @@ function refuseEarly(findings: readonly tls.Finding[]): void {
     const renewal = name === 'ca' ? '--force' : `--renew ${name}`
     throw new StepError('the clock of this computer is behind, so nothing was renewed', {
       output: `tls/${name}.pem: ${early}`,
-      hint:
-        'set the clock (timedatectl set-ntp true; macOS: sudo sntp -sS time.apple.com). If it is right,\n' +
-        `the certificate was issued with a wrong one: ./bin/generate-certs.mts ${renewal}`,
+      hint: `set the clock (timedatectl set-ntp true; macOS: sudo sntp -sS time.apple.com). If it is right,
+the certificate was issued with a wrong one: ./bin/generate-certs.mts ${renewal}`,
     })
   }
 }
@@ -134,9 +131,8 @@ function usableAuthority({ pair, problems }: tls.Finding): Credential | undefine
   if (flags.force || (!certificate && pair.problems.length === 0)) return undefined
   if (certificate && key && problems.length === 0) return { certificate: `${certificate}`, key }
   throw new StepError(`the certificate authority cannot be used: ${problems.join('; ')}`, {
-    hint:
-      'restore tls/ca.pem and tls/ca-key.pem from a copy. Without one, replace the authority and all\n' +
-      'certificates (then make kubeconfigs, make reconfig): ./bin/generate-certs.mts --force',
+    hint: `restore tls/ca.pem and tls/ca-key.pem from a copy. Without one, replace the authority and all
+certificates (then make kubeconfigs, make reconfig): ./bin/generate-certs.mts --force`,
   })
 }
 

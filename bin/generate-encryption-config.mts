@@ -14,9 +14,8 @@ import { step } from '../lib/steps.mts'
 import { assertUnchanged } from '../lib/tls.mts'
 
 const { flags } = script({
-  does:
-    "Generates the API server's encryption configuration with a new random key. An existing one of\n" +
-    'any provider is kept: without its key, the Secrets in etcd cannot be read any more.',
+  does: `Generates the API server's encryption configuration with a new random key. An existing one of
+any provider is kept: without its key, the Secrets in etcd cannot be read any more.`,
   reads: ['cluster.env'],
   writes: ['configs/encryption-config.yaml'],
   flags: { force: { help: 'replace the key; Secrets of a running cluster are lost' } },
@@ -38,8 +37,7 @@ const known: Readonly<Record<string, { keySizes?: readonly number[]; weakness?: 
   identity: { weakness: 'Secrets are not encrypted: the first provider is identity' },
 }
 
-const lock = cluster.path('run', 'encryption-config.lock')
-await withLock(lock, `generating ${file}`, async () => {
+await withLock(cluster.path('run', 'encryption-config.lock'), `generating ${file}`, async () => {
   const present = flags.force ? undefined : await readIfThere(cluster.path(file))
   if (present === undefined) return generate()
   await assertUnchanged(cluster, [file])
@@ -89,9 +87,8 @@ function inspect(text: string): string[] {
     // The YAML parser's own messages would show lines of the file.
     const reason = error instanceof AssertionError ? error.message : 'a part of it is missing'
     throw new StepError(`${file} is not a valid EncryptionConfiguration: ${reason}`, {
-      hint:
-        'correct it, or restore it from a copy. --force replaces it: Secrets that a cluster has\n' +
-        'encrypted with it are lost then',
+      hint: `correct it, or restore it from a copy. --force replaces it: Secrets that a cluster has
+encrypted with it are lost then`,
     })
   }
 }

@@ -14,9 +14,8 @@ import { step } from '../lib/steps.mts'
 import { assertUnchanged, inspectPairs } from '../lib/tls.mts'
 
 const { flags } = script({
-  does:
-    'Generates a kubeconfig for the administrator, for each kubelet and for each component.\n' +
-    'Entries of your own (contexts, namespaces, clusters, users) and your current context are kept.',
+  does: `Generates a kubeconfig for the administrator, for each kubelet and for each component.
+Entries of your own (contexts, namespaces, clusters, users) and your current context are kept.`,
   reads: ['cluster.env', 'tls/'],
   writes: ['configs/*.kubeconfig'],
   flags: { force: { help: 'write all of them again, without entries of your own' } },
@@ -29,8 +28,7 @@ const { flags } = script({
 const cluster = loadCluster()
 const { API_PORT, CLUSTER_NAME } = cluster.settings
 
-// On this computer the API server's port is forwarded to 127.0.0.1; it is the same on the control
-// plane. The workers reach it at its LAN address.
+// The API server is at 127.0.0.1 for these, here by a forwarded port; workers use its LAN address.
 const local = ['admin', 'kube-controller-manager', 'kube-scheduler']
 const names = [...local, 'kube-proxy', ...cluster.workers.map(({ name }) => name)]
 
@@ -38,8 +36,7 @@ const names = [...local, 'kube-proxy', ...cluster.workers.map(({ name }) => name
 const yaml = { version: '1.1', lineWidth: 0 } as const
 
 // Not while certificates are generated: a certificate could meet the key of another one here.
-const lock = cluster.path('run', 'pki.lock')
-await withLock(lock, 'generating kubeconfigs', generate, { wait: 5 })
+await withLock(cluster.path('run', 'pki.lock'), 'generating kubeconfigs', generate, { wait: 5 })
 
 async function generate(): Promise<void> {
   // 1. The certificates to embed: signed by the CA, valid, each with its own key.
@@ -64,9 +61,7 @@ async function generate(): Promise<void> {
   }
 }
 
-interface Kubeconfig extends Record<'clusters' | 'users' | 'contexts', Entry[]> {
-  'current-context': string
-}
+type Kubeconfig = Record<'clusters' | 'users' | 'contexts', Entry[]> & { 'current-context': string }
 type Entry = { name: string } & Partial<Record<'cluster' | 'user' | 'context', object>>
 
 /** Where the API server is, how to verify it and how to log in, all of it embedded. */

@@ -42,8 +42,7 @@ const statuses = await Promise.all(
 process.exitCode = Math.max(...statuses)
 
 function journalOf(node: Node): ProcessPromise {
-  const services = servicesOf(cluster, node)
-  const units = flags.all ? [] : flags.unit ? [flags.unit] : services
+  const units = flags.all ? [] : flags.unit ? [flags.unit] : servicesOf(cluster, node)
   // Quoted for the shell on the machine.
   const options = units.map((unit) => `--unit=${quote(unit)}`)
   if (flags.follow) options.push('--follow')
@@ -61,8 +60,7 @@ async function print({ name }: Node, command: ProcessPromise): Promise<number> {
   const copy = async (input: NodeJS.ReadableStream, to: NodeJS.WritableStream) => {
     for await (const line of createInterface({ input })) to.write(`${prefix}${line}\n`)
   }
-  const { stdout, stderr } = command
-  await Promise.all([copy(stdout, process.stdout), copy(stderr, process.stderr)])
+  await Promise.all([copy(command.stdout, process.stdout), copy(command.stderr, process.stderr)])
   const { exitCode } = await command
   if (exitCode !== 255) return exitCode ?? 1
   console.error(`${prefix}does not answer ssh; --console shows its serial console`)

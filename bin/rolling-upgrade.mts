@@ -1,7 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Another release of NixOS, and the Kubernetes in it, on running machines: one after another, so that
-// the pods of each have room on the others.
+// Another release of NixOS, and its Kubernetes: one machine after another, so that pods have room.
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
@@ -168,7 +167,6 @@ async function runningVersions() {
  * than three minor versions older. https://kubernetes.io/releases/version-skew-policy/
  */
 function assertSkew({ name, role }: Node, from: string, to: string, versions: Versions): void {
-  const { apiServer, kubelets } = versions
   const refuseIf = (condition: boolean, reason: string, hint: string) => {
     if (condition) throw new StepError(`${name}: ${reason}`, { hint })
   }
@@ -179,8 +177,8 @@ function assertSkew({ name, role }: Node, from: string, to: string, versions: Ve
     'NIXOS_VERSION is older than what runs; make restore goes back to a snapshot',
   )
   refuseIf(
-    role === 'worker' && minor(to) > minor(apiServer),
-    `its kubelet would be ${to}, newer than the API server (${apiServer})`,
+    role === 'worker' && minor(to) > minor(versions.apiServer),
+    `its kubelet would be ${to}, newer than the API server (${versions.apiServer})`,
     'the control plane comes first: make upgrade NAME=all',
   )
   if (role === 'worker') return
@@ -189,7 +187,7 @@ function assertSkew({ name, role }: Node, from: string, to: string, versions: Ve
     `from ${from} to ${to} skips ${skipped} minor version${skipped > 1 ? 's' : ''}`,
     'set NIXOS_VERSION to one release after the other',
   )
-  const old = kubelets.filter(({ version }) => minor(version) < minor(to) - 3)
+  const old = versions.kubelets.filter(({ version }) => minor(version) < minor(to) - 3)
   refuseIf(
     old.length > 0,
     `with ${to} the API server is too new for ${old.map((one) => `${one.name} ${one.version}`).join(', ')}`,

@@ -1,5 +1,4 @@
-// The error that a user can meet and how it is printed: the reason first, then output, command,
-// hint and log. Below, known problems of the tools that the scripts run.
+// The error that a user can meet, how it is printed, and known problems of the tools that are run.
 import { ProcessOutput } from 'zx/core'
 
 /** What is printed below the reason. All of it is shown to the user: no secrets in it. */
@@ -102,8 +101,7 @@ const renew =
 const start = 'make status shows what runs; make up starts the machines; make wait waits for them'
 const proxy = 'PROXY_HTTP, PROXY_HTTPS and PROXY_NO of cluster.env, or http_proxy, …'
 
-// By command: what it prints on stderr, the reason in words ($1 is the pattern's first group), and
-// a hint. The first row that matches counts.
+// By command: what it says on stderr, the reason ($1: the first group), a hint. First match counts.
 type Problem = [pattern: RegExp, reason: string, hint?: string]
 // biome-ignore format: a table
 const problems: readonly [command: RegExp, ...Problem[]][] = [

@@ -1,5 +1,4 @@
-// A conversation with a program in a terminal: send what a person would type, wait for what a
-// person would read. After Don Libes's expect, on top of node-pty.
+// Types into a program's terminal and waits for what it prints: Don Libes's expect, with node-pty.
 import { type IPty, spawn as spawnPty } from 'node-pty'
 import { StepError } from './errors.mts'
 import { formatDuration } from './format.mts'
@@ -78,7 +77,14 @@ export class Session {
     const { cwd = process.cwd(), env = process.env } = options
     this.pty = spawnPty(file, [...args], { cols: 200, rows: 50, cwd, env })
     this.pid = this.pty.pid
-    this.pty.onData((data) => this.receive(data))
+    this.pty.onData((data) => {
+      const text = this.plain.push(data)
+      this.unread += text
+      // Not for every piece: slicing copies.
+      if (this.unread.length > 2 * unreadLimit) this.unread = this.unread.slice(-unreadLimit)
+      this.transcript.add(text)
+      this.check?.()
+    })
     this.exit = new Promise((resolve) => {
       this.pty.onExit(({ exitCode, signal = 0 }) => {
         this.ended = { exitCode, signal }
@@ -132,15 +138,6 @@ export class Session {
     this.pty.kill('SIGHUP')
     const force = setTimeout(() => this.pty.kill('SIGKILL'), 5000)
     return this.exit.finally(() => clearTimeout(force))
-  }
-
-  private receive(data: string): void {
-    const text = this.plain.push(data)
-    this.unread += text
-    // Not for every piece: slicing copies.
-    if (this.unread.length > 2 * unreadLimit) this.unread = this.unread.slice(-unreadLimit)
-    this.transcript.add(text)
-    this.check?.()
   }
 
   /** Waits for one of: result, fatal output, end, abort, timeout; leaves no timer or listener. */

@@ -25,12 +25,10 @@ export async function writeFileAtomic(path: string, data: string | Uint8Array, m
 
 /** The text of a file; undefined if it does not exist. One that cannot be read is an error. */
 export async function readIfThere(path: string): Promise<string | undefined> {
-  try {
-    return await readFile(path, 'utf8')
-  } catch (error) {
-    if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return undefined
+  return readFile(path, 'utf8').catch((error) => {
+    if (error.code === 'ENOENT') return undefined
     throw error
-  }
+  })
 }
 
 /** Creates a folder for secrets: mode 0700 whatever the umask, also if it exists already. */

@@ -39,11 +39,7 @@ const builtByQemu: Record<Architecture, string> = {
 const secureNames = /sec(ure|boot)|snakeoil|[-._](ms|smm|suse|opensuse)[-._]/i
 
 /** Paths of the two halves, by a descriptor or by a known place. */
-interface Pair {
-  code: string
-  vars: string
-  secure: boolean
-}
+type Pair = { code: string; vars: string; secure: boolean }
 
 type Search = { arch: Architecture; qemu: string; code: string; vars: string; root?: string }
 
@@ -67,10 +63,8 @@ export async function findFirmware({ arch, qemu, code, vars, root = '/' }: Searc
   })
   if (code || vars) return chosenFirmware(code && at(code), vars && at(vars), described)
 
-  const known = [
-    ...knownPlaces[arch].map(at),
-    ...shares.map((share) => join(share, builtByQemu[arch])),
-  ].map((place): Pair => {
+  const built = shares.map((share) => join(share, builtByQemu[arch]))
+  const known = [...knownPlaces[arch].map(at), ...built].map((place): Pair => {
     const [first = '', second = ''] = place.split(/ (?=\S+$)/)
     return { code: first, vars: join(dirname(first), second), secure: false }
   })
@@ -84,7 +78,7 @@ export async function findFirmware({ arch, qemu, code, vars, root = '/' }: Searc
 }
 
 async function chosenFirmware(code: string, vars: string, described: Pair[]): Promise<Firmware> {
-  const fail = (reason: string, hint = 'remove both variables, and a firmware is searched') => {
+  const fail = (reason: string, hint = 'unset both variables to let it be found') => {
     throw new StepError(`QEMU_FIRMWARE_${reason}`, { hint })
   }
   for (const [name, path] of Object.entries({ CODE: code, VARS: vars })) {
@@ -113,8 +107,7 @@ async function describedPairs(folders: readonly string[], arch: Architecture): P
     for (const name of await readdir(folder).catch(() => [])) files.set(name, join(folder, name))
   }
   const names = [...files.keys()].filter((name) => name.endsWith('.json')).sort()
-  const pairs = await Promise.all(names.map((name) => pairIn(files.get(name) ?? '', arch)))
-  return pairs.flat()
+  return (await Promise.all(names.map((name) => pairIn(files.get(name) ?? '', arch)))).flat()
 }
 
 /** None if the descriptor is for others; an empty file hides another's; a broken one is ignored. */

@@ -82,8 +82,7 @@ export async function inspectIso(file: string, arch: Architecture): Promise<void
 }
 
 const consoles = { x86_64: 'console=ttyS0,115200n8', aarch64: 'console=ttyAMA0' }
-// An emulated machine may need more than the default 90 seconds until udev has found the console;
-// it would then get no login.
+// Default: 90 s. On an emulated machine udev may find the console later; there would be no login.
 const deviceTimeout = 'systemd.default_device_timeout_sec=15min'
 
 /**

@@ -132,11 +132,10 @@ function serve(): void {
   process.on('SIGTERM', end).on('SIGINT', end)
 }
 
+type Buffers = Pick<Socket, 'setRecvBufferSize' | 'setSendBufferSize'>
+
 /** Gives a socket room for the frames that all machines send at once. It also works without. */
-export function enlargeBuffers(
-  socket: Pick<Socket, 'setRecvBufferSize' | 'setSendBufferSize'>,
-  log: (text: string) => void,
-): void {
+export function enlargeBuffers(socket: Buffers, log: (text: string) => void): void {
   try {
     socket.setRecvBufferSize(4 * 2 ** 20)
     socket.setSendBufferSize(4 * 2 ** 20)

@@ -1,5 +1,4 @@
-// Starting, asking and stopping the LAN switch, which carries the machines' own network. There is
-// one process a cluster, in the background, which outlives the script that starts it.
+// Starts, asks and stops a cluster's LAN switch, a background process which outlives these scripts.
 import { createSocket } from 'node:dgram'
 import { once } from 'node:events'
 import { mkdir, readFile } from 'node:fs/promises'

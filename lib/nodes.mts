@@ -105,8 +105,7 @@ export function checkTogether(
     for (const [index, [variable, text]] of ranges.entries()) {
       for (const [other, otherText, called = other] of ranges.slice(0, index)) {
         const [a, b] = [parseCidr(text), parseCidr(otherText)]
-        const reason = `(${text}) overlaps ${called} (${otherText})`
-        check(a && b && overlap(a, b), variable, reason)
+        check(a && b && overlap(a, b), variable, `(${text}) overlaps ${called} (${otherText})`)
       }
     }
   }
@@ -147,15 +146,13 @@ export function checkTogether(
     const isNobodys = lan && [lan.first, lan.last].includes(parseAddress(ip) ?? -1)
     check(isNobodys, variable, `(${ip}) cannot be a machine's address in ${lan?.text}`)
     check(lan && lanPort > 65535, variable, 'gives a LAN port above 65535')
-    const isApiPort = sshPort && sshPort === settings.API_PORT
-    check(isApiPort, nodeVariable('SSH_PORT', name), 'is also API_PORT')
+    check(sshPort === settings.API_PORT, nodeVariable('SSH_PORT', name), 'is also API_PORT')
   }
 
   const itself = /^(https?:\/\/)?([^@]*@)?(localhost|127\.[\d.]+|0\.0\.0\.0)(:|\/|$)/i
   const advice = 'a proxy on this computer has the address 10.0.2.2 there'
   for (const name of ['PROXY_HTTP', 'PROXY_HTTPS'] as const) {
-    const leadsBack = itself.test(settings[name] ?? '')
-    check(leadsBack, name, `leads to the machine itself: ${advice}`)
+    check(itself.test(settings[name] ?? ''), name, `leads to the machine itself: ${advice}`)
   }
   const problem = settings.PROXY_CA_FILE && caFileProblem(root, settings.PROXY_CA_FILE)
   check(problem, 'PROXY_CA_FILE', `${problem}`)

@@ -25,9 +25,7 @@ export interface Pod extends ApiObject {
   }
 }
 
-interface Limits extends WaitLimits {
-  namespace: string
-}
+type Limits = WaitLimits & { namespace: string }
 
 async function getPods(...args: string[]): Promise<Pod[]> {
   return (await kubectlJson<{ items: Pod[] }>('get', 'pods', ...args)).items

@@ -14,6 +14,8 @@ const defaultTimeout = 10
 /** The longest path of a unix socket in bytes, on macOS; Linux has 107. */
 const longestPath = 103
 
+type Arguments = Record<string, unknown>
+type Answer = { return?: unknown; error?: { desc: string } }
 type Job = { id: string; status: string; error?: string }
 
 export class Qmp {
@@ -60,11 +62,7 @@ export class Qmp {
    * Sends a command of QEMU's QMP reference. @returns its answer; `{}` for most commands
    * @throws StepError with QEMU's reason, or if the connection is closed first
    */
-  async execute(
-    command: string,
-    args?: Record<string, unknown>,
-    { timeout = defaultTimeout } = {},
-  ): Promise<unknown> {
+  async execute(command: string, args?: Arguments, { timeout = defaultTimeout } = {}) {
     if (this.socket.destroyed) throw this.closed
     this.lastId += 1
     const id = this.lastId
@@ -80,7 +78,7 @@ export class Qmp {
   }
 
   /** Runs a job such as "snapshot-save" to its end. @throws StepError with QEMU's reason */
-  async job(command: string, args: Record<string, unknown>): Promise<void> {
+  async job(command: string, args: Arguments): Promise<void> {
     const id = `${command}-${Date.now()}`
     // While it saves or loads memory, QEMU answers nothing else.
     const ask = (what: string, about = {}) => this.execute(what, about, { timeout: 600 })
@@ -96,11 +94,7 @@ export class Qmp {
     this.socket.destroy()
   }
 
-  private async message(
-    key: string,
-    failure: string,
-    seconds: number,
-  ): Promise<{ return?: unknown; error?: { desc: string } }> {
+  private async message(key: string, failure: string, seconds: number): Promise<Answer> {
     const signal = AbortSignal.timeout(seconds * 1000)
     try {
       return (await once(this.messages, key, { signal }))[0]

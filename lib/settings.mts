@@ -19,16 +19,14 @@ function whole(unit: string, least: number, most: number): Kind<number> {
 }
 
 /** @param fits a pattern, or another check */
-function textThat(expects: string, fits: RegExp | ((text: string) => boolean)): Kind<string> {
+function textThat(expects: string, fits: RegExp | ((text: string) => unknown)): Kind<string> {
   const check = typeof fits === 'function' ? fits : (text: string) => fits.test(text)
   return { expects, parse: (text) => (check(text) ? text : undefined) }
 }
 
 function oneOf<const T extends string>(...choices: T[]): Kind<T> {
-  return {
-    expects: `one of ${choices.join(', ')}`,
-    parse: (text) => choices.find((choice) => choice === text),
-  }
+  const expects = `one of ${choices.join(', ')}`
+  return { expects, parse: (text) => choices.find((choice) => choice === text) }
 }
 
 // RFC 1123: what may be a host name, and so a node's name in Kubernetes.
@@ -54,9 +52,7 @@ export const kinds = {
   seconds: whole('a number of seconds', 1, 604_800),
   level: whole('a number', 0, 10),
   address: textThat('an IPv4 address', isIPv4),
-  cidr: textThat('an IPv4 range such as 10.32.0.0/24, without bits behind the mask', (text) =>
-    Boolean(parseCidr(text)),
-  ),
+  cidr: textThat('an IPv4 range such as 10.32.0.0/24, without bits behind the mask', parseCidr),
   mac: textThat(
     'a unicast MAC address such as 52:54:00:12:34:56',
     /^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$/i,
@@ -168,19 +164,13 @@ export class SettingsReader {
   /** All values of the table. Wrong ones are missing: use it only once `problems` is empty. */
   readAll(): Settings {
     const rows: [string, Variable][] = Object.entries(variables)
-    const values = rows.map(([name, [kind, otherwise]]) => {
-      return [name, this.read<unknown>(name, kind, otherwise)]
-    })
+    const values = rows.map(([name, [kind, otherwise]]) => [name, this.read(name, kind, otherwise)])
     return Object.fromEntries(values) as Settings
   }
 }
 
-export interface Cidr {
-  /** As written: "10.32.0.0/24". */
-  text: string
-  first: number
-  last: number
-}
+/** `text` is the range as it was written: "10.32.0.0/24". */
+export type Cidr = { text: string; first: number; last: number }
 
 /** The 32 bits of a dotted IPv4 address; undefined if it is none. */
 export function parseAddress(text = ''): number | undefined {

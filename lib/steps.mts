@@ -35,10 +35,7 @@ export interface Row {
  * Runs one step and shows it as one line: running, then done or failed, with the time it took.
  * `work` gets a function that changes the text behind the title while it runs.
  */
-export async function step<T>(
-  title: string,
-  work: (detail: (text: string) => void) => Promise<T> | T,
-): Promise<T> {
+export function step<T>(title: string, work: (detail: Row['detail']) => Promise<T> | T) {
   return new Board().run(title, (row) => {
     row.step('')
     return work(row.detail)

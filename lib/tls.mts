@@ -139,13 +139,11 @@ export function contentOf({ ca, subject, subjectAltName, keyUsage, validTo }: X5
   }
 }
 
+type SshKeyEntry = Readonly<Record<'name' | 'comment' | 'usedBy', string>>
 export type SshKey = Awaited<ReturnType<typeof readSshKey>>
 
 /** Reads and judges an ssh key. Its public half ("ssh-ed25519 AAAA… comment") is empty without one. */
-export async function readSshKey(
-  cluster: Cluster,
-  entry: Readonly<Record<'name' | 'comment' | 'usedBy', string>>,
-) {
+export async function readSshKey(cluster: Cluster, entry: SshKeyEntry) {
   const file = `tls/${entry.name}`
   const access = await accessOf(cluster, file)
   const found = (publicKey: string, problem: string) => {

@@ -20,10 +20,7 @@ export interface SigningRequest extends Pick<CertificateEntry, 'subject' | 'sans
 }
 
 /** A certificate, as PEM, and its private key. */
-export interface Credential {
-  certificate: string
-  key: KeyObject
-}
+export type Credential = { certificate: string; key: KeyObject }
 
 /** The certificate of an authority, signed with its own key, as PEM. */
 export function selfSign(request: Omit<SigningRequest, 'publicKey'>, key: KeyObject): string {
@@ -55,14 +52,10 @@ function issue(request: SigningRequest, key: KeyObject, issuer?: forge.pki.Certi
   // Signs with node:crypto, which takes a millisecond; forge's own RSA is JavaScript and takes 30.
   // forge passes the bytes to the digest, then the digest to the key.
   const signer = createSign('sha256')
-  const digest = {
-    algorithm: 'sha256',
-    update: (bytes: string) => signer.update(bytes, 'latin1'),
-  } as unknown as forge.md.MessageDigest
-  const signature = {
-    sign: () => signer.sign(key).toString('latin1'),
-  } as unknown as forge.pki.rsa.PrivateKey
-  certificate.sign(signature, digest)
+  const update = (bytes: string) => signer.update(bytes, 'latin1')
+  const digest = { algorithm: 'sha256', update } as unknown as forge.md.MessageDigest
+  const sign = () => signer.sign(key).toString('latin1')
+  certificate.sign({ sign } as unknown as forge.pki.rsa.PrivateKey, digest)
   return forge.pki.certificateToPem(certificate).replaceAll('\r', '')
 }
 
@@ -95,10 +88,8 @@ const nextPrime = promisify((bits: number, done: (error: Error | null, prime: bi
 
 /**
  * A new RSA private key; createPublicKey() derives the public half.
- *
  * The primes are OpenSSL's, found on Node's thread pool. OpenSSL's own generateKeyPair() derives
  * each of them from further primes (FIPS 186-4, B.3.6), which takes 2.5 times as long.
- *
  * @param bits length of the modulus, a multiple of 8
  */
 export async function generateRsaKey(bits = 2048): Promise<KeyObject> {
