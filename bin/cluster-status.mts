@@ -167,16 +167,16 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
   const [first = '', ...units] = answer.split('\n\n')
   const read = (text: string, name: string) =>
     Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
-  const kernel = read(first, 'Kernel')
-  // If QEMU was started after the kernel, it has loaded a snapshot; if long before, the guest has
-  // rebooted.
+  const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
+  // A QEMU that was started after systemd has loaded a snapshot; long before: the guest has rebooted.
   const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
+  const isRestored = poweredOn > systemd
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
   // The API server's clock went on while a snapshot was all that there was of the machine.
-  const isReady = ready?.status === 'True' && poweredOn < 1
+  const isReady = ready?.status === 'True' && !isRestored
   const readyAt = isReady ? Date.parse(ready.lastTransitionTime) / 1000 : 0
   const reached = [
-    { what: 'systemd', at: read(first, 'UserspaceTimestampMonotonic') },
+    { what: 'systemd', at: systemd },
     { what: 'end of boot', at: read(first, 'FinishTimestampMonotonic') },
     { what: 'node Ready', at: readyAt - kernel },
     ...units.map((text) => ({
@@ -184,8 +184,10 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
       at: read(text, 'ActiveEnterTimestampMonotonic'),
     })),
   ].filter(({ at }) => at > 0)
-  const zero = poweredOn < 1 && poweredOn > -120 ? Math.min(0, poweredOn) : 0
-  const events = [{ what: 'kernel', at: 0 }, ...reached]
+  const zero = isRestored || poweredOn < -120 ? 0 : poweredOn
+  // A machine made of namespaces has no kernel of its own.
+  if (zero < 1) reached.push({ what: 'kernel', at: Math.max(0, zero) })
+  const events = reached
     .map(({ what, at }) => ({ what, after: at - zero }))
     .sort((one, other) => one.after - other.after)
   return { name, events, reason }

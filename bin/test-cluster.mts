@@ -165,7 +165,7 @@ try {
     const policy = { apiVersion: 'networking.k8s.io/v1', kind: 'NetworkPolicy' }
     const manager = 'test-cluster'
     await apply([{ ...policy, metadata: { name: 'closed', namespace }, spec }], { manager, signal })
-    const get = `wget -q -T 5 -O /dev/null ${pods[1]?.ip}:8080`
+    const get = `wget -q -T 2 -O /dev/null ${pods[1]?.ip}:8080`
     await waitFor({ failure: 'the policy blocks nothing', timeout: 60, signal }, async () => {
       // Twice, as one request may fail for another reason.
       const answer = await pods[0]?.run(`${get} || ${get} || echo blocked`)

@@ -96,6 +96,8 @@ export async function looks(rehearsal: Rehearsal): Promise<void> {
   }
   for (const { name } of cluster.nodes) {
     assert.equal(await rehearsal.output('ssh', name, '--', 'uname', '-n'), `${name}\n`)
+    // What `rsync -e 'ssh -F tls/ssh_config'` needs there.
+    assert.match(await rehearsal.output('ssh', name, '--', 'rsync', '--version'), /^rsync +version/)
   }
 }
 

@@ -25,7 +25,7 @@ def nixos_rebuild(words: list[str]) -> None:
     if rollback:
         system = roll_back()
     else:
-        searched("nixpkgs/nixos")
+        searched("nixpkgs")
         system = build_from(searched("nixos-config"), action)
         if action in ("switch", "boot"):
             add(system)
@@ -42,11 +42,10 @@ def nixos_rebuild(words: list[str]) -> None:
 
 def searched(name: str) -> Path:
     """What Nix finds for <name>. It has no default for these two: only a login has NIX_PATH."""
-    first, *rest = name.split("/")
     for entry in os.environ.get("NIX_PATH", "").split(":"):
         prefix, _, path = entry.rpartition("=")
-        found = Path(path, *rest) if prefix == first else Path(path, name)
-        if path and prefix in ("", first) and found.exists():
+        found = Path(path) if prefix == name else Path(path, name)
+        if path and prefix in ("", name) and found.exists():
             return found
     raise Failure(f"error: file '{name}' was not found in the Nix search path (add it using $NIX_PATH or -I)")
 
