@@ -112,9 +112,13 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
   if (stdout.trim() === '') console.error('next: make network, as there is no pod network yet')
   else await step(`${name}: Ready`, (detail) => waitForReady(cluster, node, wait(detail)))
 
-  // 8. Where there is local storage, each worker has a class of its own.
+  // 8. Local storage, where it is deployed, has a class for each worker.
   const storage = await $`kubectl get storageclass local-path --ignore-not-found --output=name`
-  if (stdout.trim() && storage.stdout.trim()) await run('deploy-local-storage')
+  const apply = ['--server-side', `--selector=local-path/worker=${name}`, '--filename=-']
+  const manager = '--field-manager=deploy-local-storage'
+  if (storage.stdout) {
+    await $`./bin/deploy-local-storage.mts --print | kubectl apply ${apply} ${manager}`
+  }
 }
 
 // ── Checks ───────────────────────────────────────────────────────────────────────────────────

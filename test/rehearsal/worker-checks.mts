@@ -74,6 +74,11 @@ async function assertDescribed(worker: Node): Promise<void> {
   )
   assert.equal(spec.podCIDR, worker.podCidr)
   assert.equal(metadata.labels?.['node-role.kubernetes.io/worker'], '')
+  assert.ok((await storageClasses()).includes(`storageclass.storage.k8s.io/local-path-${name}`))
+}
+
+async function storageClasses(): Promise<string[]> {
+  return (await $`kubectl get storageclasses --output=name`).stdout.trim().split('\n')
 }
 
 /** The control plane is not a node, but webhooks need it to reach pods. */
@@ -158,6 +163,7 @@ async function assertNothingLeft(
     }),
   )
   assert.deepEqual(files.flat(), [])
+  assert.ok(!(await storageClasses()).some((storageClass) => storageClass.includes(name)))
   const known = await readFile(cluster.path('tls', 'known_hosts'), 'utf8')
   assert.ok(!known.includes(`:${worker.sshPort} `), known)
 
