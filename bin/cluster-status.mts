@@ -168,11 +168,12 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
   const read = (text: string, name: string) =>
     Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
   const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
-  // A QEMU that was started after systemd has loaded a snapshot; long before: the guest has rebooted.
+  // If QEMU started later than the guest's systemd, it loaded a snapshot. If it started long before
+  // the kernel, the guest has rebooted.
   const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
   const isRestored = poweredOn > systemd
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
-  // The API server's clock went on while a snapshot was all that there was of the machine.
+  // Times that the API server recorded before a restore cannot be compared with the guest's clock.
   const isReady = ready?.status === 'True' && !isRestored
   const readyAt = isReady ? Date.parse(ready.lastTransitionTime) / 1000 : 0
   const reached = [

@@ -56,7 +56,9 @@ const bootId = 'cat /proc/sys/kernel/random/boot_id'
 const system = 'readlink -f /run/current-system'
 
 await withClusterLock(cluster, 'changing configurations', async () => {
-  if (flags['take-back']) return void (await inParallel(names, (name) => putBack(name)))
+  if (flags['take-back']) {
+    return void (await takingTime(() => inParallel(names, (name) => putBack(name))))
+  }
   if (flags.restart) return oneByOne(nodes, restart)
 
   // 1. A renewed certificate has to be in its kubeconfig, and both in the staged files.
@@ -175,8 +177,8 @@ async function change(node: Node, copying: boolean, row: Row): Promise<string> {
   signal.throwIfAborted()
   const wasReady = (await probeApiServer(cluster)).nodes?.get(name)?.ready
   row.step('copying the files')
-  if (copying) await push(node)
-  if (signal.aborted) await takingTime(() => putBack(name))
+  if (copying) await takingTime(() => push(node))
+  if (copying && signal.aborted) await takingTime(() => putBack(name))
   signal.throwIfAborted()
   if (flags['push-only']) return 'the files are in place, nothing was switched to'
   try {

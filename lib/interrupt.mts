@@ -18,8 +18,11 @@ export function handleSignals(end: () => void): void {
 
 /** Nobody reads the output any more (`| head`): no error, but a change is interrupted. */
 export function outputClosed(): void {
-  if (!controller) process.exit(0)
-  if (!controller.signal.aborted) stop('SIGHUP')
+  if (controller) stop('SIGHUP')
+  else {
+    endCommands()
+    process.exit(0)
+  }
 }
 
 /**
@@ -64,6 +67,9 @@ export async function takingTime<T>(work: () => Promise<T>): Promise<T> {
 }
 
 function stop(signal: (typeof signals)[number]): void {
+  // Only Ctrl-C is repeated on purpose: a closed terminal sends SIGHUP several times, and a parent
+  // passes on what its child has got as well.
+  if (signal !== 'SIGINT' && controller?.signal.aborted) return
   const exitCode = 128 + constants.signals[signal]
   if (!controller || controller.signal.aborted) {
     endCommands()

@@ -18,8 +18,8 @@ interface Wait extends WaitLimits, Pick<Explanation, 'command' | 'hint' | 'log'>
   every?: number
 }
 
-// A computer that was asleep is not late: a pause that took this much longer, or a look that took
-// longer than any does, restarts the deadline. Milliseconds.
+// The deadline restarts if this computer was asleep: a pause took this much longer than asked for, or
+// one look took longer than this. Milliseconds.
 const asleep = { pause: 30_000, look: 150_000 }
 
 /**

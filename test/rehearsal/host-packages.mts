@@ -42,6 +42,7 @@ export const hostPackages: readonly HostPackage[] = [
     ? { package: 'qemu-efi-aarch64', why: 'starts them', brings: ['/usr/share/AAVMF'] }
     : { package: 'ovmf', why: 'starts them', brings: ['/usr/share/OVMF'] },
   { package: 'openssh-client', why: 'reaches them', brings: ['ssh'] },
+  { package: 'iproute2', why: 'shows which ports listen', brings: ['ss'] },
   { package: 'kubernetes-client', why: 'talks to the cluster', brings: ['kubectl'] },
 ]
 

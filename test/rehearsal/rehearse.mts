@@ -34,7 +34,8 @@ try {
   await withLock(`${rehearsalFolder}.lock`, 'rehearsing', () => rehearse(cluster, chosen))
 } catch (error) {
   console.error(`rehearse: ${describeError(error)}`)
-  process.exitCode = error instanceof StepError ? (error.explanation.exitCode ?? 1) : 1
+  // Also if a watcher has been left.
+  process.exit(error instanceof StepError ? (error.explanation.exitCode ?? 1) : 1)
 }
 
 async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
@@ -59,8 +60,8 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
   const rehearsal = new Rehearsal(cluster, nodes, signal)
   rehearsal.note('simulated installer ISO', isoTook)
   await preferOnPath(programs)
-  const ports = await PortWatch.start(cluster)
   const watch = await SecretWatch.start()
+  const ports = await PortWatch.start(cluster)
 
   try {
     await rehearsal.timed('make all, up to the machines', () =>
@@ -76,8 +77,8 @@ async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
       ['listening ports', () => ports.check(rehearsal)],
     ])
   } finally {
-    await watch.end()
     await ports.end()
+    await watch.end()
     console.log(`\n${rehearsal.timeTable()}`)
     if (KEEP) explainHowToContinue(whole ? '' : names)
     else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))

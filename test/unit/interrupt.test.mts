@@ -136,7 +136,19 @@ describe('an interruption', () => {
     assert.match(await calls(), new RegExp(`^[^\n]*\\b${parent.child.pid}\n$`))
   })
 
-  it('a second time ends it at once', async () => {
+  it('is one interruption however often a closed terminal says so', async () => {
+    const { child, said, end } = start(300)
+    await said('ready')
+    child.kill('SIGHUP')
+    await said('cleaning up')
+    child.kill('SIGHUP')
+    child.kill('SIGTERM')
+    const [status, , output] = await end
+    assert.equal(status, 129)
+    assert.match(String(output), /^clean$/m)
+  })
+
+  it('a second time by Ctrl-C ends it at once', async () => {
     const { child, said, end } = start(60_000)
     await said('ready')
     child.kill('SIGINT')
