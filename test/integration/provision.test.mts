@@ -347,7 +347,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       ])
       await assertUndone(unknown, /there is no node "omega"\n.*alpha, sigma, gamma/, 2)
       await assertUndone(force, /--force is for --iso/, 2)
-      await assertUndone(wait, /--wait is for starting/, 2)
+      await assertUndone(wait, /--wait and --disks-only do not go with --iso/, 2)
       await assertUndone(noFirmware, /\/no\/CODE\.fd/)
       await assertUndone(noQemu, /qemu-system-\w+ is not installed/)
       const space = /not enough disk space: alpha, sigma, gamma need 6 GB, 0\.0 GB are free/
