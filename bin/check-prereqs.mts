@@ -33,8 +33,9 @@ warnings (no hardware acceleration, little memory) do not count.`,
   examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
 if (flags.yes && !flags.install) throw new StepError('--yes is for --install', { exitCode: 2 })
-if (flags.leftovers && (flags.json || flags.install))
+if (flags.leftovers && (flags.json || flags.install)) {
   throw new StepError('--leftovers cannot be combined with --json or --install', { exitCode: 2 })
+}
 
 const cluster = loadCluster()
 if (flags.leftovers) await showLeftovers()

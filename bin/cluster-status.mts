@@ -157,13 +157,12 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
   const command = `echo Kernel=$(($(date +%s%6N) - $(sed 's/\\.//; s/ .*/0000/' /proc/uptime)))
     systemctl show --property=UserspaceTimestampMonotonic,FinishTimestampMonotonic; echo
     systemctl show --property=Id,ActiveEnterTimestampMonotonic sshd ${servicesOf(cluster, node).join(' ')}`
-  let reason = ''
   const ask = connect(cluster, node, { timeout }).then(() => remote(node, command, { timeout }))
   const answer = await ask.catch((error) => {
-    if (!(error instanceof StepError)) throw error
-    reason = error.message
+    if (error instanceof StepError) return error
+    throw error
   })
-  if (!answer) return { name, events: [], reason }
+  if (answer instanceof StepError) return { name, events: [], reason: answer.message }
   const [first = '', ...units] = answer.split('\n\n')
   const read = (text: string, name: string) =>
     Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
@@ -191,7 +190,7 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
   const events = reached
     .map(({ what, at }) => ({ what, after: at - zero }))
     .sort((one, other) => one.after - other.after)
-  return { name, events, reason }
+  return { name, events, reason: '' }
 }
 
 /** Everything that is wrong, a line each. */

@@ -104,8 +104,10 @@ spec:
           resources: {requests: {cpu: 100m, memory: 70Mi}, limits: {memory: 170Mi}}
           # Ten minutes, for an emulated processor; the other probes begin afterwards.
           startupProbe:
-            {httpGet: {path: /health, port: 8080}, periodSeconds: 2, timeoutSeconds: 5,
-              failureThreshold: 300}
+            httpGet: {path: /health, port: 8080}
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 300
           livenessProbe: {httpGet: {path: /health, port: 8080}, timeoutSeconds: 5}
           readinessProbe: {httpGet: {path: /ready, port: 8181}, periodSeconds: 2, timeoutSeconds: 5}
           securityContext:

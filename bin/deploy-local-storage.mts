@@ -144,8 +144,10 @@ spec:
           resources: {requests: {cpu: 10m, memory: 32Mi}}
           # Ten minutes, for an emulated processor; the other probes begin afterwards.
           startupProbe:
-            {httpGet: {path: /health, port: health}, periodSeconds: 2, timeoutSeconds: 5,
-              failureThreshold: 300}
+            httpGet: {path: /health, port: health}
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 300
           livenessProbe: {httpGet: {path: /health, port: health}, timeoutSeconds: 5}
           readinessProbe:
             httpGet: {path: /ready, port: health}

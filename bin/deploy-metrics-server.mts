@@ -109,8 +109,10 @@ spec:
           resources: {requests: {cpu: 100m, memory: 200Mi}}
           # Ten minutes, for an emulated processor; the other probes begin afterwards.
           startupProbe:
-            {httpGet: {path: /livez, port: https, scheme: HTTPS}, periodSeconds: 2, timeoutSeconds: 5,
-              failureThreshold: 300}
+            httpGet: {path: /livez, port: https, scheme: HTTPS}
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 300
           livenessProbe: {httpGet: {path: /livez, port: https, scheme: HTTPS}, timeoutSeconds: 5}
           readinessProbe:
             httpGet: {path: /readyz, port: https, scheme: HTTPS}

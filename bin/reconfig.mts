@@ -469,7 +469,7 @@ async function restart(node: Node, row: Row): Promise<string> {
 async function runUnit(node: Node, row: Row, command: string, signal?: AbortSignal) {
   const { name } = node
   const log = '/var/log/reconfig.log'
-  // What a login has and a unit has not: PATH, NIX_PATH, the proxy.
+  // A unit lacks what a login has: PATH, NIX_PATH, the proxy.
   const environment = '. /etc/set-environment; set -euo pipefail'
   const text = `${environment}; cd ${home}; exec 9>lock; flock 9; ${command}`
   // --remain-after-exit keeps its exit status until the unit is stopped.

@@ -186,8 +186,9 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
       if (now !== former) problems.push(`${name} was saved on ${former}, and would be on ${now}`)
       // An installation that was interrupted may have replaced them.
       const variables = await inspect(`images/${name}.efivars.qcow2`).catch(() => undefined)
-      if (variables?.snapshots.some((each) => each.name === snapshot)) continue
-      problems.push(`the UEFI variables of ${name} do not have it`)
+      if (!variables?.snapshots.some((each) => each.name === snapshot)) {
+        problems.push(`the UEFI variables of ${name} do not have it`)
+      }
     }
     hint = `its disks alone: ./bin/restore.mts --disks-only ${snapshot}`
   }

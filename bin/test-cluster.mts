@@ -158,7 +158,7 @@ try {
   const crd = 'ciliumnetworkpolicies.cilium.io'
   const noPolicies = run && (await isMissing('crd', crd)) && 'Cilium is missing: make network'
   const onePod = pods.length === 1 && 'it needs two workers'
-  const unconnected = !connected && 'they do not reach each other without one'
+  const unconnected = !connected && 'the pods do not reach each other'
   const noPolicy = noPods || noPolicies || onePod || unconnected
   await check('a network policy blocks traffic between pods', noPolicy, async () => {
     const spec = { podSelector: {}, policyTypes: ['Ingress'] }

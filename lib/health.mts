@@ -202,7 +202,8 @@ export async function waitForServices(
 /**
  * Waits until the node is Ready and its kubelet has renewed its lease: for 40 s the API server reports
  * a node as Ready that it does not hear from.
- * @param since when the kubelet was started, "2026-11-30T03:20:34.074041Z"; by default, its first renewal seen
+ * @param since when the kubelet was started, "2026-11-30T03:20:34.074041Z"; by default, the first
+ *   renewal that can be read
  */
 export async function waitForReady(cluster: Cluster, node: Node, wait: WaitLimits, since?: string) {
   const { name } = node

@@ -1,9 +1,9 @@
-// Ctrl-C, SIGTERM and a closed terminal: as an AbortSignal for a step that has something to undo, else the end.
+// Ctrl-C, SIGTERM and SIGHUP: an AbortSignal for a step with something to undo, else the end.
 import { spawn } from 'node:child_process'
 import { constants } from 'node:os'
 import { StepError } from './errors.mts'
 
-export const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
+const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
 const isMac = process.platform === 'darwin'
 const gracePeriod = 30_000
 let controller: AbortController | undefined
@@ -18,16 +18,14 @@ export function handleSignals(end: () => void): void {
 
 /** Nobody reads the output any more (`| head`): no error, but a change is interrupted. */
 export function outputClosed(): void {
-  if (controller) stop('SIGHUP')
-  else {
-    endCommands()
-    process.exit(0)
-  }
+  if (controller) return void stop('SIGHUP')
+  endCommands()
+  process.exit(0)
 }
 
 /**
- * The signal that Ctrl-C, SIGTERM and SIGHUP abort. The caller must then stop soon, clean up and let the
- * error pass; the process ends with the shell's status for that signal (130, 143, 129). A second
+ * The signal that Ctrl-C, SIGTERM and SIGHUP abort. The caller must then stop soon, clean up and let
+ * the error pass; the process ends with the shell's status for that signal (130, 143, 129). A second
  * Ctrl-C, or 30 seconds outside of `takingTime`, end it without waiting.
  * @param awake keep this computer awake until this process ends
  */
@@ -41,7 +39,7 @@ export function interruption(awake = true): AbortSignal {
   return controller.signal
 }
 
-/** Where the system has a program for it. */
+/** Keeps this computer awake until this process ends, where the system has a program for it. */
 function stayAwake(): void {
   const wait = ['tail', '-f', '/dev/null', `--pid=${process.pid}`]
   const args = isMac ? ['-i', '-w', `${process.pid}`] : ['--what=idle:sleep', ...wait]
@@ -68,7 +66,7 @@ export async function takingTime<T>(work: () => Promise<T>): Promise<T> {
 
 function stop(signal: (typeof signals)[number]): void {
   // Only Ctrl-C is repeated on purpose: a closed terminal sends SIGHUP several times, and a parent
-  // passes on what its child has got as well.
+  // passes on what its child has received as well.
   if (signal !== 'SIGINT' && controller?.signal.aborted) return
   const exitCode = 128 + constants.signals[signal]
   if (!controller || controller.signal.aborted) {

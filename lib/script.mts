@@ -175,8 +175,9 @@ export async function runScript(
   const forward = () => child.kill('SIGTERM')
   process.once('SIGTERM', forward).once('SIGHUP', forward)
   // The child may have something to undo.
-  const [status] = await takingTime(() => once(child, 'exit'))
-  process.off('SIGTERM', forward).off('SIGHUP', forward)
+  const [status] = await takingTime(() => once(child, 'exit')).finally(() => {
+    process.off('SIGTERM', forward).off('SIGHUP', forward)
+  })
   signal.throwIfAborted()
   if (status === 0) return
   const reason = `${name} failed${failure && `, ${failure}`}`
@@ -191,6 +192,7 @@ function parse(known: Record<string, Flag>, argv: readonly string[], name: strin
     alias: { h: 'help' },
     unknown: (arg) => !arg.startsWith('-') || arg === '-' || refuse(name, `unknown flag ${arg}`),
   })
+  // What follows -- is not for this script.
   const own = argv.slice(0, argv.includes('--') ? argv.indexOf('--') : undefined)
   for (const [flag, { value: what, number, choices }] of Object.entries(known)) {
     const value: unknown = parsed[flag]

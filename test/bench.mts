@@ -34,7 +34,7 @@ interface Contest {
   prepare?(): Promise<unknown>
   /** What takes the time, or the seconds that it took itself. */
   ours(): Promise<unknown>
-  /** Seconds of its own can also be a limit. */
+  /** The same, or a limit in seconds. */
   other(): Promise<unknown>
 }
 
@@ -141,7 +141,7 @@ try {
     },
     {
       name: 'snapshot of three machines',
-      between: ['standing still', 'goal'],
+      between: ['pause', 'goal'],
       goal: 1,
       rounds: 3,
       prepare: snapshots.prepare,

@@ -20,7 +20,7 @@ import { ensureHostPackages } from './host-packages.mts'
 import { PortWatch } from './listening-ports.mts'
 import { machineTable } from './machine-table.mts'
 import { machinePrograms, preferOnPath } from './programs-on-path.mts'
-import { Rehearsal } from './rehearsal.mts'
+import { Rehearsal, type Step } from './rehearsal.mts'
 import { makeRehearsalFolder, rehearsalFolder } from './rehearsal-folder.mts'
 import { SecretWatch } from './secrets.mts'
 
@@ -30,17 +30,17 @@ const signal = interruption()
 try {
   const cluster = loadCluster()
   const chosen = chooseNodes(cluster, (NODES ?? '').split(/[\s,]+/).filter(Boolean))
+  const later = DAY_TWO ? dayTwo(DAY_TWO === '1' ? '' : DAY_TWO) : []
   await ensureHostPackages(Boolean(YES))
-  await withLock(`${rehearsalFolder}.lock`, 'rehearsing', () => rehearse(cluster, chosen))
+  await withLock(`${rehearsalFolder}.lock`, 'rehearsing', () => rehearse(cluster, chosen, later))
 } catch (error) {
   console.error(`rehearse: ${describeError(error)}`)
-  // Also if a watcher has been left.
+  // A watcher that was not ended would keep this process running.
   process.exit(error instanceof StepError ? (error.explanation.exitCode ?? 1) : 1)
 }
 
-async function rehearse(real: Cluster, chosen: readonly Node[]): Promise<void> {
+async function rehearse(real: Cluster, chosen: readonly Node[], later: Step[]): Promise<void> {
   await endFormer()
-  const later = DAY_TWO ? dayTwo(DAY_TWO === '1' ? '' : DAY_TWO) : []
   const programs = await machinePrograms()
   const workers = chosen.filter(({ role }) => role === 'worker')
   const whole = chosen.length === real.nodes.length

@@ -136,7 +136,7 @@ describe('an interruption', () => {
     assert.match(await calls(), new RegExp(`^[^\n]*\\b${parent.child.pid}\n$`))
   })
 
-  it('is one interruption however often a closed terminal says so', async () => {
+  it('is only one, however many signals a closed terminal sends', async () => {
     const { child, said, end } = start(300)
     await said('ready')
     child.kill('SIGHUP')

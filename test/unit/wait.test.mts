@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict'
-import { describe, it, mock } from 'node:test'
+import { afterEach, beforeEach, describe, it, mock } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx/core'
 import type { StepError } from '../../lib/errors.mts'
@@ -67,40 +67,38 @@ describe('a wait', () => {
     assert.ok(performance.now() - began < 10_000)
   })
 
-  it('does not count the time for which the computer was asleep', async () => {
+  describe('of a computer that is asleep meanwhile', () => {
     const real = Date.now
     let offset = 0
-    mock.method(Date, 'now', () => real() + offset)
-    try {
+    beforeEach(() => {
+      offset = 0
+      mock.method(Date, 'now', () => real() + offset)
+    })
+    afterEach(() => mock.restoreAll())
+    const anHourPasses = () => {
+      offset = 3_600_000
+    }
+
+    it('does not count an hour between two looks', async () => {
       let looks = 0
       await waitFor({ failure: 'no pods', timeout: 100, every: 20 }, async () => {
         looks += 1
-        // An hour passes during the pause after the first look.
-        if (looks === 1) setTimeout(() => (offset = 3_600_000), 1)
+        if (looks === 1) setTimeout(anHourPasses, 1)
         return looks < 4 ? 'web-1' : undefined
       })
       assert.equal(looks, 4)
-    } finally {
-      mock.restoreAll()
-    }
-  })
+    })
 
-  it('does not count it during a look either, nor wait as long once more', async () => {
-    const real = Date.now
-    let offset = 0
-    mock.method(Date, 'now', () => real() + offset)
-    try {
+    it('does not count an hour during a look, nor pause for another one', async () => {
       let looks = 0
       const began = performance.now()
       await waitFor({ failure: 'no pods', timeout: 100, every: 20 }, async () => {
         looks += 1
-        if (looks === 1) offset = 3_600_000
+        if (looks === 1) anHourPasses()
         return looks < 3 ? 'web-1' : undefined
       })
       assert.equal(looks, 3)
       assert.ok(performance.now() - began < 30_000)
-    } finally {
-      mock.restoreAll()
-    }
+    })
   })
 })
