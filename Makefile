@@ -1,4 +1,4 @@
-# The orchestration layer: each target calls one script of bin/, which explains itself with --help.
+# The orchestration layer: each target calls a script of bin/, which explains itself with --help.
 # Extra flags go in FLAGS: make certs FLAGS=--force
 
 # These variables count only on make's command line: some shells and tools set NAME and the like.
@@ -56,7 +56,7 @@ snapshot: packages ## Save cluster state for instant restore (NAME=before-lab-3)
 restore: packages ## Restore from snapshot (seconds vs ~15min rebuild; NAME=before-lab-3)
 	@./bin/restore.mts $(FLAGS) $(if $(NAME),"$(NAME)")
 
-suspend: packages ## Save the running machines and end them; make up continues from there
+suspend: packages ## Save the machines' memory and stop them; make up continues from there
 	@./bin/snapshot.mts --suspend $(FLAGS)
 
 reconfig: packages ## Push config changes to running nodes (FLAGS=--dry-run)
@@ -68,7 +68,7 @@ add-worker: packages ## Add a worker to the running cluster (NAME=delta)
 remove-worker: packages ## Drain a worker and remove it (NAME=delta)
 	@./bin/remove-worker.mts $(FLAGS) $(if $(NAME),"$(NAME)")
 
-upgrade: packages ## Bring NIXOS_VERSION to a node, or to all (NAME=all)
+upgrade: packages ## Upgrade a node to NIXOS_VERSION, or all of them (NAME=all)
 	@./bin/rolling-upgrade.mts $(FLAGS) $(if $(NAME),"$(NAME)")
 
 etcd-snapshot: packages ## Create etcd data backup (saved to backups/)
@@ -87,7 +87,7 @@ health: packages ## Live view of nodes, pods, usage and events (q quits, p pause
 ssh-%: packages ## SSH into nodes
 	@./bin/ssh.mts $* $(FLAGS)
 
-clean: packages ## Remove generated artifacts
+clean: packages ## Remove generated artifacts (keys and kubeconfigs stay while a disk exists)
 	@./bin/clean.mts $(FLAGS)
 
 clobber: packages ## Destroy everything including disks
@@ -118,7 +118,7 @@ pki: packages ## Generate all of these: certs + kubeconfigs + encryption
 configs: packages ## Stage the NixOS configuration of each node
 	@./bin/generate-nocloud-iso.mts $(FLAGS)
 
-# FLAGS would reach all of them, and --force replace the CA.
+# FLAGS would reach all of them, and --force would replace the CA.
 prepare: override FLAGS :=
 prepare: download pki configs ## Everything before the install: download + pki + configs
 
@@ -149,8 +149,8 @@ help: ## Show this list
 	awk -F ':.*## ' -v nodes="$${nodes%/}" '/^[a-z].*:.*## / { \
 	  sub(/%/, nodes, $$1); printf "  %-16s  %s\n", $$1, $$2 }' Makefile
 
-# The installed packages are compared with package-lock.json by content, as times of files mean
-# nothing after git switch or unzip. What is installed stays until its replacement is complete.
+# The installed packages are compared with package-lock.json by content, as file times mean nothing
+# after git switch or unzip. What is installed stays until its replacement is complete.
 packages:
 	@node -e '$(compare_packages)' 2>/dev/null || $(install_packages)
 

@@ -18,7 +18,7 @@ import { runScript, script } from '../lib/script.mts'
 import { kinds, overlap, parseAddress, parseCidr, perNodeVariables } from '../lib/settings.mts'
 import { connect, setClocks } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
-import { assertDiskSpace, hasDisk, isRunning } from '../lib/vm.mts'
+import { assertRoomForDisks, hasDisk, isRunning } from '../lib/vm.mts'
 import { waitFor } from '../lib/wait.mts'
 
 const { flags, args } = script({
@@ -105,19 +105,20 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
 
   // 7. Its pod range, and its role, which a kubelet may not give itself. Then the pod network starts.
   const spec = JSON.stringify({ spec: { podCIDR: node.podCidr, podCIDRs: [node.podCidr] } })
-  await $`kubectl patch node ${name} --patch ${spec}`
-  await $`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
+  const soon = $({ signal, timeout: '60s' })
+  await soon`kubectl patch node ${name} --patch ${spec}`
+  await soon`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
   const cilium = ['daemonset/cilium', '--namespace=kube-system']
-  const { stdout } = await $`kubectl get ${cilium} --ignore-not-found --output=name`
+  const { stdout } = await soon`kubectl get ${cilium} --ignore-not-found --output=name`
   if (stdout.trim() === '') console.error('next: make network, as there is no pod network yet')
   else await step(`${name}: Ready`, (detail) => waitForReady(cluster, node, wait(detail)))
 
   // 8. Local storage, where it is deployed, has a class for each worker.
-  const storage = await $`kubectl get storageclass local-path --ignore-not-found --output=name`
+  const storage = await soon`kubectl get storageclass local-path --ignore-not-found --output=name`
   const apply = ['--server-side', `--selector=local-path/worker=${name}`, '--filename=-']
   const manager = '--field-manager=deploy-local-storage'
   if (storage.stdout) {
-    await $`./bin/deploy-local-storage.mts --print | kubectl apply ${apply} ${manager}`
+    await soon`./bin/deploy-local-storage.mts --print | kubectl apply ${apply} ${manager}`
   }
 }
 
@@ -163,7 +164,7 @@ async function refuseIfKnown(): Promise<void> {
   const { stdout } = await $`kubectl get node ${name} --ignore-not-found --output=name`
   if (stdout.trim()) {
     throw new StepError(`the API server knows a node "${name}" that cluster.env does not`, {
-      hint: `use another name, or: KUBECONFIG=configs/admin.kubeconfig kubectl delete node ${name}`,
+      hint: `use another name, or: kubectl delete node ${name}`,
     })
   }
   if (existsSync(before.path('images', `${name}.qcow2`))) {
@@ -187,7 +188,7 @@ async function writeSettings(): Promise<Cluster> {
   const longer = `${text}\n${await chooseSettings(before)}\n`
   // Checked as a whole before it is written.
   const cluster = loadCluster({ root: before.root, text: longer })
-  const warning = await assertDiskSpace(cluster, [cluster.node(name)])
+  const warning = await assertRoomForDisks(cluster, [cluster.node(name)])
   if (warning) console.error(`! ${warning}`)
   const needed = cluster.nodes.reduce((sum, { memory }) => sum + memory, 0) * 2 ** 20
   const [machines, computer] = [needed, totalmem()].map(formatBytes)

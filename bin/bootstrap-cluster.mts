@@ -68,6 +68,8 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   // The control plane answers, and every kubelet has registered.
   await run('wait-for-cluster')
 
+  if (cluster.workers.length === 0) return
+
   // The pod network; with it the workers become Ready.
   await run('install-cilium')
   await run('wait-for-cluster', '--ready')
@@ -84,6 +86,7 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
 let next = 'make smoke, and: export KUBECONFIG=configs/admin.kubeconfig'
 if (until === 'machines') next = 'make wait, which watches the cluster come up'
 if (until === 'cluster') next = 'make dns, make storage, make metrics'
+if (cluster.workers.length === 0) next = 'make add-worker NAME=sigma: pods need a worker'
 console.error(`next: ${next}`)
 
 /** Runs a step in this terminal, as a person would type it. */

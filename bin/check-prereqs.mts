@@ -16,7 +16,7 @@ import { bsdtar } from '../lib/iso.mts'
 import { lanSwitchStatus } from '../lib/lan.mts'
 import { assertFree, commandLines, isPortFree } from '../lib/processes.mts'
 import { script } from '../lib/script.mts'
-import { assertDiskSpace, assertPortsFree, freeBytes, hasDisk, isRunning } from '../lib/vm.mts'
+import { assertPortsFree, assertRoomForDisks, freeBytes, hasDisk, isRunning } from '../lib/vm.mts'
 
 const { flags } = script({
   does: `Checks everything that the machines need on this computer, shows it as one table, and names the
@@ -237,7 +237,7 @@ async function checkDisk(finding: Finding): Promise<string | undefined> {
   const added = nodes.filter((node) => !hasDisk(cluster, node))
   finding.wanted = `for ${added.length} new ${added.length === 1 ? 'machine' : 'machines'}`
   finding.found = formatBytes(await freeBytes(cluster.path('images')))
-  return assertDiskSpace(cluster, added)
+  return assertRoomForDisks(cluster, added)
 }
 
 /** The ports of the machines and of their switch, unless these run already. */

@@ -1,6 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Removes what the other steps created; with --disks also the machines. Your own files stay.
+// Removes what the other steps created; with --disks also the machines.
 import { rmdir } from 'node:fs/promises'
 import { basename, dirname } from 'node:path'
 import { $, glob } from 'zx'
@@ -15,11 +15,21 @@ import { hasDisk, machineState } from '../lib/vm.mts'
 const { flags } = script({
   does: `Removes what the other steps created: the ISO, staged configurations, certificates, kubeconfigs.
 Certificates and keys that an installed machine needs stay, unless its disk is removed too (--disks).
-Shows what it removes, and does not ask.`,
+Does not ask; --list shows what it would remove: also files of yours that have such names.`,
   reads: ['cluster.env', 'run/', 'images/'],
-  writes: ['tls/', 'configs/', 'cloud-init/', 'images/', 'run/', 'logs/', 'snapshots/', 'backups/'],
+  writes: [
+    'tls/',
+    'configs/',
+    'cloud-init/',
+    'images/',
+    'run/',
+    'logs/',
+    'snapshots/',
+    'backups/',
+    'tools/',
+  ],
   flags: {
-    disks: { help: 'stop the machines, then remove their disks, snapshots and backups as well' },
+    disks: { help: 'stop the machines; remove disks, snapshots, backups, logs and tools as well' },
     list: { help: 'show what would be removed, and remove nothing' },
   },
   examples: ['./bin/clean.mts --list', './bin/clean.mts', './bin/clean.mts --disks'],
@@ -30,9 +40,10 @@ Shows what it removes, and does not ask.`,
  * as long as there is one. "machine": removed with --disks only.
  */
 const generated = [
-  ['key', 'certificates and keys', 'tls/*.pem tls/ssh_* tls/known_hosts tls/.*.{new*,tmp-*}'],
-  ['key', 'kubeconfigs', 'configs/*.kubeconfig configs/.*.kubeconfig.tmp-*'],
-  ['key', 'encryption key', 'configs/{,.}encryption-config.yaml{,.tmp-*}'],
+  ['key', 'certificates and keys', 'tls/*.pem tls/ssh_* tls/known_hosts'],
+  ['key', 'kubeconfigs', 'configs/*.kubeconfig'],
+  ['key', 'encryption key', 'configs/encryption-config.yaml'],
+  ['step', 'unfinished files', '.cluster.env.tmp-* {tls,configs,run}/.*.tmp-* tls/.*.new*'],
   ['step', 'staged configurations', 'cloud-init/*'],
   ['step', 'installer ISO', 'images/*.iso*'],
   ['machine', 'disks', 'images/*.qcow2* images/*-efivars.fd*'],
@@ -69,14 +80,15 @@ async function clean(): Promise<void> {
       chosen.push(...files)
     }
   }
-  if (rows.length === 0) console.log('There is nothing to remove.')
-  else console.log(formatTable([flags.list ? 'TO REMOVE' : 'REMOVED', 'FILES', 'WHERE'], rows))
+  if (!flags.list && chosen.length > 0) await $`rm -rf ${chosen}`
+  if (rows.length === 0 && kept.length === 0) console.log('There is nothing to remove.')
+  else if (rows.length > 0)
+    console.log(formatTable([flags.list ? 'TO REMOVE' : 'REMOVED', 'FILES', 'WHERE'], rows))
   if (kept.length > 0) {
     const names = installed.join(', ')
-    console.log(`Kept, because ${names} cannot be reached without: ${kept.join(', ')}.`)
+    console.log(`Kept, because ${names} cannot be reached without them: ${kept.join(', ')}.`)
     console.log('make clobber removes them together with the disks.')
   }
-  if (!flags.list && chosen.length > 0) await $`rm -rf ${chosen}`
   if (!flags.list && flags.disks) await runScript('check-prereqs', ['--leftovers'])
 }
 

@@ -5,7 +5,7 @@ import { X509Certificate } from 'node:crypto'
 import { stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
+import { explain, StepError } from '../lib/errors.mts'
 import { formatTable } from '../lib/format.mts'
 import { clockProbe, clockTrouble, serviceProbe, servicesOf } from '../lib/health.mts'
 import { type ApiNode, getNodes, printAndExit, useCluster } from '../lib/kubectl.mts'
@@ -128,8 +128,7 @@ async function askMachine(node: Node) {
       certificates: { known: true as const, list: certificates },
     }
   } catch (error) {
-    if (error instanceof StepError) return unknown(error.message)
-    throw error
+    return unknown(explain(error).reason)
   }
 }
 

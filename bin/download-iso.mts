@@ -7,7 +7,7 @@ import { mkdir, realpath, rename, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join, relative, resolve } from 'node:path'
 import { pipeline } from 'node:stream/promises'
 import { fileURLToPath } from 'node:url'
-import { $, type ProcessOutput, retry } from 'zx'
+import { $, ProcessOutput, retry } from 'zx'
 import { loadCluster } from '../lib/cluster.mts'
 import { knownProblem, StepError } from '../lib/errors.mts'
 import { readIfThere, writeFileAtomic } from '../lib/files.mts'
@@ -19,7 +19,7 @@ import { withLock } from '../lib/lock.mts'
 import { hostEnvironment } from '../lib/proxy.mts'
 import { script } from '../lib/script.mts'
 import { isLive, step } from '../lib/steps.mts'
-import { freeBytes } from '../lib/vm.mts'
+import { assertDiskSpace } from '../lib/vm.mts'
 
 const { flags } = script({
   does: `Provides the NixOS installer ISO in images/: downloads the minimal one of the channel
@@ -80,14 +80,13 @@ async function download(): Promise<void> {
   const note = JSON.stringify({ address, sha256, validator })
   if ((await readIfThere(`${partial}.json`)) !== note) await rm(partial, { force: true })
   await writeFileAtomic(`${partial}.json`, note)
+  const received = await sizeOf(partial)
+  const needed = Math.max(size - received, received)
+  const warning = await assertDiskSpace(dirname(file), needed, { what: ` for ${name}` })
+  if (warning) console.error(`! ${warning}`)
   // In a copy, as the curl of a run that was killed may still write to this file.
-  if (existsSync(partial))
+  if (existsSync(partial)) {
     await $`cp ${name}.partial ${name}.copy && mv ${name}.copy ${name}.partial`
-  const [needed, free] = [size - (await sizeOf(partial)), await freeBytes(dirname(file))]
-  if (needed > free) {
-    const amounts = `${formatBytes(needed)} needed, ${formatBytes(free)} free`
-    const hint = `free some space in ${dirname(file)}`
-    throw new StepError(`not enough disk space for ${name}: ${amounts}`, { hint })
   }
 
   await step('download the ISO', async (detail) => {
@@ -170,7 +169,10 @@ async function receive({ address, sha256, validator, size }: Release): Promise<v
       if (received <= most) throw result
       most = received
     }
-  }).catch((result: ProcessOutput) => result)
+  }).catch((error) => {
+    if (error instanceof ProcessOutput) return error
+    throw error
+  })
   signal.throwIfAborted()
   if (last.exitCode !== 0) throw failure(last, address)
 }

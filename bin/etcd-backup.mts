@@ -21,11 +21,11 @@ import { inParallel, type Row, step } from '../lib/steps.mts'
 import { isRunning } from '../lib/vm.mts'
 
 const { flags, args } = script({
-  does: `snapshot saves etcd's data, verified, in backups/, named by the time. restore puts such a file, the
-newest unless one is named, in the place of etcd's data. The control plane stops meanwhile, and gets
-its former data back if it is not healthy with the new ones. Pods keep running all the time.`,
+  does: `snapshot saves etcd's data to backups/etcd-TIME.db and verifies it. restore replaces etcd's data
+with such a file, by default the newest. The control plane is stopped meanwhile; if it is not healthy
+afterwards, it gets its previous data back. Pods keep running all the time.`,
   reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig', 'backups/'],
-  writes: ['backups/etcd-TIME.db'],
+  writes: ['snapshot: backups/etcd-TIME.db', "restore: etcd's data on the control plane"],
   flags: {
     keep: { value: 'COUNT', number: true, help: 'snapshot: how many backups to keep (10)' },
     force: { help: 'restore: accept a file of a cluster with another CA' },
@@ -41,7 +41,10 @@ const refuseIf = (condition: boolean, reason: string) => {
 }
 const found = action ? `"${action}"` : 'nothing'
 refuseIf(action !== 'snapshot' && action !== 'restore', `snapshot or restore, not ${found}`)
-refuseIf(action === 'snapshot' && file !== undefined, 'a snapshot is named by the time')
+const saving = action === 'snapshot'
+refuseIf(saving && file !== undefined, 'snapshot takes no FILE: it is named by the current time')
+refuseIf(saving && (flags.force || flags.timeout !== undefined), '--force, --timeout: of restore')
+refuseIf(!saving && flags.keep !== undefined, '--keep: of snapshot')
 refuseIf(!Number.isInteger(keep) || keep < 1, '--keep is at least 1')
 
 const cluster = loadCluster()
@@ -50,7 +53,7 @@ const alpha = controlPlane.name
 // Some distributions package etcdctl alone, which can do the same up to etcd 3.5.
 const etcdutl = '"$(command -v etcdutl || command -v etcdctl)"'
 const signal = interruption()
-await withClusterLock(cluster, `etcd-backup ${action}`, action === 'snapshot' ? save : restore)
+await withClusterLock(cluster, `etcd-backup ${action}`, saving ? save : restore)
 
 /** Runs shell text on the control plane machine, as root. Without a signal it runs to its end. */
 function onAlpha(command: string, options: { signal?: AbortSignal } = {}): Promise<string> {
@@ -86,6 +89,7 @@ async function save(): Promise<void> {
   })
   console.log(`${path}: ${totalKey} keys at revision ${revision}, ${formatBytes(totalSize)}`)
   for (const old of (await backups()).slice(0, -keep)) {
+    if (path.endsWith(old)) continue // The clock was set back.
     await rm(cluster.path('backups', old))
     console.log(`removed backups/${old}: ${keep} are kept`)
   }
@@ -157,9 +161,10 @@ async function replaceData(path: string, row: Row): Promise<string> {
   const wait = { timeout, detail: (text: string) => row.detail(text) }
   try {
     // Ctrl-C from here on: it is undone, but not cut off.
-    await onAlpha(`${lock}; ${stop}
+    const swap = `${lock}; ${stop}
       if [ -e ${data} ]; then mv -T ${data} ${former}; fi
-      mv -T ${work}/data ${data}; rm -rf ${work}; ${start}`)
+      mv -T ${work}/data ${data}; rm -rf ${work}; ${start}`
+    await takingTime(() => onAlpha(swap))
     row.step('waiting for the control plane')
     await waitForServices(cluster, controlPlane, { ...wait, check: secretsMissing, signal })
   } catch (error) {
@@ -226,10 +231,12 @@ async function reportNodes(): Promise<void> {
   const workers = cluster.workers.map(({ name }) => name)
   for (const name of workers.filter((each) => !registered.includes(each))) {
     console.error(`! ${name} joined after the backup and has to register again:`)
-    console.error(`!   ./bin/ssh.mts ${name} -- systemctl restart kubelet, then make network`)
+    console.error(`!   ./bin/ssh.mts ${name} -- systemctl restart kubelet && make network`)
   }
   for (const name of registered.filter((each) => !workers.includes(each))) {
-    console.error(`! ${name} was removed after the backup: kubectl delete node ${name}`)
+    console.error(
+      `! ${name} was removed after the backup: KUBECONFIG=configs/admin.kubeconfig kubectl delete node ${name}`,
+    )
   }
 }
 

@@ -9,6 +9,7 @@ import { authorityOf, certificatesOf } from '../lib/certificates.mts'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { privateFolder } from '../lib/files.mts'
+import { withLock } from '../lib/lock.mts'
 import { machineProxy } from '../lib/proxy.mts'
 import { script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
@@ -34,9 +35,13 @@ const { settings } = cluster
 const { caFile, ...proxy } = machineProxy(cluster)
 const [certs, kubernetes] = ['./bin/generate-certs.mts', '/var/lib/kubernetes']
 
-for (const node of chooseNodes(cluster, args)) {
-  if (flags.list) list(node)
-  else await step(`stage ${node.name}`, () => stage(node))
+const nodes = chooseNodes(cluster, args)
+if (flags.list) for (const node of nodes) list(node)
+else
+  await withLock(cluster.path('run', 'pki.lock'), 'staging configurations', stageAll, { wait: 5 })
+
+async function stageAll(): Promise<void> {
+  for (const node of nodes) await step(`stage ${node.name}`, () => stage(node))
 }
 
 interface StagedFile {

@@ -23,7 +23,7 @@ waits until all it consists of is ready. CHART is a folder, an archive, REPO/NAM
 that helm knows, an oci:// address, or with --repo a name in that repository.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
   writes: ['tools/helm-VERSION'],
-  args: 'CHART',
+  args: '[CHART]',
   flags: {
     repo: { value: 'URL', help: 'the repository that has the chart' },
     version: { value: 'VERSION', help: 'of the chart (the latest)' },
@@ -52,6 +52,10 @@ const isLocal = !repo && existsSync(resolve(given))
 const chart = isLocal ? resolve(given) : given
 const { release = basename(given).replace(/(-v?\d+\.\d+\.\d+.*)?\.tgz$/, '') } = flags
 const { namespace = release } = flags
+if (!given && !(flags.delete && flags.release)) {
+  const reason = `missing argument: CHART${flags.delete ? ', or --release' : ''}`
+  throw new StepError(reason, { hint: './bin/helm-deploy.mts --help', exitCode: 2 })
+}
 const cluster = loadCluster()
 const signal = interruption()
 await useCluster(cluster)
@@ -93,14 +97,19 @@ await withLock(cluster.path('run', 'helm.lock'), 'running helm', async () => {
     // By the label that charts usually give their pods.
     const instance = `app.kubernetes.io/instance=${release}`
     const ofRelease = [`--namespace=${namespace}`, `--selector=${instance}`]
-    const pods = async () => (await $({ nothrow: true })`kubectl get pods ${ofRelease}`).stdout
-    const look = async () => {
+    const pods = async () =>
+      (await $({ nothrow: true, timeout: '20s' })`kubectl get pods ${ofRelease}`).stdout
+    let looking = timeout > 0 ? setTimeout(look, 3000) : undefined
+    async function look() {
       const waiting = (await pods()).split('\n').slice(1)
       detail(waiting.find((pod) => !/ (Running|Completed) /.test(pod)) ?? '')
+      if (looking) looking = setTimeout(look, 3000)
     }
-    const looking = timeout > 0 ? setInterval(look, 3000) : undefined
     try {
-      const helm = $({ signal, env: { ...$.env, ...(await hostEnvironment(cluster)) } })
+      const proxy = await hostEnvironment(cluster)
+      // On macOS, Go ignores SSL_CERT_FILE.
+      if (repo && proxy.SSL_CERT_FILE) options.push('--ca-file', proxy.SSL_CERT_FILE)
+      const helm = $({ signal, env: { ...$.env, ...proxy } })
       const upgrade =
         await helm`helm upgrade --install ${release} ${chart} ${options} --namespace ${namespace} --create-namespace`
       return upgrade.stdout
@@ -114,7 +123,8 @@ await withLock(cluster.path('run', 'helm.lock'), 'running helm', async () => {
         ...{ output, hint, command: commandOf(error), cause: error },
       })
     } finally {
-      clearInterval(looking)
+      clearTimeout(looking)
+      looking = undefined
     }
   })
   if (notes) console.log(`${notes.trim()}\n\nTry: kubectl get all --namespace=${namespace}`)

@@ -126,13 +126,15 @@ await step('pod ranges and labels of the workers', async (detail) => {
     if (current && current !== podCidr) {
       throw new StepError(`${name} has pod range ${current}, not ${podCidr}`, {
         output: `A node's range can be set once. The machines' routes follow POD_CIDR_${name.replaceAll('-', '_')}.`,
-        hint: `kubectl delete node ${name}, restart its kubelet (make ssh-${name}: systemctl restart kubelet), and try again; or put ${current} back into cluster.env`,
+        hint: `put ${current} back into cluster.env, or let the node register again:
+kubectl delete node ${name} && ./bin/ssh.mts ${name} -- systemctl restart kubelet`,
       })
     }
     const patch = JSON.stringify({ spec: { podCIDR: podCidr, podCIDRs: [podCidr] } })
-    await $`kubectl patch node ${name} --patch ${patch}`
+    const soon = $({ signal, timeout: '60s' })
+    await soon`kubectl patch node ${name} --patch ${patch}`
     // A kubelet may not give itself a role.
-    await $`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
+    await soon`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
   }
 })
 const file = 'run/cilium-values.yaml'

@@ -74,7 +74,7 @@ if (installing) {
       hint: `start: ./bin/provision.mts ${present.join(' ')}\nreinstall, all data is lost: --iso --force`,
     })
   }
-  const warnings = [await vm.assertDiskSpace(cluster, nodes), host.warning].filter(Boolean)
+  const warnings = [await vm.assertRoomForDisks(cluster, nodes), host.warning].filter(Boolean)
   for (const warning of warnings) console.error(`! ${warning}`)
   await vm.prepareFolders(cluster)
   await inParallel(names, (name, row) => {
@@ -152,7 +152,7 @@ async function attempt(node: Node, iso: string, row: Row): Promise<void> {
   await mkdir(folder)
   try {
     const kernel = await extractKernel(iso, folder, host.arch)
-    await $`qemu-img create -q -f qcow2 ${partialDisk} ${DISK_SIZE}G`
+    await $`(umask 077 && qemu-img create -q -f qcow2 ${partialDisk} ${DISK_SIZE}G)`
     await vm.prepareEfiVars(cluster, node, host, { fresh: true })
     const mode = { kind: 'install', iso, kernel } as const
     // QEMU in a terminal: its serial console is what we type on. It ends with us, however we end.

@@ -48,6 +48,10 @@ const nodes = cluster.nodes.filter((node) => chosen.includes(node))
 const names = nodes.map(({ name }) => name)
 const timeout = flags.timeout ?? WAIT_TIMEOUT
 const signal = interruption()
+const modes = ['dry-run', 'push-only', 'build', 'restart', 'take-back'] as const
+if (modes.filter((mode) => flags[mode]).length > 1) {
+  throw new StepError(`only one of --${modes.join(', --')} at a time`, { exitCode: 2 })
+}
 /** The folder on the machine for the former files and for the state of a change. */
 const home = '/var/lib/reconfig'
 /** Below /. */
@@ -158,7 +162,8 @@ async function describe(name: string, path: string, known: boolean): Promise<str
     const { stdout, stderr, exitCode } =
       await diff`ssh -F tls/ssh_config ${name} ${now} | diff -u ${labels} - ${file}`
     // Without the password that the URL of a proxy may contain.
-    if (exitCode === 1 && !stderr) return stdout.replace(/(?<=:\/\/)[^/\s"@]*@/g, '…@')
+    const password = /(?<=:\/\/|"https?": ")[^/\s"@]*@/g
+    if (exitCode === 1 && !stderr) return stdout.replace(password, '…@')
     throw new StepError(`/${path} on ${name} cannot be compared`, { output: stderr })
   }
   const what = known ? 'changes' : 'is new'
@@ -183,9 +188,10 @@ async function change(node: Node, copying: boolean, row: Row): Promise<string> {
   if (flags['push-only']) return 'the files are in place, nothing was switched to'
   try {
     if (flags.build) return await build(node, row)
+    const before = await kubeletStart(node)
     const outcome = await switchTo(node, row, { guarded: true, signal })
-    const restarted = /\bkubelet\b/.test(outcome)
-    if (wasReady) await untilReady(node, row, restarted ? await kubeletStart(node) : undefined)
+    const start = await kubeletStart(node)
+    if (wasReady) await untilReady(node, row, start === before ? undefined : start)
     await remote(node, `rm -f ${home}/unfinished`)
     return outcome
   } catch (error) {
@@ -333,7 +339,10 @@ async function switchTo(
     rm -f undone
     ${guarded ? 'touch' : 'rm -f'} guarded
     status=0
+    began=$(date +%s)
     nixos-rebuild switch || status=$?
+    # Some versions of nixos-rebuild leave what the switch says to its unit.
+    journalctl --quiet --unit='nixos-rebuild-switch-to-configuration*' --since=@$began --output=cat || true
     if [ -e guarded ]; then
       former=$(cat unfinished)
       systemd-run --unit=reconfig-undo --on-active=3min --setenv=PATH="$PATH" bash -c "
@@ -351,7 +360,7 @@ async function switchTo(
   }
   // 4: a unit had failed at that moment; it may be between two attempts, as the scheduler is when
   // the API server has just been restarted.
-  if (status !== 0 && status !== 4) throw await switchFailed(name, status, lines)
+  if (status !== 0 && status !== 4) throw switchFailed(name, status, lines)
   row.step('waiting for services')
   await waitForServices(cluster, node, limits(row, signal))
   const output = await remote(node, 'systemctl list-units --state=failed --plain --no-legend')
@@ -364,11 +373,8 @@ async function switchTo(
   return restarted ? `restarted ${restarted}` : 'no unit restarted'
 }
 
-async function switchFailed(name: string, status: number, lines: string[]): Promise<StepError> {
-  // Where it has no terminal, some versions of nixos-rebuild print nothing.
-  const journal = 'journalctl --unit=nixos-rebuild-switch-to-configuration --lines=15 --output=cat'
-  const { stdout } = await $({ nothrow: true })`ssh -F tls/ssh_config ${name} ${journal}`
-  const output = [...lines.slice(-15), stdout].join('\n').trim()
+function switchFailed(name: string, status: number, lines: string[]): StepError {
+  const output = lines.slice(-20).join('\n')
   // NixOS refuses to replace a running D-Bus (1, since 26.05) or init (100): only a restart can.
   if (status === 100 || output.includes('switchInhibitors')) {
     return new StepError(`this change of ${name} needs a restart instead of a switch`, {
@@ -433,7 +439,11 @@ async function restart(node: Node, row: Row): Promise<string> {
   const { name, role } = node
   await connect(cluster, node, { signal })
   const ask = async (question: string) => (await remote(node, question, { signal })).trim()
-  const built = await ask(`readlink -f ${home}/result`)
+  const built = await ask(`readlink -e ${home}/result || true`)
+  if (!built) {
+    const hint = `./bin/reconfig.mts --build --node ${name}`
+    throw new StepError(`nothing was built on ${name} that it could restart with`, { hint })
+  }
   if ((await ask(system)) !== built) {
     row.step('nixos-rebuild boot')
     const { status, lines } = await runUnit(node, row, 'nixos-rebuild boot', signal)
@@ -479,8 +489,9 @@ async function runUnit(node: Node, row: Row, command: string, signal?: AbortSign
     flock --timeout 5 9 || { echo 'the last change is still running' >&2; exit 75; }
     systemctl stop reconfig 2>/dev/null || true
     systemctl reset-failed reconfig 2>/dev/null || true
+    : >${log}
     systemd-run --quiet --unit=reconfig --remain-after-exit --setenv=HOME=/root \\
-      --property=StandardOutput=truncate:${log} --property=StandardError=append:${log} \\
+      --property=StandardOutput=append:${log} --property=StandardError=append:${log} \\
       bash -c ${quote(text)} 9>&-
     ${bootId}`
   const boot = await remote(node, start)

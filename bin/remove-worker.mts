@@ -63,10 +63,11 @@ await withClusterLock(cluster, `removing the worker ${name}`, async () => {
 
   // 3. The API forgets it, and the pods of DaemonSets on it, whose end nobody would report. Not
   //    earlier: a kubelet that starts registers its node again.
-  await $`kubectl delete node ${name} --ignore-not-found`
+  const soon = $({ timeout: '60s' })
+  await soon`kubectl delete node ${name} --ignore-not-found`
   const pods = ['--all-namespaces', `--field-selector=spec.nodeName=${name}`]
-  await $`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
-  await $`kubectl delete storageclass local-path-${name} --ignore-not-found`
+  await soon`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
+  await soon`kubectl delete storageclass local-path-${name} --ignore-not-found`
 
   // 4. The others forget its name and the route to its pods; from here on without it.
   process.env.WORKER_NODES = remaining.join(' ')

@@ -9,7 +9,7 @@ import { $ } from 'zx/core'
 import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
 import { readIfThere, writeFileAtomic } from '../lib/files.mts'
-import { formatBytes, formatDuration, timestamp } from '../lib/format.mts'
+import { formatDuration, timestamp } from '../lib/format.mts'
 import { detectHost, type Host } from '../lib/host.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
@@ -17,10 +17,24 @@ import { qemuArguments } from '../lib/qemu.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { runScript, script } from '../lib/script.mts'
 import type { Snapshot } from '../lib/snapshots.mts'
-import { hardware, inspect, liveParts, readSnapshots, suspended } from '../lib/snapshots.mts'
+import {
+  hardware,
+  inspect,
+  liveParts,
+  readSnapshots,
+  restoring,
+  suspended,
+} from '../lib/snapshots.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
-import { filesOf, freeBytes, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
+import {
+  assertDiskSpace,
+  filesOf,
+  hasDisk,
+  isRunning,
+  machineState,
+  startMachine,
+} from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `Restores a snapshot of the cluster, the newest unless one is named: memory (without it, the machines
@@ -41,7 +55,7 @@ const began = performance.now()
 const signal = interruption()
 const cluster = loadCluster()
 const names = cluster.nodes.map((node) => node.name)
-const marker = cluster.path('snapshots', '.restoring')
+const marker = cluster.path('snapshots', restoring)
 
 const restored = await withClusterLock(cluster, 'restoring a snapshot', async () => {
   // 1. Everything that prevents a restore is found before anything is changed.
@@ -169,10 +183,8 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
     problems.push(`snapshots/${snapshot}/${path} is missing or was changed`)
   }
   // As for a snapshot, which is about to be taken.
-  const [needed, free] = [names.length * 2 ** 30, await freeBytes(cluster.path('images'))]
-  const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
-  const isShort = free < needed && process.platform !== 'darwin'
-  if (isShort && snapshot !== suspended) problems.push(`not enough disk space: ${amounts}`)
+  const room = snapshot === suspended ? 0 : names.length * 2 ** 30
+  await assertDiskSpace(cluster.path('images'), room).catch((error) => problems.push(error.message))
   let hint = './bin/snapshot.mts --list shows the others'
   if (live && problems.length === 0) {
     // With the settings that the machines will have.
@@ -196,9 +208,10 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
   const later = cluster.workers.filter(({ name }) => !machines.some((each) => each.name === name))
   const removals = later.map(({ name }) => `make remove-worker NAME=${name}`).join(', ')
   const remove = `remove the workers that were added after it: ${removals}`
+  const giveUp = `boot without the suspended memory: ./bin/snapshot.mts --delete ${suspended} && make up`
   throw new StepError(`the snapshot "${snapshot}" cannot be restored; nothing was changed`, {
     output: problems.join('\n'),
-    hint: removals ? remove : hint,
+    hint: snapshot === suspended ? giveUp : removals ? remove : hint,
   })
 }
 

@@ -20,7 +20,7 @@ import type { Kind, Snapshot } from '../lib/snapshots.mts'
 import { hardware, inspect, liveParts, readSnapshots, suspended } from '../lib/snapshots.mts'
 import { setClocks, syncGuests } from '../lib/ssh.mts'
 import { step } from '../lib/steps.mts'
-import { filesOf, freeBytes, hasDisk, machineState } from '../lib/vm.mts'
+import { assertDiskSpace, filesOf, hasDisk, machineState } from '../lib/vm.mts'
 import { becomes } from '../lib/wait.mts'
 
 const { flags, args } = script({
@@ -102,7 +102,7 @@ async function takeSnapshot(name: string, machines: Machine[], detail: (text: st
     const found =
       await $`{ ls -dp cluster.env tls/* configs/*.kubeconfig configs/encryption-config.yaml images/*-efivars.fd 2>/dev/null || true; } | grep -v '/$'`
     const files = found.stdout.trim().split('\n')
-    await $`tar -cf - ${files} | tar -xpf - -C ${partial}`
+    await $`tar -cf - ${files} | tar -xf - -C ${partial}`
 
     // 2. What the machines' kernels and this computer hold in memory is written to the disks, so
     // that the pause need not wait for it. A machine that is off does not change: no pause for it.
@@ -303,14 +303,10 @@ async function assertPossible(name: string, machines: Machine[], kind: Kind): Pr
   // Their memory, and what the machines change after a snapshot, take new space in their images.
   const memory = machines.map(({ pid }) => (kind === 'live' && pid ? memoryOf(pid) : 0))
   const needed = (await Promise.all(memory)).reduce((sum, bytes) => sum + bytes + 2 ** 30, 0)
-  const free = await freeBytes(cluster.path('images'))
-  if (free >= needed) return
-  const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
-  const reason = `not enough disk space: ${amounts}`
   const less = kind === 'live' ? '--disks-only needs less; ' : ''
   const hint = `${less}free space where images/ is, or remove a snapshot: ./bin/snapshot.mts --list`
-  if (process.platform !== 'darwin') throw new StepError(reason, { hint })
-  console.error(`! ${reason}; macOS may free more by itself`)
+  const warning = await assertDiskSpace(cluster.path('images'), needed, { hint })
+  if (warning) console.error(`! ${warning}`)
 }
 
 async function removeFromDisks(machines: Machine[], name: string): Promise<void> {

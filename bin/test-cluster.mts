@@ -133,9 +133,9 @@ try {
   )
   await check('every pod reaches the service', noPods, async () => {
     const address = 'jsonpath={.spec.clusterIP}'
-    const ip = await $`kubectl get service web ${inNamespace} --output=${address}`
-    await inEveryPod(`for i in 1 2 3 4 5 6; do wget -q -T 10 -O /dev/null ${ip}:80; done`)
-    return ip.stdout
+    const { stdout } = await $`kubectl get service web ${inNamespace} --output=${address}`
+    await inEveryPod(`for i in 1 2 3 4 5 6; do wget -q -T 10 -O /dev/null ${stdout}:80; done`)
+    return stdout
   })
   await check('every pod reaches the API server', noPods, () =>
     // It answers plain HTTP with an error, but it answers.

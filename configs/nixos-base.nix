@@ -207,6 +207,8 @@ in
     dates = "weekly";
     options = "--delete-older-than 30d";
   };
+  # What a build needs stays, so that a changed setting can be built without a download.
+  nix.settings.keep-outputs = true;
 
   # ── The rest ───────────────────────────────────────────────────────────────────────────────
   environment.systemPackages = [

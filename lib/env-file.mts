@@ -37,7 +37,7 @@ export function parseEnvFile(text: string): { assignments: Assignment[]; problem
     const content = ended.replace(/\r$/, '')
     if (/^[ \t]*(#|$)/.test(content)) continue
     const [, name, word = ''] =
-      content.match(/^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$/) ?? []
+      content.match(/^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$/s) ?? []
     try {
       if (!name) throw new SyntaxError('not of the form NAME=value')
       const value = readWord(word, values)

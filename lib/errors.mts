@@ -27,17 +27,25 @@ export class StepError extends Error {
   }
 }
 
-// zx does not keep the command in its error. script() notes those that failed, by their duration.
-const failed: { command: string; duration: number }[] = []
+/** zx does not keep the command in its error. What script() notes of those that failed finds it. */
+interface Failure {
+  command: string
+  /** Milliseconds: two commands that ran side by side may have the same. */
+  duration: number
+  stderr: string
+}
+const failures: Failure[] = []
 
 /** Notes a command that failed, for the error that may be printed. */
-export function noteFailure(command: string, duration: number): void {
-  if (failed.push({ command, duration }) > 20) failed.shift()
+export function noteFailure(failure: Failure): void {
+  if (failures.push(failure) > 20) failures.shift()
 }
 
 /** The command of a zx error, as it could be pasted; empty if it is not known. */
-export function commandOf({ duration }: ProcessOutput): string {
-  return (failed.findLast((one) => one.duration === duration) ?? failed.at(-1))?.command ?? ''
+export function commandOf({ duration, stderr }: ProcessOutput): string {
+  const alike = failures.filter((one) => one.duration === duration)
+  const same = alike.findLast((one) => one.stderr.trim() === stderr.trim())
+  return (same ?? alike.at(-1) ?? failures.at(-1))?.command ?? ''
 }
 
 /** The last lines of a text, without blank ones at its end. */
@@ -53,6 +61,9 @@ export function describeError(error: unknown, verbose = false): string {
   if (output) lines.push(output.replace(/^/gm, '  | '))
   if (command) lines.push(`  command: ${command}`)
   if (hint) lines.push(`  hint:    ${hint.replaceAll('\n', '\n           ')}`)
+  // Without it, kubectl in the user's shell would talk to another cluster.
+  const shell = /^(kubectl|helm) /m.test(`${command}\n${hint}`)
+  if (shell) lines.push('  first:   export KUBECONFIG=configs/admin.kubeconfig')
   if (log) lines.push(`  log:     ${log}`)
   for (let cause = error; verbose && cause instanceof Error; cause = cause.cause) {
     lines.push(cause.stack ?? String(cause))
@@ -99,6 +110,10 @@ export const busyApiServer = 'the API server does not answer in time'
 const renew =
   'make certs-check shows the certificates; make certs renews; make reconfig copies them to the machines'
 const start = 'make status shows what runs; make up starts the machines; make wait waits for them'
+const localNetwork =
+  process.platform === 'darwin'
+    ? '. A host on your own network: allow this terminal in System Settings, Privacy & Security, Local Network'
+    : ''
 const proxy = 'PROXY_HTTP, PROXY_HTTPS and PROXY_NO of cluster.env, or http_proxy, …'
 
 // By command: what it says on stderr, the reason ($1: the first group), a hint. First match counts.
@@ -176,7 +191,7 @@ const problems: readonly [command: RegExp, ...Problem[]][] = [
     [/resolve proxy|Unsupported proxy|CONNECT tunnel failed|from proxy after CONNECT/,
       'the proxy cannot be used', proxy],
     [/(?:resolve host:|connect to) (\S+)/, '$1 cannot be reached',
-      `is this computer online? Behind a proxy: ${proxy}`],
+      `is this computer online? Behind a proxy: ${proxy}${localNetwork}`],
     [/returned error: (\d+)/, 'the server answers with HTTP status $1']],
   [/^/,
     [/No space left on device/, 'the disk is full', 'df -h . shows the free space'],

@@ -35,10 +35,9 @@ export function formatDuration(milliseconds: number): string {
   return `${Math.floor(seconds / 60)}m ${rest}s`
 }
 
-/** Local time to the second, as part of a file name that sorts by time: "2026-11-22-164503". */
+/** UTC to the second, as part of a file name that sorts by time: "2026-11-22-164503". */
 export function timestamp(moment = new Date()): string {
-  const local = new Date(moment.getTime() - moment.getTimezoneOffset() * 60_000)
-  return local.toISOString().slice(0, 19).replace('T', '-').replaceAll(':', '')
+  return moment.toISOString().slice(0, 19).replace('T', '-').replaceAll(':', '')
 }
 
 /** A word that any POSIX shell reads back as this text. */

@@ -169,8 +169,8 @@ export async function waitForServices(
   const probes = { services: serviceProbe(cluster, node) }
   const before = new Map<string, number>()
   await waitFor({ failure: `${node.name} is not healthy`, ...wait }, async () => {
-    const found = await connect(cluster, node)
-      .then(() => runProbes(node, probes, 20))
+    const found = await connect(cluster, node, { signal: wait.signal })
+      .then(() => runProbes(node, probes, 20, wait.signal))
       .catch((error) => {
         // It may be restarting its network.
         if (error instanceof NoAnswer) return error.message

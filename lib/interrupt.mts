@@ -20,7 +20,7 @@ export function handleSignals(end: () => void): void {
 export function outputClosed(): void {
   if (controller) return void stop('SIGHUP')
   endCommands()
-  process.exit(0)
+  process.exit(141) // as after SIGPIPE
 }
 
 /**

@@ -22,7 +22,9 @@ try {
 // Node says that reading TypeScript is experimental, which is not for the user of a script.
 process.removeAllListeners('warning')
 process.on('warning', (warning) => {
-  if (warning.name !== 'ExperimentalWarning') console.error(`${warning.name}: ${warning.message}`)
+  // Nor that each of many nodes has a listener.
+  if (!/^(Experimental|MaxListenersExceeded)Warning$/.test(warning.name))
+    console.error(`${warning.name}: ${warning.message}`)
 })
 
 // Node 22.18 and later read TypeScript by themselves, in half the time that tsx takes.

@@ -53,7 +53,7 @@ export async function withLock<T>(
   if (!(await becomes(() => take(path, mine), wait, signal))) {
     const other = await holderOf(path)
     throw new StepError(`another process is ${other?.purpose ?? purpose}`, {
-      command: other && `${other.command} (pid ${other.pid})`,
+      output: other && `${other.command} (pid ${other.pid})`,
       hint: 'wait until it has finished, then try again',
     })
   }
@@ -88,8 +88,11 @@ export function withMachineLocks<T>(
 
 async function take(path: string, mine: Holder): Promise<boolean> {
   const ours = `${path}.${mine.nonce}`
-  await writeFile(ours, JSON.stringify(mine), { mode: 0o600 })
   try {
+    await writeFile(ours, JSON.stringify(mine), { mode: 0o600 }).catch((error) => {
+      // On a full disk an empty lock has to do: stopping and deleting must remain possible.
+      if (!/^(ENOSPC|EDQUOT)$/.test(error.code)) throw error
+    })
     await link(ours, path).catch((error: NodeJS.ErrnoException) => {
       if (!/^(EPERM|ENOTSUP|EOPNOTSUPP|ENOSYS)$/.test(error.code ?? '')) throw error
       // A file system without hard links (exFAT, some shares).
@@ -122,7 +125,8 @@ async function removeIfStale(path: string, stale: string): Promise<boolean> {
 async function holderOf(path: string): Promise<Holder | undefined> {
   try {
     return JSON.parse(await readFile(path, 'utf8')) as Holder
-  } catch {
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'EACCES') throw error
     return undefined
   }
 }

@@ -27,10 +27,18 @@ export interface Node {
 
 /** Names that a node cannot have, because its files would be another's, and whose. */
 const reserved: readonly [pattern: RegExp, of: string][] = [
-  [/^(bootstrap|pki|lan-switch|download-iso|kube-cache)$/, 'a file of the scripts in run/'],
+  [
+    /^(bootstrap|pki|lan-switch|download-iso|kube-cache|helm|encryption-config)$/,
+    'a file of the scripts in run/',
+  ],
   [/-install$/, 'the installation of a machine'],
   [/-key$/, 'the key of a certificate'],
   [/^localhost$/, 'this computer'],
+  [/^default$/, 'the default of storage classes'],
+  [
+    /^(\d[\dex]*|0x[\da-f]+|true|false|null|yes|no|on|off|y|n)$/,
+    'a number or a truth value in YAML',
+  ],
   [/^all$/, 'all nodes (make upgrade NAME=all)'],
   [
     /^(ca|admin|kube-controller-manager|kube-scheduler|kube-proxy|kubernetes|service-account|front-proxy-client|metrics-server)$/,

@@ -115,7 +115,7 @@ export function prepareCommands(verbose: boolean): void {
   // Without it check-prereqs has to run nevertheless.
   if (which.sync('bash', { nothrow: true })) useBash()
   const running = new Set<ChildProcess>()
-  const commands = new Map<string, string>()
+  const commands = new Map<string, { command: string; stderr: string }>()
   Object.assign($, { cwd: root, env: cleanEnvironment(), verbose, quiet: true, detached: true })
   $.spawn = ((...args: Parameters<typeof spawn>) => {
     const child = spawn(...args)
@@ -133,12 +133,16 @@ export function prepareCommands(verbose: boolean): void {
   }) as typeof spawn
   $.log = (entry) => {
     if (entry.kind === 'cmd') {
-      commands.set(entry.id, entry.cmd)
+      commands.set(entry.id, { command: entry.cmd, stderr: '' })
       if (verbose) console.error(`$ ${entry.cmd}`)
-    } else if (entry.kind === 'end') {
-      if (entry.exitCode !== 0) noteFailure(commands.get(entry.id) ?? '', entry.duration)
-      commands.delete(entry.id)
+      return
     }
+    const known = 'id' in entry && commands.get(entry.id)
+    if (!known) return
+    if (entry.kind === 'stderr') known.stderr += entry.data
+    if (entry.kind !== 'end') return
+    commands.delete(entry.id)
+    if (entry.exitCode !== 0) noteFailure({ ...known, duration: entry.duration })
   }
   handleSignals(() => {
     for (const { pid } of running) {

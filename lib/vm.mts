@@ -7,13 +7,14 @@ import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { knownProblem, lastLines, StepError } from './errors.mts'
 import { privateFolder } from './files.mts'
+import { formatBytes } from './format.mts'
 import type { Host } from './host.mts'
 import { ensureLanSwitch } from './lan.mts'
 import { withLock } from './lock.mts'
 import { assertFree, commandLine, isGone, type Port, pidFrom } from './processes.mts'
 import { filesOf, qemuArguments } from './qemu.mts'
 import { Qmp } from './qmp.mts'
-import { inspect, suspended } from './snapshots.mts'
+import { inspect, restoring, suspended } from './snapshots.mts'
 import { becomes } from './wait.mts'
 
 export { filesOf }
@@ -78,10 +79,10 @@ export async function assertPortsFree(cluster: Cluster, nodes: readonly Node[]):
   await assertFree(ports)
 }
 
-/** Creates the folders that QEMU writes to. run/ is private: QMP controls a machine. */
+/** Creates the folders that QEMU writes to. Private: disks hold keys, and QMP controls a machine. */
 export async function prepareFolders(cluster: Cluster): Promise<void> {
-  for (const name of ['images', 'logs']) await mkdir(cluster.path(name), { recursive: true })
-  await privateFolder(cluster.path('run'))
+  await mkdir(cluster.path('logs'), { recursive: true })
+  for (const name of ['images', 'run']) await privateFolder(cluster.path(name))
 }
 
 /**
@@ -117,6 +118,10 @@ export async function startMachine(
     }
     if (!load && existsSync(cluster.path('snapshots', suspended))) {
       throw new StepError('the machines were suspended meanwhile', { hint: 'make up' })
+    }
+    if (existsSync(cluster.path('snapshots', restoring))) {
+      const reason = 'a restore was interrupted: the disks may be of different moments'
+      throw new StepError(reason, { hint: 'make restore' })
     }
     await assertFree(portsOf(cluster, node))
     await prepareEfiVars(cluster, node, host)
@@ -182,21 +187,24 @@ export function hasDisk(cluster: Cluster, node: Node): boolean {
  * Checks that there is room for new disks, which grow to what an installed machine takes.
  * @returns a warning instead of the error on macOS, which does not count space that it can purge
  */
-export async function assertDiskSpace(
-  cluster: Cluster,
-  nodes: readonly Node[],
-  free: (folder: string) => Promise<number> = freeBytes,
-  os: NodeJS.Platform = process.platform,
-): Promise<string | undefined> {
-  const folder = cluster.path('images')
-  const needed = nodes.length * Math.min(cluster.settings.DISK_SIZE, installedSize)
-  const available = (await free(folder)) / 2 ** 30
-  if (available >= needed) return undefined
+export async function assertRoomForDisks(cluster: Cluster, nodes: readonly Node[]) {
+  const each = Math.min(cluster.settings.DISK_SIZE, installedSize) * 1e9
   const names = nodes.map(({ name }) => name).join(', ')
-  const need = `${nodes.length > 1 ? 'need' : 'needs'} ${needed} GB`
-  const reason = `not enough disk space: ${names} ${need}, ${available.toFixed(1)} GB are free`
+  return assertDiskSpace(cluster.path('images'), nodes.length * each, { what: ` for ${names}` })
+}
+
+/** The same for so many bytes in a folder. @param what " for …" */
+export async function assertDiskSpace(
+  folder: string,
+  needed: number,
+  { what = '', hint = `free space on the file system of ${folder}`, os = process.platform } = {},
+): Promise<string | undefined> {
+  const free = await freeBytes(folder)
+  if (free >= needed) return undefined
+  const amounts = `${formatBytes(needed)} are needed, ${formatBytes(free)} are free`
+  const reason = `not enough disk space${what}: ${amounts}`
   if (os === 'darwin') return `${reason}; macOS may free more by itself`
-  throw new StepError(reason, { hint: `free space on the file system of ${folder}` })
+  throw new StepError(reason, { hint })
 }
 
 /** Free bytes of the file system of a folder, which need not exist yet. */

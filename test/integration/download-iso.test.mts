@@ -362,7 +362,10 @@ describe('download-iso', { skip: noIso }, () => {
       serve(iso, '/big.iso', { announced: 1e15 }),
     ])
     assert.equal(exitCode, 1)
-    assert.match(stderr, /not enough disk space for images\/nixos.*: 1000 TB needed, .* free/)
+    assert.match(
+      stderr,
+      /not enough disk space for images\/nixos.*: 1000 TB are needed, .* are free/,
+    )
     assert.deepEqual(gets(), [])
   })
 

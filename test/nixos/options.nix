@@ -231,6 +231,8 @@ in
   "virtualisation.containerd.settings" = option (attrsOf data) { };
   "virtualisation.containerd.args" = option (attrsOf str) { };
 
+  # config/nix.nix: free-form beside the options it names
+  "nix.settings" = option (attrsOf data) { };
   # services/misc/nix-gc.nix
   "nix.gc.automatic" = option bool false;
   "nix.gc.dates" = option (oneOf [ str (listOf str) ]) "03:15";

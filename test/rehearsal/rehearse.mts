@@ -81,7 +81,7 @@ async function rehearse(real: Cluster, chosen: readonly Node[], later: Step[]): 
     await watch.end()
     console.log(`\n${rehearsal.timeTable()}`)
     if (KEEP) explainHowToContinue(whole ? '' : names)
-    else await rehearsal.script('shutdown').catch((error) => console.error(describeError(error)))
+    else await shutDown(cluster)
   }
   if (!KEEP) await ports.assertNone()
   console.error(`\nrehearsed: ${rehearsal.names.join(', ')}`)
@@ -99,6 +99,12 @@ async function realCilium({ settings }: Cluster): Promise<CiliumParts | undefine
 async function endFormer(): Promise<void> {
   if (!existsSync(join(rehearsalFolder, 'run'))) return
   await new Rehearsal(loadCluster({ root: rehearsalFolder }), [], signal).script('shutdown')
+}
+
+/** Stops the machines, after Ctrl-C too. */
+async function shutDown(cluster: Cluster): Promise<void> {
+  const uninterrupted = new Rehearsal(cluster, [], new AbortController().signal)
+  await uninterrupted.script('shutdown').catch((error) => console.error(describeError(error)))
 }
 
 /** @param names of the workers, if they are not those of cluster.env */

@@ -223,7 +223,7 @@ describe('a shell on the console', { timeout: 120_000 }, () => {
   it('the error of an upload has its reason, and none of the data', async () => {
     const shell = await shellOf()
     const data = Buffer.from('secret '.repeat(1000))
-    await assert.rejects(shell.upload(data, '/dev/full/x'), (error) => {
+    await assert.rejects(shell.upload(data, '/dev/null/x'), (error) => {
       assert.match(describeError(error), /Not a directory/)
       assert.doesNotMatch(describeError(error), /c2VjcmV0/)
       return true

@@ -40,7 +40,7 @@ describe('a lock', () => {
       const second = withLock(path, 'stopping alpha', async () => 'never')
       await assert.rejects(second, ({ message, explanation }: StepError) => {
         assert.equal(message, 'another process is starting alpha')
-        assert.match(explanation.command ?? '', new RegExp(`node .*\\(pid ${process.pid}\\)`))
+        assert.match(explanation.output ?? '', new RegExp(`node .*\\(pid ${process.pid}\\)`))
         return true
       })
     })
