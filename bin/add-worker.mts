@@ -27,8 +27,13 @@ its certificate and configuration, installs and starts it, gives the other machi
 route to its pods, and waits until it is Ready. Run again after an interruption, it continues.`,
   reads: ['cluster.env', 'configs/', 'tls/', 'images/'],
   writes: [
-    ...['cluster.env', 'tls/', 'configs/NAME.kubeconfig', 'cloud-init/', 'images/NAME.qcow2'],
-    ...['run/', 'on the other machines: /etc/nixos'],
+    'cluster.env',
+    'tls/',
+    'configs/',
+    'cloud-init/',
+    'images/',
+    'run/',
+    'others: /etc/nixos',
   ],
   flags: {
     'dry-run': { help: 'print the lines for cluster.env, and do nothing' },
@@ -122,8 +127,6 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
   }
 }
 
-// ── Checks ───────────────────────────────────────────────────────────────────────────────────
-
 function checkName(): void {
   const existing = before.nodes.find((node) => node.name === name)
   const of = reservedFor(name)
@@ -141,7 +144,7 @@ function checkName(): void {
   }
 }
 
-/** The API server and all machines must answer: each of them gets something to do. */
+/** The API server and all machines must answer: all of them are changed. */
 async function checkCluster(): Promise<void> {
   await $({ signal, timeout: '30s' })`kubectl get --raw /readyz`
   const others = before.nodes.map((node) => node.name).filter((each) => each !== name)
@@ -168,9 +171,8 @@ async function refuseIfKnown(): Promise<void> {
     })
   }
   if (existsSync(before.path('images', `${name}.qcow2`))) {
-    throw new StepError(`there is a disk of another "${name}": images/${name}.qcow2`, {
-      hint: 'move it away, or use another name',
-    })
+    const hint = 'move it away, or use another name'
+    throw new StepError(`there is a disk of another "${name}": images/${name}.qcow2`, { hint })
   }
 }
 
@@ -178,8 +180,6 @@ function run(step: string, ...stepArgs: string[]): Promise<void> {
   const hint = `make add-worker NAME=${name}`
   return runScript(step, stepArgs, { failure: `so ${name} is not a worker yet`, hint })
 }
-
-// ── Lines in cluster.env ─────────────────────────────────────────────────────────────────────
 
 /** @returns the cluster with the worker */
 async function writeSettings(): Promise<Cluster> {
@@ -215,7 +215,7 @@ async function chooseSettings({ nodes, workers, settings }: Cluster): Promise<st
   if (!sshPort) throw new StepError(`no port above ${highest} is free for ssh`)
 
   const taken = nodes.map((node) => parseAddress(node.ip) ?? 0)
-  // The first and the last address mean the network and everyone in it.
+  // The first and the last address are the network's and the broadcast address.
   const ip = await search(Math.max(...taken) + 1, lan.first + 1, lan.last - 1, async (address) => {
     const port = settings.LAN_SWITCH_PORT + (address - lan.first)
     return !taken.includes(address) && port <= 65535 && (await isPortFree('udp', port))
@@ -226,7 +226,7 @@ async function chooseSettings({ nodes, workers, settings }: Cluster): Promise<st
     })
   }
 
-  // After the vendor a number of three bytes. The MAC in the LAN differs in the byte before.
+  // Three bytes of vendor, three of number. The MAC in the LAN differs in the byte before them.
   const macs = nodes.flatMap(({ mac, lanMac }) => [mac, lanMac])
   const highestMac = nodes.reduce((most, { mac }) => (mac > most ? mac : most), '')
   const macOf = (number: number) =>
@@ -257,10 +257,14 @@ async function chooseSettings({ nodes, workers, settings }: Cluster): Promise<st
   return [header.padEnd(96, '─'), addition, ...lines].join('\n')
 }
 
-type Check = (candidate: number) => boolean | Promise<boolean>
-
 /** The first number that fits: from `start` to the last, then from the first on. */
-async function search(start: number, first: number, last: number, fits: Check, step = 1) {
+async function search(
+  start: number,
+  first: number,
+  last: number,
+  fits: (candidate: number) => unknown,
+  step = 1,
+) {
   for (let each = start; each <= last; each += step) if (await fits(each)) return each
   for (let each = first; each < start; each += step) if (await fits(each)) return each
   return undefined

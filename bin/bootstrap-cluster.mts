@@ -5,7 +5,7 @@ import { existsSync } from 'node:fs'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
 import { withClusterLock } from '../lib/lock.mts'
-import { runScript, script } from '../lib/script.mts'
+import { refuseIf, runScript, script } from '../lib/script.mts'
 import { hasDisk } from '../lib/vm.mts'
 
 const { flags, args } = script({
@@ -19,7 +19,7 @@ these are up. Whatever exists is kept, so that a second run only boots and verif
     until: {
       value: 'STAGE',
       choices: ['machines', 'cluster', 'all'],
-      help: 'machines: up; cluster: workers Ready for pods; all: with DNS, storage, metrics (all)',
+      help: 'machines: booted; cluster: workers Ready; all: add-ons deployed, too (the default)',
     },
   },
   args: '[NODE...]',
@@ -31,10 +31,7 @@ const nodes = chooseNodes(cluster, args)
 const names = (of: readonly Node[]) => of.map(({ name }) => name)
 // Some machines alone are not a cluster.
 const { until = args.length > 0 ? 'machines' : 'all' } = flags
-if (args.length > 0 && until !== 'machines') {
-  const reason = `--until ${until} is for the whole cluster, not for ${args.join(', ')}`
-  throw new StepError(reason, { exitCode: 2 })
-}
+refuseIf(args.length > 0 && until !== 'machines', `--until ${until} is for the whole cluster`)
 
 await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   const missing = nodes.filter((node) => !hasDisk(cluster, node))
@@ -75,8 +72,7 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   await run('wait-for-cluster', '--ready')
   if (until === 'cluster') return
 
-  // Names for services, volumes for claims, numbers for kubectl top; each is verified. They need
-  // only the network, so all at the same time, and with plain lines.
+  // DNS, volumes, metrics: they need only the network, so all at the same time, with plain lines.
   process.env.TERM = 'dumb'
   const timeout = `${cluster.settings.WAIT_TIMEOUT}`
   const addOns = ['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server']

@@ -15,7 +15,7 @@ import * as host from '../lib/host.mts'
 import { bsdtar } from '../lib/iso.mts'
 import { lanSwitchStatus } from '../lib/lan.mts'
 import { assertFree, commandLines, isPortFree } from '../lib/processes.mts'
-import { script } from '../lib/script.mts'
+import { refuseIf, script } from '../lib/script.mts'
 import { assertPortsFree, assertRoomForDisks, freeBytes, hasDisk, isRunning } from '../lib/vm.mts'
 
 const { flags } = script({
@@ -32,10 +32,8 @@ warnings (no hardware acceleration, little memory) do not count.`,
   },
   examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
-if (flags.yes && !flags.install) throw new StepError('--yes is for --install', { exitCode: 2 })
-if (flags.leftovers && (flags.json || flags.install)) {
-  throw new StepError('--leftovers cannot be combined with --json or --install', { exitCode: 2 })
-}
+refuseIf(flags.yes && !flags.install, '--yes is for --install')
+refuseIf(flags.leftovers && (flags.json || flags.install), '--leftovers goes with no other flag')
 
 const cluster = loadCluster()
 if (flags.leftovers) await showLeftovers()
@@ -48,7 +46,6 @@ const [deb, rpm, go] = isX86 ? ['x86', 'x86', 'amd64'] : ['arm', 'aarch64', 'arm
 const release = os === 'darwin' ? 'ID=darwin' : ((await readIfThere('/etc/os-release')) ?? '')
 const isRedHat = /^ID(_LIKE)?=.*\b(rhel|centos)\b/m.test(release)
 const noQemu = `${release.match(/^NAME="?([^"\n]*)/m)?.[1]} has no qemu-system-${arch}, and its qemu-kvm lacks the user network (slirp): install QEMU with Nix or Homebrew, or use Fedora`
-
 const newQemu = `${host.leastQemuVersion} or newer`
 const [, minor = 0] = KUBERNETES_VERSION.split('.').map(Number)
 const skew = `1.${minor - 1} to 1.${minor + 1}`

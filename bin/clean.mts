@@ -46,7 +46,7 @@ const generated = [
   ['step', 'unfinished files', '.cluster.env.tmp-* {tls,configs,run}/.*.tmp-* tls/.*.new*'],
   ['step', 'staged configurations', 'cloud-init/*'],
   ['step', 'installer ISO', 'images/*.iso*'],
-  ['machine', 'disks', 'images/*.qcow2* images/*-efivars.fd*'],
+  ['machine', 'disks', 'images/*.qcow2*'],
   ['machine', 'logs', 'images/*-console.log* images/*-install.log* logs/*'],
   ['machine', 'snapshots and backups', 'snapshots/* backups/*'],
   ['machine', 'downloaded tools', 'tools/*'],
@@ -96,7 +96,7 @@ async function clean(): Promise<void> {
 async function refuseIfInUse(): Promise<void> {
   for (const node of cluster.nodes) {
     const found = await machineState(cluster, node)
-    if (found.state === 'running' && found.mode === 'install') {
+    if (found.state === 'installing') {
       const hint = 'wait until it has finished, or interrupt it with Ctrl-C'
       throw new StepError(`${node.name} is being installed`, { hint })
     }

@@ -26,7 +26,7 @@ nothing and ends with status 0 whatever it finds ("healthy" in --json has the re
     events: { value: 'COUNT', number: true, help: 'how many events to show (10)' },
     timeout: { value: 'SECONDS', number: true, help: 'how long to wait for each answer (8)' },
   },
-  examples: ['./bin/cluster-health.mts', './bin/cluster-health.mts --json | jq .troubles'],
+  examples: ['./bin/cluster-health.mts', './bin/cluster-health.mts --json | jq .problems'],
 })
 const { interval = 2, events: eventCount = 10, timeout = 8 } = flags
 const cluster = loadCluster()
@@ -44,8 +44,8 @@ export type Health = Awaited<ReturnType<typeof measure>>
 
 async function measure(signal?: AbortSignal) {
   const answers = await askAll(signal)
-  const troubles = troublesOf(answers)
-  return { healthy: troubles.length === 0, troubles, namespaces: namespacesOf(answers), ...answers }
+  const problems = problemsOf(answers)
+  return { healthy: problems.length === 0, problems, namespaces: namespacesOf(answers), ...answers }
 }
 
 type Answers = Awaited<ReturnType<typeof askAll>>
@@ -67,9 +67,7 @@ async function askAll(signal?: AbortSignal) {
   const [machines, { nodes, ...api }, version, pods, usage, events] = await Promise.all([
     Promise.all(
       cluster.nodes.map(async (node) => {
-        const found = await machineState(cluster, node)
-        const installing = found.state === 'running' && found.mode === 'install'
-        return { name: node.name, state: installing ? ('installing' as const) : found.state }
+        return { name: node.name, state: (await machineState(cluster, node)).state }
       }),
     ),
     probeApiServer(cluster, limits),
@@ -157,19 +155,19 @@ function eventState(event: Event) {
 }
 
 /** What is wrong, a line each. */
-function troublesOf({ machines, api, nodes, pods }: Answers): string[] {
+function problemsOf({ machines, api, nodes, pods }: Answers): string[] {
   const stopped = machines.filter(({ state }) => state !== 'running')
-  const troubles = stopped.map(({ name, state }) => `machine ${name} is ${state}`)
-  if (!api.ready) troubles.push(`API server: ${api.reason}`)
+  const problems = stopped.map(({ name, state }) => `machine ${name} is ${state}`)
+  if (!api.ready) problems.push(`API server: ${api.reason}`)
   for (const { name } of nodes.known ? cluster.workers : []) {
     const node = nodes.known && nodes.list.find((candidate) => candidate.name === name)
-    if (!node) troubles.push(`node ${name} has not registered`)
-    else if (!node.ready) troubles.push(`node ${name} is not Ready: ${node.reason}`)
+    if (!node) problems.push(`node ${name} has not registered`)
+    else if (!node.ready) problems.push(`node ${name} is not Ready: ${node.reason}`)
   }
   for (const { namespace, name, ready, reason } of pods.known ? pods.list : []) {
-    if (!ready) troubles.push(`pod ${namespace}/${name}: ${reason}`)
+    if (!ready) problems.push(`pod ${namespace}/${name}: ${reason}`)
   }
-  return troubles
+  return problems
 }
 
 /** How many pods of each namespace are ready, and how often their containers were restarted. */
@@ -182,7 +180,7 @@ function namespacesOf({ pods }: Answers) {
   })
 }
 
-/** All of it as text: tables of nodes, namespaces and events, with the troubles before the events. */
+/** All of it as text: tables of nodes, namespaces and events, with the problems before the events. */
 function view(health: Health): string {
   const { machines, api, nodes, pods, metrics, events } = health
   const machineOf = (name: string) => machines.find((one) => one.name === name)?.state ?? '?'
@@ -213,7 +211,7 @@ function view(health: Health): string {
     '',
     pods.known ? table('NAMESPACE, PODS READY, RESTARTS', podRows) : `pods: ${pods.reason}`,
     '',
-    health.troubles.map((trouble) => `✗ ${trouble}`).join('\n') || '✓ everything is healthy',
+    health.problems.map((problem) => `✗ ${problem}`).join('\n') || '✓ everything is healthy',
     '',
     events.known
       ? table('AGO, TYPE, OBJECT, REASON, MESSAGE', eventRows)

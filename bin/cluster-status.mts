@@ -5,9 +5,9 @@ import { X509Certificate } from 'node:crypto'
 import { stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
-import { explain, StepError } from '../lib/errors.mts'
-import { formatTable } from '../lib/format.mts'
-import { clockProbe, clockTrouble, serviceProbe, servicesOf } from '../lib/health.mts'
+import { explain } from '../lib/errors.mts'
+import { formatDuration, formatTable } from '../lib/format.mts'
+import { clockProbe, clockProblem, serviceProbe, servicesOf } from '../lib/health.mts'
 import { type ApiNode, getNodes, printAndExit, useCluster } from '../lib/kubectl.mts'
 import { lanSwitchStatus } from '../lib/lan.mts'
 import { script } from '../lib/script.mts'
@@ -35,8 +35,7 @@ const { timeout = 8 } = flags
 
 if (flags.boot) await printBoots()
 
-// What a machine is asked besides its services: all in one ssh call, because each takes seconds where
-// QEMU emulates the processor.
+// Asked besides the services, all in one ssh call: each takes seconds on an emulated processor.
 const probes = {
   clock: clockProbe,
   // Name, kernel, uptime in seconds, and systemd's state.
@@ -86,7 +85,7 @@ const [machines, health, tls, lanSwitch] = await Promise.all([
 if (!tls.stdout) throw tls
 type Certificate = { name: string; daysLeft: number | null; problems: string[] }
 const { certificates }: { certificates: Certificate[] } = JSON.parse(tls.stdout)
-const { api, nodes, pods, namespaces, troubles } = JSON.parse(health.stdout) as Health
+const { api, nodes, pods, namespaces, ...rest } = JSON.parse(health.stdout) as Health
 const report = {
   ...{ machines, api, nodes, pods },
   local: certificates.map(({ name, daysLeft, problems }) => ({ name, daysLeft, problems })),
@@ -108,15 +107,13 @@ if (flags.json) {
 async function askMachine(node: Node) {
   const { name, role } = node
   const found = await machineState(cluster, node)
-  const pid = found.state === 'stopped' ? undefined : found.pid
-  const isInstalling = found.state === 'running' && found.mode === 'install'
-  const process = { state: isInstalling ? ('installing' as const) : found.state, pid }
+  const process = { pid: undefined, ...found }
   const unknown = (reason: string) => {
     const part = { known: false as const, reason }
     return { name, role, process, system: part, services: part, certificates: part }
   }
   if (found.state === 'stopped') return unknown('it is switched off')
-  if (isInstalling) return unknown('it is being installed')
+  if (found.state === 'installing') return unknown('it is being installed')
   try {
     await connect(cluster, node, { timeout })
     const all = { ...probes, services: serviceProbe(cluster, node) }
@@ -157,17 +154,13 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
     systemctl show --property=UserspaceTimestampMonotonic,FinishTimestampMonotonic; echo
     systemctl show --property=Id,ActiveEnterTimestampMonotonic sshd ${servicesOf(cluster, node).join(' ')}`
   const ask = connect(cluster, node, { timeout }).then(() => remote(node, command, { timeout }))
-  const answer = await ask.catch((error) => {
-    if (error instanceof StepError) return error
-    throw error
-  })
-  if (answer instanceof StepError) return { name, events: [], reason: answer.message }
+  const answer = await ask.catch(explain)
+  if (typeof answer !== 'string') return { name, events: [], reason: answer.reason }
   const [first = '', ...units] = answer.split('\n\n')
   const read = (text: string, name: string) =>
     Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
   const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
-  // If QEMU started later than the guest's systemd, it loaded a snapshot. If it started long before
-  // the kernel, the guest has rebooted.
+  // A QEMU younger than the guest's systemd has loaded a snapshot; long before the kernel: a reboot.
   const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
   const isRestored = poweredOn > systemd
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
@@ -200,7 +193,7 @@ function problemsOf({ machines, local, lanSwitch }: Status): string[] {
       found.push(`${name}: ${system.known ? '' : system.reason}`)
       continue
     }
-    const clock = clockTrouble(name, system.clock)
+    const clock = clockProblem(name, system.clock)
     if (clock) found.push(clock)
     const unhealthy = services.list.filter(({ healthy }) => !healthy)
     const old = certificates.list.filter(({ daysLeft }) => daysLeft < CERT_RENEW_DAYS)
@@ -213,7 +206,7 @@ function problemsOf({ machines, local, lanSwitch }: Status): string[] {
     found.push(...wrong.map((problem) => `${name}: ${problem}`))
   }
   // Those about machines are less detailed than ours.
-  found.push(...troubles.filter((trouble) => !trouble.startsWith('machine ')))
+  found.push(...rest.problems.filter((problem) => !problem.startsWith('machine ')))
   for (const { name, problems } of local) {
     found.push(...problems.map((problem) => `tls/${name}.pem: ${problem}`))
   }
@@ -225,7 +218,7 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: Status): void {
   const rows = machines.map(({ name, process, system, services }) => [
     name,
     process.state === 'stopped' ? 'stopped' : `${process.state} (pid ${process.pid})`,
-    system.known ? `${system.state}, up ${duration(system.uptime)}` : '?',
+    system.known ? `${system.state}, up ${formatDuration(system.uptime * 1000)}` : '?',
     system.known ? `${system.name}, ${system.kernel}` : '?',
     services.known
       ? services.list.map(({ healthy, unit }) => `${healthy ? '✓' : '✗'} ${unit}`).join('\n')
@@ -236,8 +229,7 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: Status): void {
   console.log(`\nAPI server  ${api.ready ? `ready, ${api.version}` : `not ready: ${api.reason}`}`)
   if (lanSwitch.known) {
     const { port, addresses, counters } = lanSwitch.status
-    const [known, frames] = [addresses.length, counters.received]
-    console.log(`LAN switch  port ${port}, ${known} addresses, ${frames} frames`)
+    console.log(`LAN switch  port ${port}, ${addresses} addresses, ${counters.received} frames`)
   }
 
   if (nodes.known && nodes.list.length > 0) {
@@ -247,9 +239,9 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: Status): void {
     console.log(`\n${formatTable(['NODE', 'STATE', 'ADDRESS', 'KUBELET', 'RUNTIME'], rows)}`)
   }
   if (pods.known && pods.list.length > 0) {
-    const rows = namespaces.map((one) => [
-      ...[one.namespace, `${one.ready}/${one.all}`, `${one.restarts}`],
-    ])
+    const rows = namespaces.map((one) => {
+      return [one.namespace, `${one.ready}/${one.all}`, `${one.restarts}`]
+    })
     console.log(`\n${formatTable(['NAMESPACE', 'PODS READY', 'RESTARTS'], rows)}`)
   }
 
@@ -263,11 +255,4 @@ function print({ machines, api, nodes, pods, local, lanSwitch }: Status): void {
   ])
   const own = ['tls/', first(local.map(({ daysLeft }) => daysLeft))]
   console.log(`\n${formatTable(['CERTIFICATES', ''], [own, ...expiries])}`)
-}
-
-/** The two largest units: "3d 4h", "4h 5m", "5m". */
-function duration(seconds: number): string {
-  const [days, hours, minutes] = [seconds / 86400, (seconds / 3600) % 24, (seconds / 60) % 60]
-  const text = `${Math.floor(days)}d ${Math.floor(hours)}h ${Math.floor(minutes)}m`
-  return days < 1 ? text.replace(/^0d (0h )?/, '') : text.replace(/ \d+m$/, '')
 }

@@ -30,7 +30,7 @@ if (found.state === 'stopped') {
   const hint = `./bin/provision.mts ${node.name}`
   throw new StepError(`${node.name} is not running`, { hint, log: files.consoleLog })
 }
-if (found.mode === 'install') {
+if (found.state === 'installing') {
   const reason = `${node.name} is being installed, and its console belongs to the installer`
   throw new StepError(reason, { hint: `tail -f "${files.installLog}"` })
 }

@@ -1,7 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Names for services: CoreDNS watches the API and answers at the address that the kubelets write
-// into every pod's /etc/resolv.conf.
+// Names for services: CoreDNS answers at the address in every pod's /etc/resolv.conf.
 import { lookup } from 'node:dns/promises'
 import { loadCluster } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
@@ -14,7 +13,7 @@ import { step } from '../lib/steps.mts'
 const { flags } = script({
   does: 'Deploys CoreDNS at K8S_CLUSTER_DNS and looks names up from a pod on every worker.',
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
-  writes: [],
+  writes: ['the cluster: CoreDNS in kube-system'],
   flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-coredns.mts', './bin/deploy-coredns.mts --print | less'],
 })
@@ -28,7 +27,7 @@ apiVersion: v1
 kind: ServiceAccount
 metadata: {name: coredns, namespace: kube-system}
 ---
-# It answers with what it reads of services and changes nothing.
+# It only reads Services and EndpointSlices.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: 'system:coredns'}
@@ -158,13 +157,13 @@ await step('lookups from every worker', async (detail) => {
       if (outside) await expectLookup(pod, outsideName, 10)
     }
   })
-  detail(outside ? '' : `${outsideName} cannot be resolved here, so not tried there`)
+  detail(outside ? '' : `${outsideName} was not tried: this computer cannot resolve it`)
 })
 console.log(
   `Try: kubectl run dns -it --rm --restart=Never --image=${SMOKE_IMAGE} -- nslookup kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`,
 )
 
-/** Looks a name up so often that each replica gets a query; 0 times: its absence must be answered. */
+/** Looks a name up often enough to ask every replica; 0 times: the answer must be NXDOMAIN. */
 async function expectLookup(pod: WebPod, name: string, times: number): Promise<void> {
   const command = `nslookup ${name}. ${K8S_CLUSTER_DNS}`
   const output = await pod.run(

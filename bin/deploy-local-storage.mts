@@ -15,7 +15,7 @@ const { flags } = script({
   does: `Deploys local-path-provisioner with the default StorageClass local-path and one for each worker,
 and checks that claims of all of them are bound and keep their data when their pods are replaced.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
-  writes: [],
+  writes: ['the cluster: its provisioner in local-path-storage, StorageClasses'],
   flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-local-storage.mts', './bin/deploy-local-storage.mts --print | less'],
 })

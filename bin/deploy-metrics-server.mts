@@ -1,8 +1,7 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // What nodes and pods use: metrics-server collects it from each kubelet and serves it as a part of
-// the API. All its connections are verified with the cluster's CA: from the API server, to the
-// kubelets, and to the API server.
+// the API. The cluster's CA verifies all its connections, in both directions.
 import { existsSync, readFileSync } from 'node:fs'
 import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
@@ -17,7 +16,7 @@ import { waitFor } from '../lib/wait.mts'
 const { flags } = script({
   does: 'Deploys metrics-server, and waits until kubectl top shows every worker and pods.',
   reads: ['cluster.env', 'configs/admin.kubeconfig', 'tls/ca.pem', 'tls/metrics-server{,-key}.pem'],
-  writes: [],
+  writes: ['the cluster: metrics-server in kube-system'],
   flags: kubectl.addOnFlags,
   examples: ['./bin/deploy-metrics-server.mts', './bin/deploy-metrics-server.mts --print | less'],
 })
@@ -30,7 +29,7 @@ apiVersion: v1
 kind: ServiceAccount
 metadata: {name: metrics-server, namespace: kube-system}
 ---
-# What it measures, and where it reads it.
+# May scrape kubelets, and list nodes and pods.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: 'system:metrics-server'}
@@ -116,7 +115,7 @@ spec:
           livenessProbe: {httpGet: {path: /livez, port: https, scheme: HTTPS}, timeoutSeconds: 5}
           readinessProbe:
             httpGet: {path: /readyz, port: https, scheme: HTTPS}
-            # It has metrics after its second round, the resolution later; the first one is at once.
+            # There are metrics after the second scrape, 15 s after the first.
             initialDelaySeconds: 15
             periodSeconds: 2
             timeoutSeconds: 5
@@ -127,7 +126,7 @@ spec:
           volumeMounts: [{name: tls, mountPath: /etc/metrics-server/tls, readOnly: true}]
       volumes:
         - name: tls
-          # 288 is 0440.
+          # 288 is 0440. This script makes the Secret from tls/, so --print does not have it.
           secret: {secretName: metrics-server-tls, defaultMode: 288}
 ---
 apiVersion: v1
@@ -162,7 +161,7 @@ await kubectl.printOrDelete(
 const workers = await step('pods can start', () => kubectl.readyWorkers(cluster))
 await step(`metrics-server ${METRICS_SERVER_VERSION}`, async () => {
   const how = { manager: 'deploy-metrics-server', forceConflicts, signal }
-  // The certificate by which the API server verifies it. Not in the manifest, which anybody may see.
+  // The API server verifies it by this certificate. Not in the manifest: --print shows no keys.
   const files = [`--cert=${tls('metrics-server.pem')}`, `--key=${tls('metrics-server-key.pem')}`]
   const secret = ['metrics-server-tls', `--namespace=${namespace}`, ...files]
   const { stdout } = await $`kubectl create secret tls ${secret} --dry-run=client --output=yaml`

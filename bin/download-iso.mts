@@ -131,8 +131,7 @@ async function findRelease() {
   const about = {
     /** Bytes; 0 if the server does not say. */
     size: Number(headers.match(/^content-length: (\d+)/im)?.[1] ?? 0),
-    // Shows where there is no checksum whether the file has changed. A weak ETag (W/"…") does not
-    // promise the same bytes (RFC 9110, 8.8.1).
+    // Shows whether a file without checksum has changed. Not a weak ETag, W/"…" (RFC 9110, 8.8.1).
     validator: headers.match(/^(?:etag: (?=")|last-modified: )(.*\S)/im)?.[1],
   }
   for (const address of new Set([release, source])) {
@@ -169,10 +168,7 @@ async function receive({ address, sha256, validator, size }: Release): Promise<v
       if (received <= most) throw result
       most = received
     }
-  }).catch((error) => {
-    if (error instanceof ProcessOutput) return error
-    throw error
-  })
+  }).catch((error) => (error instanceof ProcessOutput ? error : Promise.reject(error)))
   signal.throwIfAborted()
   if (last.exitCode !== 0) throw failure(last, address)
 }
@@ -191,7 +187,7 @@ function failure({ stderr, exitCode }: ProcessOutput, address: string): StepErro
   // curl repeats the address of a proxy that it does not understand, with the password.
   const said = stderr.trim().replace(/:\/\/.*@/g, '://') || `curl ended with status ${exitCode}`
   const { reason = `${address} cannot be downloaded`, hint } = knownProblem('curl', said) ?? {}
-  return new StepError(reason, { output: said, command: `curl -fL ${quote(address)}`, hint })
+  return new StepError(reason, { output: said, command: `curl -fLO ${quote(address)}`, hint })
 }
 
 /** Shows what has arrived: live on a terminal, else a line for each tenth. */

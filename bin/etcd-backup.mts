@@ -15,7 +15,7 @@ import { servicesOf, waitForServices } from '../lib/health.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { useCluster } from '../lib/kubectl.mts'
 import { withClusterLock } from '../lib/lock.mts'
-import { script } from '../lib/script.mts'
+import { refuseIf, script } from '../lib/script.mts'
 import { connect, remote } from '../lib/ssh.mts'
 import { inParallel, type Row, step } from '../lib/steps.mts'
 import { isRunning } from '../lib/vm.mts'
@@ -36,9 +36,6 @@ afterwards, it gets its previous data back. Pods keep running all the time.`,
 })
 const [action, file] = args
 const keep = flags.keep ?? 10
-const refuseIf = (condition: boolean, reason: string) => {
-  if (condition) throw new StepError(reason, { hint: './bin/etcd-backup.mts --help', exitCode: 2 })
-}
 const found = action ? `"${action}"` : 'nothing'
 refuseIf(action !== 'snapshot' && action !== 'restore', `snapshot or restore, not ${found}`)
 const saving = action === 'snapshot'
@@ -67,8 +64,7 @@ async function save(): Promise<void> {
     const { flag, work } = await etcdOnMachine()
     await privateFolder(cluster.path('backups'))
     try {
-      // "save", which would wait for an etcd that is down, verifies that it sent all of it; "status"
-      // that it is a database.
+      // "save" would wait for an etcd that is down. It verifies that all was sent; "status", the rest.
       const save = `umask 077; rm -rf ${work}; mkdir ${work}
         export ETCDCTL_ENDPOINTS=${flag('advertise-client-urls')} ETCDCTL_CACERT=${flag('trusted-ca-file')}
         export ETCDCTL_CERT=${flag('cert-file')} ETCDCTL_KEY=${flag('key-file')}
@@ -107,14 +103,14 @@ async function restore(): Promise<void> {
   })
   const [former] = await inParallel([alpha], (_, row) => replaceData(path, row))
   console.log(`restored in ${formatDuration(performance.now() - began)}`)
-  console.log(`the former data are kept on ${alpha}: ${former}`)
+  console.log(`the previous data are kept on ${alpha}: ${former}`)
   await reportNodes()
 }
 
 /**
  * Makes a data directory next to the one in use while the control plane works; then they change
  * places while it is stopped. Puts the former one back if it is not healthy then, or after Ctrl-C.
- * @returns where the former data are kept on the machine
+ * @returns where the previous data are kept on the machine
  */
 async function replaceData(path: string, row: Row): Promise<string> {
   row.step('making the data directory')
@@ -168,7 +164,7 @@ async function replaceData(path: string, row: Row): Promise<string> {
     row.step('waiting for the control plane')
     await waitForServices(cluster, controlPlane, { ...wait, check: secretsMissing, signal })
   } catch (error) {
-    row.step('putting the former data back')
+    row.step('putting the previous data back')
     // However far the change came. Without data, etcd would start as an empty one.
     const putBack = `${lock}; ${stop}
       if [ -e ${former} ]; then rm -rf ${data}; mv -T ${former} ${data}; fi
@@ -176,19 +172,19 @@ async function replaceData(path: string, row: Row): Promise<string> {
       [ -e ${data}/member ] || { echo 'there are no data in ${data}' >&2; exit 1; }
       ${start}`
     const reasons = [describeError(error)]
-    let outcome = `${alpha} has its former data again`
+    let outcome = `${alpha} has its previous data back`
     await takingTime(async () => {
       await onAlpha(putBack)
       await waitForServices(cluster, controlPlane, wait)
     }).catch((second) => {
       reasons.push(describeError(second))
-      outcome = `the former data are not in place again; on ${alpha} they are in ${former}`
+      outcome = `the previous data are not back in place; on ${alpha} they are in ${former}`
     })
     const exitCode = (error instanceof StepError && error.explanation.exitCode) || 1
     const output = reasons.join('\n')
     throw new StepError(`etcd was not restored: ${outcome}`, { output, exitCode, cause: error })
   }
-  // Of the former data only the last are kept.
+  // Of previous data only the last are kept.
   await onAlpha(`for each in ${data}.former-*; do [ "$each" = ${former} ] || rm -rf "$each"; done`)
   return former
 }
@@ -203,9 +199,8 @@ async function etcdOnMachine(): Promise<{ flag: (name: string) => string; work: 
   const flag = (name: string) => {
     const word = unit.split(/\s+/).find((each) => each.startsWith(`--${name}=`))
     if (word) return quote(word.slice(name.length + 3))
-    throw new StepError(`the unit etcd of ${alpha} has no flag --${name}`, {
-      hint: 'make reconfig installs the configuration of this project',
-    })
+    const hint = 'make reconfig installs the configuration of this project'
+    throw new StepError(`the unit etcd of ${alpha} has no flag --${name}`, { hint })
   }
   return { flag, work: `${flag('data-dir')}.new` }
 }

@@ -10,7 +10,7 @@ import { StepError } from '../lib/errors.mts'
 import { privateFolder, readIfThere, writeFileAtomic } from '../lib/files.mts'
 import { formatTable } from '../lib/format.mts'
 import { withLock } from '../lib/lock.mts'
-import { script } from '../lib/script.mts'
+import { refuseIf, script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
 import * as tls from '../lib/tls.mts'
 import type { Credential } from '../lib/x509.mts'
@@ -28,10 +28,9 @@ What exists and is right is kept; what is missing, changed or about to expire is
   },
   examples: ['./bin/generate-certs.mts', './bin/generate-certs.mts --renew sigma'],
 })
-if ([flags.force, flags.renew, flags.check].filter(Boolean).length > 1) {
-  throw new StepError('only one of --force, --renew and --check at a time', { exitCode: 2 })
-}
-if (flags.json && !flags.check) throw new StepError('--json goes with --check', { exitCode: 2 })
+const modes = [flags.force, flags.renew, flags.check].filter(Boolean)
+refuseIf(modes.length > 1, 'only one of --force, --renew and --check at a time')
+refuseIf(flags.json && !flags.check, '--json goes with --check')
 
 const cluster = loadCluster()
 const { CLUSTER_NAME, CA_DAYS, CERT_DAYS, CERT_RENEW_DAYS } = cluster.settings
@@ -61,7 +60,7 @@ async function generate(): Promise<void> {
     })
   }
 
-  // 1. The folder is private whatever the umask. What other users could change is not used.
+  // 1. The folder is private whatever the umask. Files that other users can write are refused.
   await privateFolder(cluster.path('tls'))
   if ((await tls.accessOf(cluster, 'tls')) !== 'private') {
     throw new StepError('tls/ is open to other users, and chmod does not change that', {
@@ -73,7 +72,7 @@ async function generate(): Promise<void> {
   const used = flags.force ? [] : pairs.flatMap((files) => Object.values(files))
   await tls.assertUnchanged(cluster, [...used, ...sshFiles])
 
-  // 2. What is right is kept, above all the authority: all it has signed is worthless without it.
+  // 2. Valid certificates are kept, above all the CA: a new one invalidates all that it has signed.
   const { authority, leaves } = await tls.inspectPairs(cluster)
   refuseEarly([authority, ...leaves])
   const present = usableAuthority(authority)
@@ -91,14 +90,13 @@ async function generate(): Promise<void> {
   const hint = 'restore it from a copy. If no node uses it, move it away to get a new one'
   if (odd) throw new StepError(odd.problems.join('; '), { hint })
 
-  // 3. The rest is generated, all at once: other threads and ssh-keygen find the numbers.
+  // 3. The rest is generated in parallel, on other threads and by ssh-keygen.
   const [issued, publicKeys] = await step(
     `${leaves.length - due.length} certificates kept, ${due.length} to issue`,
     () => Promise.all([issue(authority, present, due), Promise.all(keys.map(repairSshKey))]),
   )
 
-  // 4. The files, the authority first. After an interruption the next run continues: it finds that
-  //    the authority has not signed the rest.
+  // 4. The files, the CA's first: after an interruption, the next run finds what it has not signed.
   for (const { name, title, credential } of issued) {
     await step(title, () => writePair(name, credential))
   }
@@ -236,7 +234,7 @@ async function check(): Promise<void> {
   const { authority, leaves } = await tls.inspectPairs(cluster)
   const isOpen = (await tls.accessOf(cluster, 'tls')) === 'writable'
   if (isOpen) authority.problems.push('tls/ can be changed by other users')
-  const judge = (name: string, usedBy: string, problems: string[]) => {
+  const row = (name: string, usedBy: string, problems: string[]) => {
     return { name, usedBy, state: problems.length > 0 ? 'wrong' : 'ok', problems }
   }
   const certificateFindings = [authority, ...leaves].map(async ({ entry, pair, problems }) => {
@@ -246,7 +244,7 @@ async function check(): Promise<void> {
     if (isExposed) problems.push(`${key} can be read by other users`)
     const found = certificate && tls.contentOf(certificate)
     return {
-      ...judge(entry.name, entry.usedBy, problems),
+      ...row(entry.name, entry.usedBy, problems),
       subject: found?.subject.join(', ') ?? '',
       ...{ sans: found?.sans ?? [], usages: found?.usages ?? [] },
       // Without a date both are null in JSON.
@@ -261,7 +259,7 @@ async function check(): Promise<void> {
   const sshFindings = [...keys, ...files].map(async ({ name, usedBy, problems, publicKey }) => {
     // "256 SHA256:… comment (ED25519)"
     const { stdout } = await $({ input: publicKey, nothrow: true })`ssh-keygen -l -f -`
-    return { ...judge(name, usedBy, problems), fingerprint: stdout.split(' ')[1] ?? null }
+    return { ...row(name, usedBy, problems), fingerprint: stdout.split(' ')[1] ?? null }
   })
   const ssh = await Promise.all(sshFindings)
 
@@ -275,9 +273,9 @@ async function check(): Promise<void> {
     Number.isNaN(daysLeft) ? '-' : `${expires.toISOString().slice(0, 10)}\n${daysLeft} days`,
     problems.join('\n') || 'ok',
   ])
-  const sshRows = ssh.map(({ name, fingerprint, problems }) => [
-    ...[name, fingerprint ?? '-', problems.join('\n') || 'ok'],
-  ])
+  const sshRows = ssh.map(({ name, fingerprint, problems }) => {
+    return [name, fingerprint ?? '-', problems.join('\n') || 'ok']
+  })
   console.log(formatTable(['NAME', 'SUBJECT', 'SANS', 'USAGES', 'EXPIRES', 'STATE'], rows))
   console.log(`\n${formatTable(['NAME', 'FINGERPRINT', 'STATE'], sshRows)}`)
 }

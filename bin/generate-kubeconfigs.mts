@@ -19,10 +19,7 @@ Entries of your own (contexts, namespaces, clusters, users) and your current con
   reads: ['cluster.env', 'tls/'],
   writes: ['configs/*.kubeconfig'],
   flags: { force: { help: 'write all of them again, without entries of your own' } },
-  examples: [
-    './bin/generate-kubeconfigs.mts',
-    './bin/generate-kubeconfigs.mts && KUBECONFIG=configs/admin.kubeconfig kubectl get nodes',
-  ],
+  examples: ['./bin/generate-kubeconfigs.mts', 'make kubeconfigs FLAGS=--force'],
 })
 
 const cluster = loadCluster()
@@ -47,7 +44,7 @@ async function generate(): Promise<void> {
     ...authority.pair.problems.map((problem) => `ca: ${problem}`),
     ...clients.flatMap(({ entry, problems }) => problems.map((text) => `${entry.name}: ${text}`)),
   ].join('\n')
-  const hint = './bin/generate-certs.mts'
+  const hint = 'make certs'
   if (output) throw new StepError('certificates are missing or wrong', { output, hint })
 
   // 2. A file for each. It is a credential: mode 0600.

@@ -1,14 +1,13 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Prepares what each machine gets as a tree of files. (No ISO is made; the name is the original's.)
-import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { dirname, join, relative, resolve } from 'node:path'
 import { authorityOf, certificatesOf } from '../lib/certificates.mts'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { StepError } from '../lib/errors.mts'
-import { privateFolder } from '../lib/files.mts'
+import { privateFolder, sha256 } from '../lib/files.mts'
 import { withLock } from '../lib/lock.mts'
 import { machineProxy } from '../lib/proxy.mts'
 import { script } from '../lib/script.mts'
@@ -17,13 +16,7 @@ import { step } from '../lib/steps.mts'
 const { flags, args } = script({
   does: `Stages each node's NixOS configuration with the certificates, kubeconfigs and host key that this
 node needs, in folders as on the machine. The installer and reconfig copy them there.`,
-  reads: [
-    'cluster.env',
-    'configs/*.nix',
-    'configs/*.kubeconfig',
-    'configs/encryption-config.yaml',
-    'tls/',
-  ],
+  reads: ['cluster.env', 'configs/*.nix, *.kubeconfig, encryption-config.yaml', 'tls/'],
   writes: ['cloud-init/NODE/nixos/'],
   flags: { list: { help: 'show which file goes where on the machine, and stage nothing' } },
   args: '[NODE...]',
@@ -119,9 +112,8 @@ async function stage(node: Node): Promise<void> {
   const login = { from: cluster.path('tls', 'ssh_ed25519.pub'), madeBy: certs }
   const [sshKey, ...contents] = await readAll(node, [login, ...files])
   const digests = files.flatMap(({ digest }, index) => {
-    const hash = createHash('sha256').update(contents[index] ?? '')
     // A part of it shows that a file has changed, and nothing about what is in it.
-    return digest ? [[digest, hash.digest('hex').slice(0, 16)] as const] : []
+    return digest ? [[digest, sha256(contents[index] ?? '').slice(0, 16)] as const] : []
   })
   const json = clusterJson(node, String(sshKey).trim(), Object.fromEntries(digests))
 

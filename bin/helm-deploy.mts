@@ -1,7 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Any chart on this cluster, with Helm.
-import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rename, rm } from 'node:fs/promises'
 import { basename, delimiter, join, resolve } from 'node:path'
@@ -10,11 +9,12 @@ import { parse } from 'yaml'
 import { $, ProcessOutput } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'
 import { commandOf, lastLines, StepError } from '../lib/errors.mts'
+import { sha256 } from '../lib/files.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { readyWorkers, useCluster } from '../lib/kubectl.mts'
 import { withLock } from '../lib/lock.mts'
 import { hostEnvironment } from '../lib/proxy.mts'
-import { script } from '../lib/script.mts'
+import { refuseIf, script } from '../lib/script.mts'
 import { step } from '../lib/steps.mts'
 
 const { flags, args } = script({
@@ -22,7 +22,7 @@ const { flags, args } = script({
 waits until all it consists of is ready. CHART is a folder, an archive, REPO/NAME of a repository
 that helm knows, an oci:// address, or with --repo a name in that repository.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
-  writes: ['tools/helm-VERSION'],
+  writes: ['tools/helm-VERSION', 'the cluster: the release'],
   args: '[CHART]',
   flags: {
     repo: { value: 'URL', help: 'the repository that has the chart' },
@@ -31,7 +31,7 @@ that helm knows, an oci:// address, or with --repo a name in that repository.`,
     namespace: { value: 'NAME', help: "where to; created if it is missing (the release's name)" },
     values: { value: 'FILE', help: 'values in YAML' },
     'keep-values': {
-      help: 'keep what the release has and FILE has not; do nothing if it has VERSION and FILE',
+      help: 'keep values that FILE does not set; do nothing if the release has VERSION and FILE',
     },
     delete: { help: 'uninstall the release' },
     timeout: {
@@ -52,10 +52,7 @@ const isLocal = !repo && existsSync(resolve(given))
 const chart = isLocal ? resolve(given) : given
 const { release = basename(given).replace(/(-v?\d+\.\d+\.\d+.*)?\.tgz$/, '') } = flags
 const { namespace = release } = flags
-if (!given && !(flags.delete && flags.release)) {
-  const reason = `missing argument: CHART${flags.delete ? ', or --release' : ''}`
-  throw new StepError(reason, { hint: './bin/helm-deploy.mts --help', exitCode: 2 })
-}
+refuseIf(!given && !(flags.delete && flags.release), 'missing argument: CHART')
 const cluster = loadCluster()
 const signal = interruption()
 await useCluster(cluster)
@@ -143,16 +140,10 @@ async function ensureHelm(): Promise<void> {
   const folder = cluster.path('tools', `helm-${wanted}`)
   $.env = { ...$.env, PATH: `${folder}${delimiter}${$.env.PATH}` }
   if (existsSync(join(folder, 'helm'))) return
-  const targets: Readonly<Record<string, string>> = {
-    'Linux x86_64': 'linux-amd64',
-    'Linux aarch64': 'linux-arm64',
-    'Darwin x86_64': 'darwin-amd64',
-    'Darwin arm64': 'darwin-arm64',
-  }
-  const computer = (await $`uname -sm`).stdout.trim()
-  const target = targets[computer]
-  if (!target) {
-    throw new StepError(`Helm is not released for ${computer}`, {
+  const computer = (await $`uname -sm`).stdout.trim().toLowerCase()
+  const target = computer.replace(' ', '-').replace('x86_64', 'amd64').replace('aarch64', 'arm64')
+  if (!/^(linux|darwin)-(amd64|arm64)$/.test(target)) {
+    throw new StepError(`Helm is not downloaded for ${computer}`, {
       hint: 'install it (https://helm.sh/docs/intro/install/) so that helm is on the PATH',
     })
   }
@@ -168,12 +159,12 @@ async function ensureHelm(): Promise<void> {
     if (exitCode !== 0) {
       throw new StepError(`Helm ${wanted} for ${target} could not be downloaded`, {
         output: stderr.trim(),
-        command: `curl -fL ${url}`,
+        command: `curl -fLO ${url}`,
         hint: 'is HELM_VERSION in cluster.env a released version, and the internet (PROXY_…) reachable?',
       })
     }
-    const hash = createHash('sha256').update(await readFile(archive))
-    if (!(await readFile(checksum, 'utf8')).startsWith(`${hash.digest('hex')} `)) {
+    const expected = await readFile(checksum, 'utf8')
+    if (!expected.startsWith(`${sha256(await readFile(archive))} `)) {
       throw new StepError(`the checksum of ${url} does not match, so it was deleted`)
     }
     await $`tar -xzf ${archive} -C ${partial} ${target}/helm`

@@ -21,7 +21,7 @@ const { flags } = script({
 Helm (fetched into tools/ if it is not on the PATH), or upgrades it if the version or a value has
 changed. Waits until its agents run and all workers are Ready.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
-  writes: ['tools/helm-VERSION', 'run/cilium-values.yaml'],
+  writes: ['tools/helm-VERSION', 'run/cilium-values.yaml', 'the cluster: Cilium, RBAC'],
   flags: {
     ...kubectl.addOnFlags,
     print: { help: 'write the RBAC manifest to stdout and do nothing' },

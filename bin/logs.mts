@@ -4,10 +4,9 @@
 import { createInterface } from 'node:readline'
 import { $, type ProcessPromise } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
-import { StepError } from '../lib/errors.mts'
 import { quote } from '../lib/format.mts'
 import { servicesOf } from '../lib/health.mts'
-import { script } from '../lib/script.mts'
+import { refuseIf, script } from '../lib/script.mts'
 
 const { flags, args } = script({
   does: `Shows the last lines of the journals of the cluster's services, of all machines unless some
@@ -24,11 +23,8 @@ are named; with --console the output of a machine's serial console, which needs 
   args: '[NODE...]',
   examples: ['./bin/logs.mts --unit kubelet sigma gamma', './bin/logs.mts --console alpha'],
 })
-
-if (flags.console && (flags.unit || flags.all)) {
-  throw new StepError('a console has no units: --console without --unit and --all', { exitCode: 2 })
-}
-if (flags.unit && flags.all) throw new StepError('--unit or --all, not both', { exitCode: 2 })
+refuseIf(flags.console && (flags.unit || flags.all), 'a console has no units: --unit, --all')
+refuseIf(flags.unit && flags.all, '--unit or --all, not both')
 const { lines = 50 } = flags
 const cluster = loadCluster()
 const nodes = chooseNodes(cluster, args)

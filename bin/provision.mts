@@ -2,10 +2,11 @@
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Machines: NixOS installed from the ISO over the serial console with --iso, else machines started.
 import { existsSync } from 'node:fs'
-import { mkdir, open, rename, rm } from 'node:fs/promises'
+import { mkdir, rename, rm } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
+import { bootFailures } from '../lib/console-log.mts'
 import { CommandError, ConsoleShell, markers, waitForPrompt } from '../lib/console-shell.mts'
 import { StepError } from '../lib/errors.mts'
 import { ExpectError, endOf, type Session, spawn } from '../lib/expect.mts'
@@ -16,23 +17,18 @@ import { extractKernel, inspectIso, verifiedIso } from '../lib/iso.mts'
 import { withLock } from '../lib/lock.mts'
 import { machineProxy } from '../lib/proxy.mts'
 import { qemuArguments } from '../lib/qemu.mts'
-import { runScript, script } from '../lib/script.mts'
+import { refuseIf, runScript, script } from '../lib/script.mts'
 import { suspended } from '../lib/snapshots.mts'
 import { waitForSsh, waitForSystem } from '../lib/ssh.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
 import * as vm from '../lib/vm.mts'
 
 const { flags, args } = script({
-  does: `Starts installed machines in the background: all, or those that are named; suspended ones continue,
-all of them. With --iso it installs NixOS on new disks instead: the machines boot the installer
-ISO, the commands are typed on their serial consoles, and at the end they are powered off.`,
+  does: `Starts installed machines in the background: all, or those that are named. Suspended machines
+continue, always all of them. With --iso it installs NixOS on new disks instead: the machines boot
+the installer ISO, the commands are typed on their serial consoles, then they are powered off.`,
   reads: ['cluster.env', 'images/NODE.qcow2', '--iso: images/nixos-VERSION-ARCH.iso, cloud-init/'],
-  writes: [
-    'run/',
-    'images/NODE.efivars.qcow2',
-    'images/NODE-console.log',
-    '--iso: images/NODE.qcow2, images/NODE-install.log',
-  ],
+  writes: ['run/', 'logs/', 'images/: efivars, console logs; --iso: disks, install logs'],
   flags: {
     'disks-only': { help: 'boot suspended machines; their memory is lost' },
     wait: { help: 'wait until ssh and systemd of the started machines are up' },
@@ -49,21 +45,12 @@ const { NIXOS_VERSION, DISK_SIZE, BOOT_TIMEOUT, INSTALL_TIMEOUT } = cluster.sett
 const nodes = chooseNodes(cluster, args)
 const names = nodes.map(({ name }) => name)
 const installing = flags.iso || flags['iso-file'] !== undefined
-const wrong = installing
-  ? (flags.wait || flags['disks-only']) && '--wait and --disks-only do not go with --iso'
-  : flags.force && '--force is for --iso: starting a machine replaces nothing'
-if (wrong) throw new StepError(wrong, { exitCode: 2 })
+const starting = flags.wait || flags['disks-only']
+refuseIf(installing && starting, '--wait and --disks-only do not go with --iso')
+refuseIf(flags.force && !installing, '--force is for --iso: starting a machine replaces nothing')
 const host = await detectHost(cluster)
 const signal = interruption()
-// Console output after which waiting is useless.
-const fatalPatterns = [
-  { pattern: /Kernel panic - not syncing.*\n/, reason: 'the kernel panicked' },
-  { pattern: /An error occurred in stage 1 of the boot.*\n/, reason: 'the boot failed' },
-  { pattern: /You are in emergency mode.*\n/, reason: 'the boot failed' },
-  { pattern: /Cannot open access to console.*\n/, reason: 'the boot failed' },
-  { pattern: /Timed out waiting for device.*\n/, reason: 'the boot failed' },
-  { pattern: /Dependency failed for .*Serial Getty.*\n/, reason: 'the console got no login' },
-]
+const noLogin = { pattern: /Dependency failed for .*Serial Getty/, reason: 'there is no login' }
 
 if (installing) {
   const iso = await chooseIso()
@@ -71,7 +58,7 @@ if (installing) {
   if (present.length > 0 && !flags.force) {
     const have = present.length > 1 ? 'have disks' : 'has a disk'
     throw new StepError(`${present.join(' and ')} already ${have} in images/`, {
-      hint: `start: ./bin/provision.mts ${present.join(' ')}\nreinstall, all data is lost: --iso --force`,
+      hint: `start: ./bin/provision.mts ${present.join(' ')}\nto reinstall and lose all data: ./bin/provision.mts --iso --force ${present.join(' ')}`,
     })
   }
   const warnings = [await vm.assertRoomForDisks(cluster, nodes), host.warning].filter(Boolean)
@@ -124,7 +111,7 @@ async function chooseIso(): Promise<string> {
 /** Installs a node; tries a second time where that may help: not after a configuration error. */
 async function install(node: Node, iso: string, row: Row): Promise<void> {
   const found = await vm.machineState(cluster, node)
-  if (found.state === 'running') {
+  if (found.state !== 'stopped') {
     const hint = `shut it down first: ./bin/shutdown.mts ${node.name}`
     throw new StepError(`${node.name} is running (pid ${found.pid})`, { hint })
   }
@@ -155,21 +142,23 @@ async function attempt(node: Node, iso: string, row: Row): Promise<void> {
     await $`(umask 077 && qemu-img create -q -f qcow2 ${partialDisk} ${DISK_SIZE}G)`
     await vm.prepareEfiVars(cluster, node, host, { fresh: true })
     const mode = { kind: 'install', iso, kernel } as const
-    // QEMU in a terminal: its serial console is what we type on. It ends with us, however we end.
-    const machine = spawn(host.qemu.path, qemuArguments({ cluster, node, host, mode }), {
+    const options = qemuArguments({ cluster, node, host, mode })
+    if (flags.verbose)
+      console.error(`$ (cd run; ${[host.qemu.path, ...options].map(quote).join(' ')})`)
+    // QEMU in a pseudo-terminal, which is its serial console. It ends when this script ends, however.
+    const machine = spawn(host.qemu.path, options, {
       name: node.name,
       cwd: cluster.path('run'),
       transcript: installLog,
       hidden: markers,
-      fatalPatterns,
+      fatalPatterns: [...bootFailures, noLogin],
     })
     try {
       await type(node, machine, row)
     } finally {
       await machine.close()
     }
-    const file = await open(partialDisk, 'r+')
-    await file.sync().finally(() => file.close())
+    await $`sync ${partialDisk}`
     await rename(partialDisk, disk)
   } catch (error) {
     await rm(partialDisk, { force: true })
@@ -208,7 +197,7 @@ async function type(node: Node, machine: Session, row: Row): Promise<void> {
   }
 
   step('partition the disk')
-  // No swap: the kubelet does not want any.
+  // No swap: by default, a kubelet refuses to start with it.
   await shell.run(
     'parted --script /dev/vda -- mklabel gpt mkpart ESP fat32 1MiB 513MiB set 1 esp on',
   )

@@ -1,16 +1,17 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // A changed flag, module or certificate on running machines, one after another.
-import { createHash, X509Certificate } from 'node:crypto'
+import { X509Certificate } from 'node:crypto'
 import { readFile, stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, lastLines, StepError } from '../lib/errors.mts'
+import { sha256 } from '../lib/files.mts'
 import { quote } from '../lib/format.mts'
 import { probeApiServer, waitForReady, waitForServices } from '../lib/health.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock } from '../lib/lock.mts'
-import { runScript, script } from '../lib/script.mts'
+import { refuseIf, runScript, script } from '../lib/script.mts'
 import { connect, NoAnswer, remote, setClocks, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
 import { isRunning } from '../lib/vm.mts'
@@ -33,7 +34,7 @@ machine; ./bin/reconfig.mts then checks it and finishes. --take-back undoes the 
     'push-only': { help: 'copy the files to their places, but do not switch' },
     build: { help: 'copy the files, and build the release NIXOS_VERSION with them' },
     restart: { help: 'restart the machine with what was built, and wait until it is healthy' },
-    'take-back': { help: 'put files and release of before the last push back, do not switch' },
+    'take-back': { help: 'restore the files and the release from before the last push; no switch' },
     timeout: { value: 'SECONDS', number: true, help: 'for services to be healthy (WAIT_TIMEOUT)' },
   },
   examples: ['./bin/reconfig.mts --dry-run', './bin/reconfig.mts --node sigma'],
@@ -49,9 +50,8 @@ const names = nodes.map(({ name }) => name)
 const timeout = flags.timeout ?? WAIT_TIMEOUT
 const signal = interruption()
 const modes = ['dry-run', 'push-only', 'build', 'restart', 'take-back'] as const
-if (modes.filter((mode) => flags[mode]).length > 1) {
-  throw new StepError(`only one of --${modes.join(', --')} at a time`, { exitCode: 2 })
-}
+const chosenModes = modes.filter((mode) => flags[mode]).join(' and --')
+refuseIf(chosenModes.includes(' '), `--${chosenModes} do not go together`)
 /** The folder on the machine for the former files and for the state of a change. */
 const home = '/var/lib/reconfig'
 /** Below /. */
@@ -185,7 +185,7 @@ async function change(node: Node, copying: boolean, row: Row): Promise<string> {
   if (copying) await takingTime(() => push(node))
   if (copying && signal.aborted) await takingTime(() => putBack(name))
   signal.throwIfAborted()
-  if (flags['push-only']) return 'the files are in place, nothing was switched to'
+  if (flags['push-only']) return 'files copied, not switched yet'
   try {
     if (flags.build) return await build(node, row)
     const before = await kubeletStart(node)
@@ -196,7 +196,7 @@ async function change(node: Node, copying: boolean, row: Row): Promise<string> {
     return outcome
   } catch (error) {
     if (signal.aborted) {
-      // It continues, and is not to undo what it has switched to.
+      // The switch continues; the machine must not undo it.
       await remote(node, `rm -f ${home}/guarded`).catch(() => {})
       throw new StepError(`interrupted: the change on ${name} continues in the background`, {
         ...(signal.reason as StepError).explanation,
@@ -247,7 +247,7 @@ async function push(node: Node): Promise<void> {
     mkdir new
     tar -xzpf archive --no-same-owner -C new
     rm archive
-    # The files of a machine that has finished its last change work: they are kept.
+    # If the last change finished, the present files work: they are kept to go back to.
     if [ ! -e unfinished ]; then
       rm -rf former
       mkdir former
@@ -331,7 +331,7 @@ async function switchTo(
 ): Promise<string> {
   const { name } = node
   row.step('nixos-rebuild switch')
-  // Also that of a run that was killed before it could confirm its switch.
+  // Also for a run that was killed before it could confirm its switch.
   const disarm = `
     systemctl stop reconfig-undo.timer 2>/dev/null || true
     while systemctl is-active --quiet reconfig-undo.service; do sleep 1; done`
@@ -358,9 +358,8 @@ async function switchTo(
   if ((await remote(node, confirm, { timeout: 300 })) !== '') {
     throw new StepError(`${name} could not be reached after the switch and undid it`)
   }
-  // 4: a unit had failed at that moment; it may be between two attempts, as the scheduler is when
-  // the API server has just been restarted.
-  if (status !== 0 && status !== 4) throw switchFailed(name, status, lines)
+  // 4: a unit had failed at that moment, as the scheduler does while the API server restarts.
+  if (status !== 0 && status !== 4) throw switchFailed(node, status, lines)
   row.step('waiting for services')
   await waitForServices(cluster, node, limits(row, signal))
   const output = await remote(node, 'systemctl list-units --state=failed --plain --no-legend')
@@ -373,18 +372,18 @@ async function switchTo(
   return restarted ? `restarted ${restarted}` : 'no unit restarted'
 }
 
-function switchFailed(name: string, status: number, lines: string[]): StepError {
-  const output = lines.slice(-20).join('\n')
+function switchFailed(node: Node, status: number, lines: string[]): StepError {
+  const { name } = node
+  const { message, explanation } = failed('nixos-rebuild switch', node, status, lines)
   // NixOS refuses to replace a running D-Bus (1, since 26.05) or init (100): only a restart can.
-  if (status === 100 || output.includes('switchInhibitors')) {
-    return new StepError(`this change of ${name} needs a restart instead of a switch`, {
-      output,
-      hint: `./bin/reconfig.mts --node ${name} --push-only
+  const refused = status === 100 || explanation.output?.includes('switchInhibitors')
+  if (!refused) return new StepError(message, explanation)
+  return new StepError(`this change of ${name} needs a restart instead of a switch`, {
+    ...explanation,
+    hint: `./bin/reconfig.mts --node ${name} --push-only
 ssh -F tls/ssh_config ${name} 'nixos-rebuild boot && reboot'
 ./bin/reconfig.mts --node ${name}`,
-    })
-  }
-  return new StepError(`nixos-rebuild switch failed on ${name} (exit status ${status})`, { output })
+  })
 }
 
 /** @returns the error to throw: what failed, and whether the machine has its former configuration */
@@ -400,7 +399,7 @@ async function goBack(node: Node, row: Row, error: unknown): Promise<unknown> {
   } catch (second) {
     const reason = flags.build
       ? `${name} was not upgraded, and could not be put back as it was`
-      : `${name} is not healthy, nor with its former configuration`
+      : `${name} is not healthy, not even with its previous configuration`
     const next = flags.build ? `upgrade NAME=${name} continues` : 'reconfig pushes again'
     return new StepError(reason, {
       output: `${describeError(error)}\n${describeError(second)}`,
@@ -458,7 +457,7 @@ async function restart(node: Node, row: Row): Promise<string> {
       return (await ask(bootId).catch(() => before)) === before ? 'it is shutting down' : undefined
     })
     const output = await ask(system)
-    const reason = `${name} has started another system than the new one`
+    const reason = `${name} has booted another system than the one that was built`
     if (output !== built) throw new StepError(reason, { output })
   }
   row.step('waiting for services')
@@ -521,10 +520,6 @@ async function runUnit(node: Node, row: Row, command: string, signal?: AbortSign
 }
 
 function failed(what: string, { name }: Node, status: number, lines: string[], hint?: string) {
-  const output = lines.slice(-15).join('\n')
+  const output = lines.slice(-20).join('\n')
   return new StepError(`${what} failed on ${name} (exit status ${status})`, { output, hint })
-}
-
-function sha256(data: Buffer): string {
-  return createHash('sha256').update(data).digest('hex')
 }

@@ -25,13 +25,18 @@ node, and takes it out of the other machines' configuration and of cluster.env. 
 in images/. Run again after an interruption, it continues.`,
   reads: ['cluster.env', 'tls/', 'run/'],
   writes: [
-    ...['cluster.env', 'tls/', 'configs/NAME.kubeconfig', 'cloud-init/', 'images/', 'run/'],
-    'on the other machines: /etc/nixos',
+    'cluster.env',
+    'tls/',
+    'configs/',
+    'cloud-init/',
+    'images/',
+    'run/',
+    'others: /etc/nixos',
   ],
   flags: {
     'dry-run': { help: 'print cluster.env without the worker, and do nothing' },
     force: {
-      help: 'despite disruption budgets, pods without controller, local volumes or machines that do not answer; also the last worker',
+      help: 'ignore disruption budgets, pods without controller, local volumes and machines that do not answer; remove even the last worker',
     },
     purge: { help: 'delete its disk, with everything on it' },
     timeout: { value: 'SECONDS', number: true, help: 'for its pods to leave (300)' },
@@ -49,7 +54,7 @@ checkNode()
 if (flags['dry-run']) await printAndExit(settingsWithout())
 
 await withClusterLock(cluster, `removing the worker ${name}`, async () => {
-  // 1. What speaks against it is found before anything is changed.
+  // 1. Whatever prevents the removal is found before anything is changed.
   loadCluster({ root: cluster.root, text: settingsWithout() })
   await useCluster(cluster)
   const others = await step('check the cluster', checkCluster)
@@ -61,15 +66,15 @@ await withClusterLock(cluster, `removing the worker ${name}`, async () => {
     await runScript('shutdown', [name])
   }
 
-  // 3. The API forgets it, and the pods of DaemonSets on it, whose end nobody would report. Not
-  //    earlier: a kubelet that starts registers its node again.
+  // 3. The node and its remaining pods, those of DaemonSets, are deleted: no kubelet is left to report
+  //    that they ended. Not earlier: a kubelet that starts registers its node again.
   const soon = $({ timeout: '60s' })
   await soon`kubectl delete node ${name} --ignore-not-found`
   const pods = ['--all-namespaces', `--field-selector=spec.nodeName=${name}`]
   await soon`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
   await soon`kubectl delete storageclass local-path-${name} --ignore-not-found`
 
-  // 4. The others forget its name and the route to its pods; from here on without it.
+  // 4. The other machines drop its name and the route to its pods; from here on without it.
   process.env.WORKER_NODES = remaining.join(' ')
   if (others.length > 0) await runScript('reconfig', ['--node', others.join(',')])
   for (const other of others) {
@@ -87,8 +92,6 @@ await withClusterLock(cluster, `removing the worker ${name}`, async () => {
   console.log(`${name} is gone (${formatDuration(performance.now() - began)})`)
   if (kept) console.log(`its disk, with its keys on it, is kept: ${kept}`)
 })
-
-// ── Checks ───────────────────────────────────────────────────────────────────────────────────
 
 function checkNode(): void {
   const refuse = (reason: string, hint: string) => {
@@ -128,8 +131,8 @@ async function checkCluster(): Promise<string[]> {
     })
   }
   for (const reason of reasons) console.error(`! ${reason}`)
-  const all = others.length === cluster.nodes.length - 1
-  if (!all) console.error('! when they run again: make reconfig')
+  if (others.length < cluster.nodes.length - 1)
+    console.error('! when they run again: make reconfig')
   return others
 }
 
@@ -166,8 +169,6 @@ async function localClaims(): Promise<string[]> {
   return claims.sort()
 }
 
-// ── Parts ────────────────────────────────────────────────────────────────────────────────────
-
 async function drain(): Promise<void> {
   const { stdout: wasCordoned } =
     await $`kubectl get node ${name} --output=jsonpath={.spec.unschedulable}`
@@ -192,7 +193,7 @@ async function removeFiles(): Promise<string | undefined> {
   if (await isRunning(cluster, node)) throw new StepError(`${name} was started meanwhile`)
   await $`rm -rf cloud-init/${name} configs/${name}.kubeconfig logs/${name}-qemu.log`
   await $`rm -f tls/${name}{,-key}.pem tls/ssh_host_${name}_ed25519{,.pub}`
-  await $`rm -f images/${name}{.qcow2.partial,{.efivars.qcow2,-efivars.fd}{,.old},-console.log{,.1},-install.log}`
+  await $`rm -f images/${name}{.qcow2.partial,.efivars.qcow2{,.old},-console.log{,.1},-install.log}`
   // All but its lock, which is ours.
   const ours = ['(', '-name', `${name}.*`, '-o', '-name', `${name}-install`, ')']
   await $`find run -maxdepth 1 ${ours} ! -name ${name}.lock* -exec rm -rf {} +`
@@ -221,8 +222,7 @@ function settingsWithout(): string {
     return start + quote + others.join(' ') + rest
   }
   const kept: string[] = []
-  // One of the blank lines around its lines goes with them. A file without a line break at its end
-  // got one from the block.
+  // One of the blank lines around its lines goes with them.
   let dropBlank = false
   for (const line of text.split('\n')) {
     if (itsLine.test(line)) {

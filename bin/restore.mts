@@ -2,13 +2,12 @@
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Goes back to a snapshot: the machines stop, their disks, the keys and the settings become what
 // they were, and the machines continue from their memory of that moment, or boot.
-import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { readFile, rm } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
-import { readIfThere, writeFileAtomic } from '../lib/files.mts'
+import { readIfThere, sha256, writeFileAtomic } from '../lib/files.mts'
 import { formatDuration, timestamp } from '../lib/format.mts'
 import { detectHost, type Host } from '../lib/host.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
@@ -64,9 +63,9 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
   const live = snapshot.kind === 'live' && !flags['disks-only']
   await step(`check the snapshot ${snapshot.name}`, () => check(snapshot, live && host))
 
-  // 2. The machines stop, and what is there now becomes a snapshot.
-  // 3. Disks, keys and settings are put back. If that fails, the machines that ran run on.
-  // Suspended machines are as the snapshot is; none runs but what a killed run has started.
+  // 2. The machines are stopped, and the present state becomes a snapshot. (Suspended machines match
+  //    theirs already; any that run were started by a run that was killed.)
+  // 3. Disks, keys and settings are put back; if that fails, the machines that ran are started again.
   const isSuspended = snapshot.name === suspended
   const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
   const running = cluster.nodes.filter((_, index) => states[index])
@@ -96,8 +95,8 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
     console.log(`what was replaced is kept: make restore NAME=${saved}`)
   }
 
-  // 4. The machines start, with the cluster.env of the snapshot; with memory, all together. From
-  // then on, the moment of make suspend is none to go back to.
+  // 4. The machines start, with the cluster.env of the snapshot; with memory, all together. Once
+  //    they run, the snapshot of make suspend must not be restored again.
   const then = loadCluster()
   await takingTime(async () => {
     if (live) await load(snapshot.name, then, host)
@@ -165,7 +164,7 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
   for (const { name, disk } of machines.filter((each) => names.includes(each.name))) {
     const found = await machineState(cluster, cluster.node(name))
     const image = `images/${name}.qcow2`
-    if (found.state === 'running' && found.mode === 'install') {
+    if (found.state === 'installing') {
       problems.push(`${name} is being installed`)
     } else if (!hasDisk(cluster, cluster.node(name))) {
       problems.push(`${name} has no disk: ${image} is missing`)
@@ -177,9 +176,9 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
       }
     }
   }
-  for (const { path, sha256 } of files) {
+  for (const { path, sha256: expected } of files) {
     const data = await readFile(cluster.path('snapshots', snapshot, path)).catch(() => '')
-    if (createHash('sha256').update(data).digest('hex') === sha256) continue
+    if (sha256(data) === expected) continue
     problems.push(`snapshots/${snapshot}/${path} is missing or was changed`)
   }
   // As for a snapshot, which is about to be taken.
@@ -252,8 +251,6 @@ async function putBack({ name, machines, files }: Snapshot): Promise<void> {
       throw new StepError(`${machine} runs, so its disk is not changed`)
     }
     await $`qemu-img snapshot -q -a ${name} images/${machine}.qcow2`
-    // UEFI variables that were raw are among the files.
-    await $`rm -f images/${machine}-efivars.fd`
     const variables = `images/${machine}.efivars.qcow2`
     if (!existsSync(cluster.path(variables))) continue
     const { snapshots } = await inspect(variables)

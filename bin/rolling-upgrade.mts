@@ -72,10 +72,9 @@ async function upgrade(node: Node): Promise<string> {
   await runScript('reconfig', ['--build', '--node', name], { failure })
   const { now, built } = await readSystems(node).catch((error) => undo(name, false, error))
   const release = `NixOS ${built.nixos}, Kubernetes ${built.kubernetes}`
-  const finished = `cd ${home}; rm -f unfinished former-channel stays-cordoned result`
+  const finished = `cd ${home}; rm -f unfinished former-channel result`
 
-  let cordoned = false
-  let staysCordoned = continued && left.includes('stays-cordoned')
+  let [cordoned, staysCordoned] = [false, false]
   try {
     if (now.path !== built.path) {
       // 2. Whether it may run in this cluster.
@@ -85,12 +84,8 @@ async function upgrade(node: Node): Promise<string> {
       if (role === 'worker') {
         const { spec } = await kubectlJson<{ spec: { unschedulable?: true } }>('get', 'node', name)
         cordoned = !spec.unschedulable
-        // Not known any more when a run continues: by then, this script has cordoned it.
-        if (!continued) {
-          staysCordoned = !cordoned
-          const note = `${home}/stays-cordoned`
-          await remote(node, staysCordoned ? `touch ${note}` : `rm -f ${note}`)
-        }
+        // When a run continues, this script has cordoned it.
+        staysCordoned = !cordoned && !continued
         const force = flags.force ? ['--force', '--disable-eviction'] : []
         const options = ['--ignore-daemonsets', '--delete-emptydir-data', ...force]
         const limit = `--timeout=${Math.ceil(timeout)}s`
@@ -116,8 +111,7 @@ ssh -F tls/ssh_config ${name} 'nixos-rebuild boot --rollback && reboot'`,
     })
   })
 
-  // 5. Pods may come back, unless the node was cordoned before. Without the signal: after Ctrl-C,
-  //    this is all that is left to do.
+  // 5. Pods may come back, unless the node was cordoned before. Without the signal: even after Ctrl-C.
   if (role === 'worker' && !staysCordoned) await $`kubectl uncordon ${name}`
   await remote(node, finished)
   return `NixOS ${now.nixos}, Kubernetes ${now.kubernetes} → ${release}`
@@ -157,8 +151,6 @@ async function undo(name: string, cordoned: boolean, error: unknown): Promise<ne
   })
   throw error
 }
-
-// ── Kubernetes' version skew policy ──────────────────────────────────────────────────────────
 
 type Versions = Awaited<ReturnType<typeof runningVersions>>
 

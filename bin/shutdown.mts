@@ -31,8 +31,7 @@ const { STOP_TIMEOUT } = cluster.settings
 const signal = interruption()
 const chosen = chooseNodes(cluster, args)
 
-// The control plane last: until then workers can still report to it that their pods have ended. A
-// machine that cannot be stopped does not keep the others from it.
+// The control plane last: until then workers can report to it that their pods have ended.
 const endings = new Map<string, string>()
 const failures: unknown[] = []
 for (const role of ['worker', 'control-plane']) {
@@ -58,11 +57,11 @@ const width = Math.max(...chosen.map(({ name }) => name.length))
 for (const [name, ending] of endings) console.log(`${name.padEnd(width)}  ${ending}`)
 if (failures.length > 0) throw failures[0]
 
-/** By stronger and stronger means, until its QEMU has ended. @returns how that was */
+/** Escalates until its QEMU has ended: ssh, power button, quit, SIGKILL. @returns what ended it */
 async function shutDown(node: Node, row: Row): Promise<string> {
   const found = await machineState(cluster, node)
   if (found.state === 'stopped') return 'was not running'
-  const { pid, mode } = found
+  const { pid, state } = found
   const files = filesOf(cluster, node)
   const began = performance.now()
   const how = (text: string) => `${text} (${formatDuration(performance.now() - began)})`
@@ -72,7 +71,7 @@ async function shutDown(node: Node, row: Row): Promise<string> {
     // Looked at each time: the pid has to be this machine's QEMU still.
     const now = await machineState(cluster, node)
     let time = seconds
-    if (now.state === 'running' && now.pid === pid) {
+    if (now.state !== 'stopped' && now.pid === pid) {
       await ask().catch(() => {
         time = 0
       })
@@ -88,7 +87,7 @@ async function shutDown(node: Node, row: Row): Promise<string> {
   }
 
   // A machine that is being installed has nothing to save, so its system is not asked.
-  const gently = mode === 'boot' && !flags.now
+  const gently = state === 'running' && !flags.now
   if (gently) {
     row.step('asked to power off')
     const time = Math.min(15, STOP_TIMEOUT / 2)
@@ -111,7 +110,7 @@ async function shutDown(node: Node, row: Row): Promise<string> {
   row.step('switched off')
   const late = gently ? 'did not power off in time and was ' : ''
   // SIGTERM tells provision that it was ended on purpose, and not to try again.
-  const quit = async () => (mode === 'install' ? process.kill(pid, 'SIGTERM') : qmp('quit'))
+  const quit = async () => (state === 'installing' ? process.kill(pid, 'SIGTERM') : qmp('quit'))
   if (await ended(10, quit)) return how(`${late}switched off`)
 
   row.step('QEMU does not quit: killed')

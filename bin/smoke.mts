@@ -15,7 +15,7 @@ const { flags } = script({
 through the service (by its name too, after make dns), and from the control plane through the
 NodePort of every worker. Can be run again; what it deployed stays until --cleanup.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig', 'tls/'],
-  writes: [],
+  writes: ['the cluster: what it deploys'],
   flags: {
     cleanup: { help: 'delete what it deployed' },
     timeout: { value: 'SECONDS', number: true, help: 'how long to wait for the pods (300)' },

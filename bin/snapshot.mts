@@ -2,20 +2,19 @@
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // A snapshot of the whole cluster at one moment: the memory and the disks of all machines, and the
 // keys and settings that belong to them. qcow2 keeps all snapshots of a machine in its disk itself.
-import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { readdir, readFile, rename, rm, stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { describeError, StepError } from '../lib/errors.mts'
-import { privateFolder, writeFileAtomic } from '../lib/files.mts'
+import { privateFolder, sha256, writeFileAtomic } from '../lib/files.mts'
 import { formatBytes, formatTable, timestamp } from '../lib/format.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { stopLanSwitch } from '../lib/lan.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { commandLine, isGone, memoryOf } from '../lib/processes.mts'
 import { Qmp } from '../lib/qmp.mts'
-import { script } from '../lib/script.mts'
+import { refuseIf, script } from '../lib/script.mts'
 import type { Kind, Snapshot } from '../lib/snapshots.mts'
 import { hardware, inspect, liveParts, readSnapshots, suspended } from '../lib/snapshots.mts'
 import { setClocks, syncGuests } from '../lib/ssh.mts'
@@ -38,17 +37,12 @@ UEFI variables, certificates, kubeconfigs, encryption key and cluster.env are ke
     json: { help: 'print the snapshot, or with --list all of them, as JSON' },
   },
   args: '[NAME]',
-  examples: [
-    './bin/snapshot.mts before-lab-3',
-    './bin/snapshot.mts --list',
-    './bin/snapshot.mts --delete before-lab-3',
-  ],
+  examples: ['./bin/snapshot.mts before-lab-3', './bin/snapshot.mts --delete before-lab-3'],
 })
 const { suspend, 'disks-only': disksOnly } = flags
-if ([flags.list, flags.delete, suspend, args[0], suspend && disksOnly].filter(Boolean).length > 1) {
-  const reason = 'only one of NAME, --list, --delete NAME and --suspend, which needs the memory'
-  throw new StepError(reason, { exitCode: 2 })
-}
+const modes = [flags.list, flags.delete, suspend, args[0]].filter(Boolean)
+refuseIf(modes.length > 1, 'only one of NAME, --list, --delete NAME and --suspend at a time')
+refuseIf(suspend && disksOnly, '--suspend needs the memory, so not --disks-only')
 
 /** One that runs has `qmp` and `pid`: only its QEMU may change its images. */
 type Machine = { node: Node; disk: string; images: Image[]; qmp?: Qmp; pid?: number }
@@ -67,7 +61,7 @@ else if (flags.delete) await remove(flags.delete)
 else await take(suspend ? suspended : (args[0] ?? timestamp()))
 
 async function take(name: string): Promise<void> {
-  // An image takes a number for a snapshot's id. A leading dot means unfinished.
+  // QEMU takes a number for a snapshot's id. A leading dot marks an unfinished snapshot.
   if (!suspend && !/^(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(name)) {
     const hint =
       'up to 63 letters, digits, dots, dashes and underscores; a letter or digit first; not only digits'
@@ -97,10 +91,9 @@ async function takeSnapshot(name: string, machines: Machine[], detail: (text: st
   await privateFolder(cluster.path('snapshots'))
   await privateFolder(cluster.path(partial))
   try {
-    // 1. cluster.env, certificates, keys and kubeconfigs (a dot first: it is being written), and
-    // UEFI variables of machines that were last started by an earlier version.
+    // 1. cluster.env, certificates, keys and kubeconfigs. (A dot first: it is being written.)
     const found =
-      await $`{ ls -dp cluster.env tls/* configs/*.kubeconfig configs/encryption-config.yaml images/*-efivars.fd 2>/dev/null || true; } | grep -v '/$'`
+      await $`{ ls -dp cluster.env tls/* configs/*.kubeconfig configs/encryption-config.yaml 2>/dev/null || true; } | grep -v '/$'`
     const files = found.stdout.trim().split('\n')
     await $`tar -cf - ${files} | tar -xf - -C ${partial}`
 
@@ -115,10 +108,10 @@ async function takeSnapshot(name: string, machines: Machine[], detail: (text: st
     }
 
     // 3. The running machines.
-    detail('the machines stand still')
+    detail('the machines are paused')
     const { pause, kind } = await takingTime(() => atOneMoment(name, machines, wanted))
 
-    // 4. The record, and with it the name; before that, it is no moment to continue from.
+    // 4. The record, and the final name of the folder: only now can the snapshot be restored.
     await $`chmod -R go= ${partial}`
     const record: Snapshot = {
       ...{ name, taken: new Date().toISOString(), automatic: flags.automatic || suspend, kind },
@@ -137,8 +130,8 @@ async function takeSnapshot(name: string, machines: Machine[], detail: (text: st
     }
     for (const path of files) {
       const mode = (await stat(cluster.path(path))).mode & 0o777
-      const hash = createHash('sha256').update(await readFile(cluster.path(partial, path)))
-      record.files.push({ path, mode, sha256: hash.digest('hex') })
+      const data = await readFile(cluster.path(partial, path))
+      record.files.push({ path, mode, sha256: sha256(data) })
     }
     const text = JSON.stringify(record, null, 2)
     await writeFileAtomic(cluster.path(partial, 'snapshot.json'), text, 0o600)
@@ -268,7 +261,7 @@ function withMachines<T>(purpose: string, nodes: Node[], work: (of: Machine[]) =
 
 async function open(node: Node): Promise<Machine> {
   const found = await machineState(cluster, node)
-  if (found.state === 'running' && found.mode === 'install') {
+  if (found.state === 'installing') {
     throw new StepError(`${node.name} is being installed`, { hint: 'wait until it is installed' })
   }
   const disk = `images/${node.name}.qcow2`
@@ -277,7 +270,6 @@ async function open(node: Node): Promise<Machine> {
     throw new StepError(`${node.name} has no disk: ${disk} is missing`, { hint })
   }
   const images: Image[] = [{ device: 'disk', path: disk }]
-  // Not those of a machine that has not been started since they were raw.
   const efivars = `images/${node.name}.efivars.qcow2`
   if (existsSync(cluster.path(efivars))) images.push({ device: 'efivars', path: efivars })
   if (found.state === 'stopped') return { node, disk, images }

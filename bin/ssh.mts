@@ -24,7 +24,7 @@ const machine = await machineState(cluster, node)
 if (machine.state === 'stopped') {
   throw new StepError(`${name} is not running`, { hint: `make boot-${name}` })
 }
-if (machine.mode === 'install') {
+if (machine.state === 'installing') {
   throw new StepError(`${name} is being installed: it has no ssh yet`)
 }
 

@@ -18,9 +18,9 @@ import type { Status } from './cluster-status.mts'
 
 const { flags } = script({
   does: `Tests the running cluster: services, nodes, pods and their traffic, logs, exec, DNS, encryption
-of Secrets, certificates. Does all checks, then sums up. What it creates it deletes again.`,
+of Secrets, certificates. Runs all checks, then sums up. What it creates is deleted again.`,
   reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig'],
-  writes: [],
+  writes: ['the cluster: a namespace, deleted at the end'],
   flags: {
     json: { help: 'the results as JSON' },
     timeout: { value: 'SECONDS', number: true, help: 'how long to wait for pods (300)' },

@@ -5,7 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
 import { lastConsoleLines } from '../lib/console-log.mts'
 import { formatDuration } from '../lib/format.mts'
-import { clockProbe, clockTrouble, probeApiServer, serviceProbe } from '../lib/health.mts'
+import { clockProbe, clockProblem, probeApiServer, serviceProbe } from '../lib/health.mts'
 import { interruption } from '../lib/interrupt.mts'
 import { script } from '../lib/script.mts'
 import { assertStarting, connect, NoAnswer, runProbes } from '../lib/ssh.mts'
@@ -130,7 +130,7 @@ function update(): void {
     const machine = machines.get(row.node)
     const reason = row.missing()
     // Certificates are refused because of a wrong clock, and much else fails because of that.
-    const clock = machine && 'clock' in machine ? clockTrouble(row.node.name, machine.clock) : ''
+    const clock = machine && 'clock' in machine ? clockProblem(row.node.name, machine.clock) : ''
     row.reason = [reason, reason && clock].filter(Boolean).join('; ')
     if (row.active !== (reason === '')) row.since = Date.now()
     row.active = reason === ''

@@ -1,5 +1,5 @@
-// The table of certificates: subject, names and uses of each. generate-certs issues them by it,
-// --check compares with it, and generate-nocloud-iso copies the files to the nodes by it.
+// The table of certificates: subject, names and uses of each. generate-certs issues from it and
+// --check compares with it; generate-nocloud-iso reads there which node gets which.
 import type { Cluster } from './cluster.mts'
 import { outsideGateway } from './settings.mts'
 

@@ -40,7 +40,7 @@ export function loadCluster(
   const reader = new SettingsReader(assignments, options.env ?? process.env)
   for (const { line, reason } of problems) reader.problems.push(`cluster.env:${line}: ${reason}`)
   const settings = reader.readAll()
-  // A list that is wrong is missing here, whatever its type says.
+  // An invalid list is undefined here, whatever its type says.
   const names = [settings.CONTROL_PLANE_NODE ?? [], settings.WORKER_NODES ?? []].flat()
   const nodes = [...new Set(names)].map((name) => readNode(name, settings, reader))
   const [controlPlane, ...workers] = nodes
@@ -53,7 +53,7 @@ export function loadCluster(
       hint: 'each variable is explained in cluster.env itself; the environment wins over the file',
     })
   }
-  // Once a command: a script that another one runs leaves it to that. Names only, no passwords.
+  // Printed once: not by scripts that another one runs. Names only: values may be passwords.
   if (Object.keys(options).length === 0 && !overridesShown && reader.overridden.length > 0) {
     overridesShown = true
     console.error(`! from the environment instead of cluster.env: ${reader.overridden.join(', ')}`)

@@ -5,13 +5,13 @@ import { text } from 'node:stream/consumers'
 import { plainText } from './terminal.mts'
 
 /** Lines of a machine that will never answer, however long one waits. */
-const bootFailures = [
-  /Kernel panic - not syncing.*/,
-  /An error occurred in stage 1 of the boot process.*/, // the initrd of NixOS before 26.05
-  /Timed out waiting for device.*/,
-  /Cannot open access to console, the root account is locked.*/,
-  /You are in (emergency|rescue) mode.*/,
-  /Entering emergency mode.*/,
+export const bootFailures = [
+  { pattern: /Kernel panic - not syncing.*/, reason: 'the kernel panicked' },
+  // The initrd of NixOS before 26.05.
+  { pattern: /An error occurred in stage 1 of the boot.*/, reason: 'the boot failed' },
+  { pattern: /Timed out waiting for device.*/, reason: 'the boot failed' },
+  { pattern: /Cannot open access to console.*/, reason: 'the boot failed' },
+  { pattern: /(You are in|Entering) (emergency|rescue) mode.*/, reason: 'the boot failed' },
 ]
 /** The firmware's first line: a machine that restarts after a panic begins again. */
 const bootStart = /BdsDxe: (loading|starting) Boot/
@@ -36,5 +36,7 @@ export async function lastConsoleLines(path: string, count = 15): Promise<string
 export async function findBootFailure(path: string): Promise<string | undefined> {
   const lines = await lastConsoleLines(path, tailBytes)
   const boot = lines.slice(lines.findLastIndex((line) => bootStart.test(line)) + 1)
-  return boot.flatMap((line) => bootFailures.flatMap((one) => line.match(one)?.[0] ?? []))[0]
+  return boot.flatMap((line) =>
+    bootFailures.flatMap(({ pattern }) => line.match(pattern)?.[0] ?? []),
+  )[0]
 }

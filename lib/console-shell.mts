@@ -1,8 +1,9 @@
 // A shell on a serial console: commands with their exit status and exact output, whatever else
 // appears on the console, and files that are sent through it.
-import { createHash, randomBytes } from 'node:crypto'
+import { randomBytes } from 'node:crypto'
 import { lastLines, StepError } from './errors.mts'
 import { ExpectError, type Session, sendLimit, type WaitOptions } from './expect.mts'
+import { sha256 } from './files.mts'
 
 export interface CommandOptions {
   timeout?: number // seconds; 300 by default
@@ -139,7 +140,7 @@ export class ConsoleShell {
     } finally {
       transcript.recording = true
     }
-    const sum = createHash('sha256').update(data).digest('hex')
+    const sum = sha256(data)
     await this.run(`echo '${sum}  ${path}' | sha256sum -c`)
   }
 }

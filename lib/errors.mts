@@ -27,13 +27,8 @@ export class StepError extends Error {
   }
 }
 
-/** zx does not keep the command in its error. What script() notes of those that failed finds it. */
-interface Failure {
-  command: string
-  /** Milliseconds: two commands that ran side by side may have the same. */
-  duration: number
-  stderr: string
-}
+/** zx does not keep the command in its error; it is found by what script() notes of failures. */
+type Failure = { command: string; duration: number; stderr: string }
 const failures: Failure[] = []
 
 /** Notes a command that failed, for the error that may be printed. */
@@ -43,9 +38,9 @@ export function noteFailure(failure: Failure): void {
 
 /** The command of a zx error, as it could be pasted; empty if it is not known. */
 export function commandOf({ duration, stderr }: ProcessOutput): string {
-  const alike = failures.filter((one) => one.duration === duration)
-  const same = alike.findLast((one) => one.stderr.trim() === stderr.trim())
-  return (same ?? alike.at(-1) ?? failures.at(-1))?.command ?? ''
+  const alike = failures.filter((one) => one.stderr.trim() === stderr.trim())
+  const same = alike.findLast((one) => one.duration === duration)
+  return (same ?? failures.at(-1))?.command ?? ''
 }
 
 /** The last lines of a text, without blank ones at its end. */
@@ -110,10 +105,6 @@ export const busyApiServer = 'the API server does not answer in time'
 const renew =
   'make certs-check shows the certificates; make certs renews; make reconfig copies them to the machines'
 const start = 'make status shows what runs; make up starts the machines; make wait waits for them'
-const localNetwork =
-  process.platform === 'darwin'
-    ? '. A host on your own network: allow this terminal in System Settings, Privacy & Security, Local Network'
-    : ''
 const proxy = 'PROXY_HTTP, PROXY_HTTPS and PROXY_NO of cluster.env, or http_proxy, …'
 
 // By command: what it says on stderr, the reason ($1: the first group), a hint. First match counts.
@@ -191,7 +182,8 @@ const problems: readonly [command: RegExp, ...Problem[]][] = [
     [/resolve proxy|Unsupported proxy|CONNECT tunnel failed|from proxy after CONNECT/,
       'the proxy cannot be used', proxy],
     [/(?:resolve host:|connect to) (\S+)/, '$1 cannot be reached',
-      `is this computer online? Behind a proxy: ${proxy}${localNetwork}`],
+      `is this computer online? Behind a proxy: ${proxy}. For a host of your own network, macOS must
+allow your terminal: System Settings, Privacy & Security, Local Network`],
     [/returned error: (\d+)/, 'the server answers with HTTP status $1']],
   [/^/,
     [/No space left on device/, 'the disk is full', 'df -h . shows the free space'],

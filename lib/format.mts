@@ -27,12 +27,13 @@ export function formatBytes(bytes: number): string {
   return `${amount.toFixed(digits)} ${units[unit]}`
 }
 
-/** A duration: "3.2s", "2m 05s". */
+/** A duration: "3.2s", "2m 05s", "26h 40m". */
 export function formatDuration(milliseconds: number): string {
   const seconds = Math.round(milliseconds / 100) / 10
   if (seconds < 60) return `${seconds.toFixed(1)}s`
-  const rest = String(Math.floor(seconds % 60)).padStart(2, '0')
-  return `${Math.floor(seconds / 60)}m ${rest}s`
+  const two = (amount: number) => String(Math.floor(amount % 60)).padStart(2, '0')
+  if (seconds < 3600) return `${Math.floor(seconds / 60)}m ${two(seconds)}s`
+  return `${Math.floor(seconds / 3600)}h ${two(seconds / 60)}m`
 }
 
 /** UTC to the second, as part of a file name that sorts by time: "2026-11-22-164503". */

@@ -82,7 +82,7 @@ export const clockProbe: Probe<number> = {
 }
 
 /** "the clock of alpha is 730 days ahead of this computer's"; empty up to five minutes. */
-export function clockTrouble(name: string, ahead: number): string {
+export function clockProblem(name: string, ahead: number): string {
   const off = Math.abs(ahead)
   if (off <= 300) return ''
   const days = off / 86_400

@@ -16,11 +16,12 @@ export function handleSignals(end: () => void): void {
   for (const signal of signals) process.off(signal, stop).on(signal, stop)
 }
 
-/** Nobody reads the output any more (`| head`): no error, but a change is interrupted. */
-export function outputClosed(): void {
+/** Nobody reads the output any more (`| head`): no error. A short change is completed (`busy`). */
+export function outputClosed(busy: boolean): void {
   if (controller) return void stop('SIGHUP')
+  if (busy) return
   endCommands()
-  process.exit(141) // as after SIGPIPE
+  process.exit(0)
 }
 
 /**
@@ -33,7 +34,7 @@ export function interruption(awake = true): AbortSignal {
   if (!controller) {
     controller = new AbortController()
     handleSignals(endCommands)
-    // What can be interrupted takes time; a script that another one runs leaves it to that.
+    // Such scripts run for long. One that another script runs leaves it to that.
     if (awake && process.env.CLUSTER_LOCKS === undefined) stayAwake()
   }
   return controller.signal

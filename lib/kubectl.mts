@@ -4,7 +4,7 @@ import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { StepError } from './errors.mts'
 import { privateFolder, readIfThere, writeFileAtomic } from './files.mts'
-import type { Flag } from './script.mts'
+import { type Flag, refuseIf } from './script.mts'
 import { step } from './steps.mts'
 
 /** The part of a kubeconfig that is read here (client-go's api/v1 types). */
@@ -41,8 +41,8 @@ export async function useCluster(cluster: Cluster): Promise<void> {
   const fresh = stringify({ ...config, contexts, 'current-context': 'default' })
   await privateFolder(cluster.path('run'))
   if ((await readIfThere(copy)) !== fresh) await writeFileAtomic(copy, fresh, 0o600)
-  if ($.verbose && $.env.KUBECONFIG !== copy)
-    console.error('$ export KUBECONFIG=run/admin.kubeconfig')
+  const isNew = $.verbose && $.env.KUBECONFIG !== copy
+  if (isNew) console.error('$ export KUBECONFIG=run/admin.kubeconfig')
   $.env = { ...$.env, KUBECONFIG: copy }
 }
 
@@ -111,9 +111,7 @@ export async function printOrDelete(
   flags: { print: boolean; delete: boolean },
   first: () => Promise<unknown> = async () => {},
 ): Promise<void> {
-  if (flags.print && flags.delete) {
-    throw new StepError('only one of --print and --delete at a time', { exitCode: 2 })
-  }
+  refuseIf(flags.print && flags.delete, 'only one of --print and --delete at a time')
   if (flags.print) await printAndExit(manifest)
   await useCluster(cluster)
   if (!flags.delete) return

@@ -56,13 +56,9 @@ export class LearningSwitch {
     return known.port === from ? this.count('dropped') : this.count('forwarded', [known.port])
   }
 
-  /** The addresses it knows. */
-  addresses(now: number): SwitchStatus['addresses'] {
-    const all = [...this.table].map(([address, { port, seen }]) => {
-      const mac = address.toString(16).padStart(12, '0')
-      return { mac: mac.replace(/(..)(?=.)/g, '$1:'), port, age: now - seen }
-    })
-    return all.filter(({ age }) => age <= ageing)
+  /** How many addresses it knows. */
+  addresses(now: number): number {
+    return [...this.table.values()].filter(({ seen }) => now - seen <= ageing).length
   }
 
   private forget(which: (entry: { port: number; seen: number }) => boolean): void {
@@ -88,8 +84,7 @@ function serve(): void {
   const log = (text: string) => console.log(`${new Date().toISOString()} ${text}`)
   const describe = () => cluster.nodes.map(({ name, lanPort }) => `${name} (${lanPort})`).join(', ')
   const status = (): SwitchStatus => {
-    // As many as fit into a datagram.
-    const addresses = lan.addresses(seconds()).slice(0, 64)
+    const addresses = lan.addresses(seconds())
     return { pid: process.pid, root, port, ports: ports(), counters: lan.counters, addresses }
   }
 

@@ -19,15 +19,14 @@ export interface SwitchStatus {
   ports: number[]
   /** Frames: `refused` came from a port that is not a machine's; `dropped` had nowhere to go. */
   counters: Record<'received' | 'forwarded' | 'flooded' | 'refused' | 'dropped', number>
-  /** `age`: seconds since the last frame from the address. */
-  addresses: { mac: string; port: number; age: number }[]
+  /** How many addresses it knows. */
+  addresses: number
 }
 
 /** A datagram with this text is answered with the status; as a frame it would be too short. */
 export const statusQuery = Buffer.from('lan-status?')
 
-/** Seconds. */
-const [startTimeout, stopTimeout] = [30, 10]
+const [startTimeout, stopTimeout] = [30, 10] // seconds
 
 type Place = Pick<Cluster, 'path'>
 export const pidFileOf = ({ path }: Place) => path('run', 'lan-switch.pid')

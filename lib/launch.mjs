@@ -42,10 +42,7 @@ const script = realpathSync(process.argv[2] ?? '')
 process.argv.splice(1, 2, script)
 await import(pathToFileURL(script).href)
 
-/**
- * @param {string} reason
- * @param {string} hint
- */
+/** @param {string} reason @param {string} hint */
 function stop(reason, hint) {
   console.error(`${basename(process.argv[2] ?? 'launch')}: ${reason}\n  hint:    ${hint}`)
   process.exit(1)

@@ -22,6 +22,8 @@ interface Holder {
 const variable = 'CLUSTER_LOCKS'
 const inherited = (process.env[variable] ?? '').split(' ').filter(Boolean)
 const held = new Set<string>()
+/** Whether this process holds a lock now. */
+export const isHolding = () => held.size > 0
 
 /** The environment variable by which a script that this one runs is let into its locks. */
 export function locksForChildren(): Record<string, string> {
@@ -87,16 +89,16 @@ export function withMachineLocks<T>(
 }
 
 async function take(path: string, mine: Holder): Promise<boolean> {
-  const ours = `${path}.${mine.nonce}`
+  const [ours, text] = [`${path}.${mine.nonce}`, JSON.stringify(mine)]
   try {
-    await writeFile(ours, JSON.stringify(mine), { mode: 0o600 }).catch((error) => {
+    await writeFile(ours, text, { mode: 0o600 }).catch((error) => {
       // On a full disk an empty lock has to do: stopping and deleting must remain possible.
       if (!/^(ENOSPC|EDQUOT)$/.test(error.code)) throw error
     })
-    await link(ours, path).catch((error: NodeJS.ErrnoException) => {
-      if (!/^(EPERM|ENOTSUP|EOPNOTSUPP|ENOSYS)$/.test(error.code ?? '')) throw error
+    await link(ours, path).catch((error) => {
       // A file system without hard links (exFAT, some shares).
-      return writeFile(path, JSON.stringify(mine), { mode: 0o600, flag: 'wx' })
+      if (!/^(EPERM|ENOTSUP|EOPNOTSUPP|ENOSYS)$/.test(error.code)) throw error
+      return writeFile(path, text, { mode: 0o600, flag: 'wx' })
     })
     return true
   } catch (error) {

@@ -25,20 +25,14 @@ export interface Node {
   cpus: number
 }
 
-/** Names that a node cannot have, because its files would be another's, and whose. */
+/** Names that a node cannot have, and what has them already. */
 const reserved: readonly [pattern: RegExp, of: string][] = [
-  [
-    /^(bootstrap|pki|lan-switch|download-iso|kube-cache|helm|encryption-config)$/,
-    'a file of the scripts in run/',
-  ],
+  [/^(bootstrap|pki|lan-switch|download-iso|kube-cache|helm|encryption-config)$/, 'files in run/'],
   [/-install$/, 'the installation of a machine'],
   [/-key$/, 'the key of a certificate'],
   [/^localhost$/, 'this computer'],
   [/^default$/, 'the default of storage classes'],
-  [
-    /^(\d[\dex]*|0x[\da-f]+|true|false|null|yes|no|on|off|y|n)$/,
-    'a number or a truth value in YAML',
-  ],
+  [/^(\d[\dex]*|0x[\da-f]+|true|false|null|yes|no|on|off|y|n)$/, 'a number or boolean of YAML'],
   [/^all$/, 'all nodes (make upgrade NAME=all)'],
   [
     /^(ca|admin|kube-controller-manager|kube-scheduler|kube-proxy|kubernetes|service-account|front-proxy-client|metrics-server)$/,
@@ -79,8 +73,8 @@ export function readNode(name: string, settings: Settings, reader: SettingsReade
 }
 
 /**
- * Notes in the reader what is wrong with values that are right by themselves. Those that are not are
- * missing here, whatever their type says, and are not reported again.
+ * Checks that values which are valid each by itself fit together. Invalid ones are undefined here,
+ * whatever their type says, and have been reported already.
  * @param names of the nodes as they are listed, with those that are listed twice
  */
 export function checkTogether(
@@ -150,7 +144,7 @@ export function checkTogether(
     const variable = nodeVariable('NODE_IP', name)
     checkInside(variable, ip, 'LAN_CIDR')
     checkInside(nodeVariable('POD_CIDR', name), podCidr, 'K8S_POD_CIDR')
-    // The first and the last address of a range mean the network and everyone in it.
+    // The first and the last address of a range are the network's and the broadcast address.
     const isNobodys = lan && [lan.first, lan.last].includes(parseAddress(ip) ?? -1)
     check(isNobodys, variable, `(${ip}) cannot be a machine's address in ${lan?.text}`)
     check(lan && lanPort > 65535, variable, 'gives a LAN port above 65535')

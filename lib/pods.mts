@@ -43,21 +43,21 @@ const stuckSince = new Map<string, number>()
  * @throws StepError for what more waiting does not change: an image that does not exist, and a pod
  *   that has been without a node or a network for two minutes
  */
-async function troublesOf(pods: readonly Pod[]): Promise<string> {
+async function problemsOf(pods: readonly Pod[]): Promise<string> {
   const lines: string[] = []
   for (const pod of pods) {
     const { name, uid, namespace } = pod.metadata
     const { initContainerStatuses = [], containerStatuses = [] } = pod.status
-    const troubles = [...initContainerStatuses, ...containerStatuses].flatMap(({ state }) => {
+    const problems = [...initContainerStatuses, ...containerStatuses].flatMap(({ state }) => {
       const { reason, message } = state?.waiting ?? {}
       return reason && !isBeginning.test(reason) ? `${reason}${message ? `: ${message}` : ''}` : []
     })
-    const output = troubles.find((text) => isMissing.test(text))
+    const output = problems.find((text) => isMissing.test(text))
     if (output) {
       const hint = 'is the version in cluster.env one that was released?'
       throw new StepError(`the image of pod ${name} does not exist`, { output, hint })
     }
-    const stuck = troubles.length === 0 && (await whyStuck(pod))
+    const stuck = problems.length === 0 && (await whyStuck(pod))
     if (stuck) {
       const since = stuckSince.get(uid) ?? Date.now()
       const hint = `kubectl describe pod ${name} --namespace=${namespace}`
@@ -65,9 +65,9 @@ async function troublesOf(pods: readonly Pod[]): Promise<string> {
         throw new StepError(`pod ${name} cannot start`, { output: stuck, hint })
       }
       stuckSince.set(uid, since)
-      troubles.push(stuck)
+      problems.push(stuck)
     } else stuckSince.delete(uid)
-    lines.push(...troubles.map((text) => `${name}: ${text}`))
+    lines.push(...problems.map((text) => `${name}: ${text}`))
   }
   return lines.join('\n')
 }
@@ -97,12 +97,12 @@ export async function waitForRollout(what: string, limits: Limits): Promise<void
     const state = status.stdout.trim()
     if (state.endsWith('successfully rolled out')) return undefined
     const latest = (await kubectl`kubectl get ${what} ${inNamespace} --output=${images}`).stdout
-    // Pods of a previous version may be in trouble for the very reason that there is a new one.
+    // Pods of a previous version may be in problem for the very reason that there is a new one.
     const pods = (await getPods(inNamespace)).filter(({ metadata, spec }) => {
       const found = spec.containers.map(({ image }) => image).join(' ')
       return found === latest && !metadata.deletionTimestamp
     })
-    return (await troublesOf(pods)) || state
+    return (await problemsOf(pods)) || state
   })
 }
 
@@ -125,7 +125,7 @@ export async function waitForPods(state: 'Ready' | 'Succeeded', limits: Limits):
     }
     const missing = pods.filter((pod) => !isDone(pod))
     if (missing.length === 0) return undefined
-    return (await troublesOf(missing)) || missing.map((pod) => pod.metadata.name).join(', ')
+    return (await problemsOf(missing)) || missing.map((pod) => pod.metadata.name).join(', ')
   })
   return pods
 }

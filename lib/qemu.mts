@@ -8,9 +8,8 @@ export function filesOf({ path }: Pick<Cluster, 'path'>, { name }: Pick<Node, 'n
     /** The disk, qcow2, once a system is installed on it; the name it has until then. */
     disk: path('images', `${name}.qcow2`),
     partialDisk: path('images', `${name}.qcow2.partial`),
-    /** The machine's own UEFI variables, qcow2; and as they were before they held snapshots. */
+    /** The machine's own UEFI variables, qcow2. */
     efiVars: path('images', `${name}.efivars.qcow2`),
-    rawEfiVars: path('images', `${name}-efivars.fd`),
     /** Output of the serial console since the last start; dialogue of the installation. */
     consoleLog: path('images', `${name}-console.log`),
     installLog: path('images', `${name}-install.log`),
@@ -53,8 +52,7 @@ export function qemuArguments(machine: {
     mode.kind === 'boot' ? [files.disk, QEMU_DISK_CACHE] : [files.partialDisk, 'unsafe']
   const common = [
     ...['-name', node.name],
-    // Every device is named below: none that QEMU would add by default, such as a graphics card or
-    // a floppy drive, and nothing from a configuration file of this computer.
+    // Every device is named below: QEMU adds none of its own, and reads no configuration file.
     ...['-nodefaults', '-no-user-config'],
     ...platformArguments(host),
     ...['-smp', `${node.cpus}`, '-m', `${node.memory}`],
@@ -83,7 +81,7 @@ export function qemuArguments(machine: {
         : ['-device', 'virtio-scsi-pci', '-device', 'scsi-cd,drive=iso,bootindex=2']),
       ...(kernel ? ['-kernel', kernel.kernel, '-initrd', kernel.initrd] : []),
       ...(kernel ? ['-append', kernel.append] : []),
-      ...networkCard('outside', node.mac, outside),
+      ...networkInterface('outside', node.mac, outside),
       // signal=off: Ctrl-C reaches the installer's shell as a character and does not end QEMU.
       ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
       '-no-reboot',
@@ -98,10 +96,10 @@ export function qemuArguments(machine: {
   const consoleLog = `logfile=${escaped(files.consoleLog)},logappend=off`
   return [
     ...common,
-    // The network card to the internet; the forwards are open to this computer only.
-    ...networkCard('outside', node.mac, outside + forwards),
-    // The network card to the LAN: its frames are UDP datagrams to and from the LAN switch.
-    ...networkCard('lan', node.lanMac, `dgram,id=lan,${local},${lanSwitch}`),
+    // The interface to the internet; the forwards are open to this computer only.
+    ...networkInterface('outside', node.mac, outside + forwards),
+    // The interface to the LAN: its frames are UDP datagrams to and from the LAN switch.
+    ...networkInterface('lan', node.lanMac, `dgram,id=lan,${local},${lanSwitch}`),
     ...['-chardev', `${consoleSocket},${consoleLog}`, '-serial', 'chardev:console'],
     // No -no-reboot: a running machine may reboot itself, for a new kernel.
   ]
@@ -115,7 +113,7 @@ function drive(options: string, path: string): string[] {
 }
 
 /** QEMU's default MAC addresses are the same on every machine. No boot ROM: nothing boots from it. */
-function networkCard(id: string, mac: string, netdev: string): string[] {
+function networkInterface(id: string, mac: string, netdev: string): string[] {
   return ['-netdev', netdev, '-device', `virtio-net-pci,netdev=${id},mac=${mac},romfile=`]
 }
 

@@ -9,8 +9,7 @@ import { $ } from 'zx/core'
 import { StepError } from './errors.mts'
 import { quote } from './format.mts'
 
-/** Seconds. */
-const defaultTimeout = 10
+const defaultTimeout = 10 // seconds
 /** The longest path of a unix socket in bytes, on macOS; Linux has 107. */
 const longestPath = 103
 

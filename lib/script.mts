@@ -8,7 +8,7 @@ import { $, ProcessOutput, useBash, which } from 'zx/core'
 import { describeError, explain, noteFailure, StepError } from './errors.mts'
 import { quote } from './format.mts'
 import { handleSignals, interrupted, interruption, outputClosed, takingTime } from './interrupt.mts'
-import { locksForChildren } from './lock.mts'
+import { isHolding, locksForChildren } from './lock.mts'
 
 /** A flag is a switch (`--force`) unless `value` names what follows it (`--timeout SECONDS`). */
 export interface Flag {
@@ -23,7 +23,7 @@ export interface Flag {
 interface Declaration<Flags extends Record<string, Flag>> {
   /** One or two sentences: what the step does. */
   does: string
-  /** Files and folders it reads and writes, relative to the project. */
+  /** Files and folders it reads and writes, relative to the project; "the cluster: …", its objects. */
   reads: readonly string[]
   writes: readonly string[]
   flags?: Flags
@@ -70,7 +70,7 @@ export function script<const Flags extends Record<string, Flag>>(
   for (const stream of [process.stdout, process.stderr]) {
     stream.on('error', (error: NodeJS.ErrnoException) => {
       if (error.code !== 'EPIPE' && error.code !== 'EIO') throw error
-      outputClosed()
+      outputClosed(isHolding())
     })
   }
   const known: Record<string, Flag> = { ...declaration.flags, ...common }
@@ -186,6 +186,11 @@ export async function runScript(
   if (status === 0) return
   const reason = `${name} failed${failure && `, ${failure}`}`
   throw new StepError(reason, { command, hint, exitCode: status ?? 1 })
+}
+
+/** Refuses a command line that makes no sense as a whole: exits 2 before anything has happened. */
+export function refuseIf(isWrong: unknown, reason: string): void {
+  if (isWrong) refuse(basename(process.argv[1] ?? '', '.mts'), reason)
 }
 
 function parse(known: Record<string, Flag>, argv: readonly string[], name: string) {

@@ -45,8 +45,7 @@ export function step<T>(title: string, work: (detail: Row['detail']) => Promise<
 /**
  * Runs the same work for several names at once, a line each, and waits for all of them.
  * @returns the results in the order of `names`
- * @throws the error itself if one failed, or if all have the same reason; else a StepError that
- *   names each
+ * @throws the error itself if one failed, or all for one reason; else a StepError that names each
  */
 export async function inParallel<T>(
   names: readonly string[],

@@ -1,4 +1,4 @@
-// The certificates and the keys in tls/: reading and judging them.
+// The certificates and the keys in tls/: reading and validating them.
 import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { stat } from 'node:fs/promises'
 import { $ } from 'zx/core'
@@ -63,17 +63,17 @@ export async function readPair(cluster: Cluster, name: string) {
 /** A row of the table, what its files hold, and everything that is wrong with it. */
 export type Finding = Awaited<ReturnType<typeof inspectPairs>>['authority']
 
-/** Reads and judges every row of the table. */
+/** Reads and validates every row of the table. */
 export async function inspectPairs(cluster: Cluster) {
   const ca = await readPair(cluster, 'ca')
   const measure = { authority: ca.certificate, renewDays: cluster.settings.CERT_RENEW_DAYS }
-  const judge = (entry: CertificateEntry, pair: Pair) => {
+  const finding = (entry: CertificateEntry, pair: Pair) => {
     return { entry, pair, problems: problemsOf(pair, entry, measure) }
   }
   const leaves = certificatesOf(cluster).map(async (entry) =>
-    judge(entry, await readPair(cluster, entry.name)),
+    finding(entry, await readPair(cluster, entry.name)),
   )
-  return { authority: judge(authorityOf(cluster), ca), leaves: await Promise.all(leaves) }
+  return { authority: finding(authorityOf(cluster), ca), leaves: await Promise.all(leaves) }
 }
 
 /**
@@ -119,7 +119,7 @@ function changes(what: string, found: readonly string[], wanted: readonly string
   return all !== '' && `${what} changed (${all})`
 }
 
-/** That a certificate is not valid yet, which this computer's clock is to blame for most often. */
+/** Why a certificate is not valid yet, mostly for a wrong clock; undefined if it is. */
 export function startsLater({ validFrom }: X509Certificate): string | undefined {
   if (!(Date.parse(validFrom) > Date.now())) return undefined
   return `it is valid from ${validFrom} on, and the clock of this computer is at ${new Date().toUTCString()}`
@@ -142,7 +142,7 @@ export function contentOf({ ca, subject, subjectAltName, keyUsage, validTo }: X5
 type SshKeyEntry = Readonly<Record<'name' | 'comment' | 'usedBy', string>>
 export type SshKey = Awaited<ReturnType<typeof readSshKey>>
 
-/** Reads and judges an ssh key. Its public half ("ssh-ed25519 AAAA… comment") is empty without one. */
+/** Reads and validates an ssh key. Its public half ("ssh-ed25519 AAAA… comment") is empty without one. */
 export async function readSshKey(cluster: Cluster, entry: SshKeyEntry) {
   const file = `tls/${entry.name}`
   const access = await accessOf(cluster, file)

@@ -19,9 +19,7 @@ import { becomes } from './wait.mts'
 
 export { filesOf }
 
-export type MachineState =
-  | { state: 'running'; pid: number; mode: 'boot' | 'install' }
-  | { state: 'stopped' }
+export type MachineState = { state: 'running' | 'installing'; pid: number } | { state: 'stopped' }
 
 /** Seconds. QEMU answers after 0.1 s; on a busy computer with three machines starting, later. */
 const answerTimeout = 60
@@ -52,11 +50,11 @@ export async function machineState(cluster: Cluster, node: Node): Promise<Machin
     }
     if (theirs?.ino !== ours?.ino || theirs?.dev !== ours?.dev) return { state: 'stopped' }
   }
-  return { state: 'running', pid, mode: line.includes(basename(partialDisk)) ? 'install' : 'boot' }
+  return { state: line.includes(basename(partialDisk)) ? 'installing' : 'running', pid }
 }
 
 export async function isRunning(cluster: Cluster, node: Node): Promise<boolean> {
-  return (await machineState(cluster, node)).state === 'running'
+  return (await machineState(cluster, node)).state !== 'stopped'
 }
 
 /** The ports that a machine opens on this computer. */
@@ -100,12 +98,12 @@ export async function startMachine(
   const files = filesOf(cluster, node)
   const start = async () => {
     const found = await machineState(cluster, node)
+    if (found.state === 'installing') {
+      const hint = 'wait until the installation has ended'
+      const reason = `${node.name} is being installed (pid ${found.pid})`
+      throw new StepError(reason, { hint, log: files.installLog })
+    }
     if (found.state === 'running') {
-      if (found.mode === 'install') {
-        const hint = 'wait until the installation has ended'
-        const reason = `${node.name} is being installed (pid ${found.pid})`
-        throw new StepError(reason, { hint, log: files.installLog })
-      }
       await ensureLanSwitch(cluster)
       // Later, if it is saving its memory for a script that was killed.
       await becomes(() => answers(files.qmp), answerTimeout)
@@ -120,8 +118,7 @@ export async function startMachine(
       throw new StepError('the machines were suspended meanwhile', { hint: 'make up' })
     }
     if (existsSync(cluster.path('snapshots', restoring))) {
-      const reason = 'a restore was interrupted: the disks may be of different moments'
-      throw new StepError(reason, { hint: 'make restore' })
+      throw new StepError('a restore was interrupted halfway', { hint: 'make restore' })
     }
     await assertFree(portsOf(cluster, node))
     await prepareEfiVars(cluster, node, host)
@@ -214,10 +211,9 @@ export async function freeBytes(folder: string): Promise<number> {
 }
 
 /**
- * Creates the machine's UEFI variables from the firmware's template, or from a raw file that an
- * earlier version left. Existing ones are kept, but not for an installation (`fresh`) or if a
- * firmware of another size could not use them. (The machine needs nothing in them: it boots from the
- * path for removable media.)
+ * Creates the machine's UEFI variables from the firmware's template. Existing ones are kept, but not
+ * for an installation (`fresh`) or if a firmware of another size could not use them. (The machine
+ * needs nothing in them: it boots from the path for removable media.)
  */
 export async function prepareEfiVars(
   cluster: Cluster,
@@ -225,19 +221,14 @@ export async function prepareEfiVars(
   { firmware: { vars } }: Host,
   { fresh = false } = {},
 ): Promise<void> {
-  const { efiVars, rawEfiVars } = filesOf(cluster, node)
+  const { efiVars } = filesOf(cluster, node)
   const { size } = await inspect(vars.path)
-  for (const path of [efiVars, rawEfiVars].filter(existsSync)) {
-    if (fresh) await rm(path)
-    else if ((await inspect(path)).size !== size) await rename(path, `${path}.old`)
+  if (fresh) await rm(efiVars, { force: true })
+  else if (existsSync(efiVars) && (await inspect(efiVars)).size !== size) {
+    await rename(efiVars, `${efiVars}.old`)
   }
-  if (!existsSync(efiVars)) {
-    const temporary = `${efiVars}.tmp`
-    await $`(umask 077 && qemu-img convert -f ${vars.format} -O qcow2 ${vars.path} ${temporary})`
-    await rename(temporary, efiVars)
-  }
-  if (!existsSync(rawEfiVars)) return
-  // Into the existing file, which may hold snapshots.
-  await $`qemu-img convert -n -f raw -O qcow2 ${rawEfiVars} ${efiVars}`
-  await rm(rawEfiVars)
+  if (existsSync(efiVars)) return
+  const temporary = `${efiVars}.tmp`
+  await $`(umask 077 && qemu-img convert -f ${vars.format} -O qcow2 ${vars.path} ${temporary})`
+  await rename(temporary, efiVars)
 }

@@ -3,8 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { busyApiServer, type Explanation, explain, StepError } from './errors.mts'
 
 export interface WaitLimits {
-  /** Seconds. */
-  timeout: number
+  timeout: number // seconds
   /** Gets the first line of what is missing, after each attempt. */
   detail?: ((text: string) => void) | undefined
   /** Ends the wait with its reason. */
@@ -24,8 +23,8 @@ const asleep = { pause: 30_000, look: 150_000 }
 
 /**
  * Polls until nothing is missing any more.
- * @param look returns what is missing, undefined when nothing is; what it throws ends the wait,
- *   except that the API server is busy
+ * @param look returns what is missing, undefined when nothing is; an exception ends the wait, unless
+ *   it says that the API server is busy
  * @throws StepError with what was missing last; the signal's reason
  */
 export async function waitFor(

@@ -305,7 +305,7 @@ function snapshotsOfMachines() {
       await script('snapshot', 'live')
       await script('snapshot', '--disks-only', 'disks')
     },
-    /** Seconds that the machines stand still. */
+    /** Seconds for which the machines are paused. */
     async pause(): Promise<number> {
       const taken = await script('snapshot', '--json', 'measured')
       await script('snapshot', '--delete', 'measured')

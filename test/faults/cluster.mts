@@ -1,5 +1,5 @@
 // Faults of the cluster's state: the real etcd and control plane as processes of this computer, an
-// sshd in the place of alpha. A client writes all the while, and no number that was acknowledged may
+// sshd in the place of alpha. A client writes all the while, and no write that was acknowledged may
 // be lost; after a restore there are exactly those of its moment.
 import assert from 'node:assert/strict'
 import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
@@ -47,7 +47,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'etcd is killed under a writer',
     done: '`kill -9` of etcd, and a backup while it is down; then it is started again, as systemd does',
-    holds: 'no acknowledged number is lost, and the writer continues',
+    holds: 'no acknowledged write is lost, and the writer continues',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
@@ -64,7 +64,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'the API server is killed under a writer',
     done: '`kill -9` of the API server, and a backup while it is down; then it is started again',
-    holds: 'etcd can be saved without it; no acknowledged number is lost, and the writer continues',
+    holds: 'etcd can be saved without it; no acknowledged write is lost, and the writer continues',
     exit: 0,
     says: ['keys at revision'],
     again: save,
@@ -81,7 +81,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'the power of the control plane fails while it is saved',
     done: '`kill -9` of etcd, API server, scheduler and controller manager at the same moment, during `etcd-backup snapshot`',
-    holds: 'half a backup is not kept; no acknowledged number is lost, and the writer continues',
+    holds: 'half a backup is not kept; no acknowledged write is lost, and the writer continues',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
@@ -105,7 +105,7 @@ export const clusterFaults: Fault[] = [
     name: 'etcd hangs under a writer',
     done: 'SIGSTOP to etcd, and a backup meanwhile; then SIGCONT',
     holds:
-      'the backup does not wait for etcd; no acknowledged number is lost, and the writer continues',
+      'the backup does not wait for etcd; no acknowledged write is lost, and the writer continues',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
@@ -142,8 +142,8 @@ export const clusterFaults: Fault[] = [
   },
   {
     name: 'etcd is restored under a writer',
-    done: '`etcd-backup restore` of a moment some numbers ago, while the writer continues until the API server stops',
-    holds: 'there are exactly the numbers of the backup, not one more',
+    done: '`etcd-backup restore` of a moment some writes ago, while the writer continues until the API server stops',
+    holds: 'there are exactly the writes of the backup, not one more',
     exit: 0,
     says: ['restored in'],
     shortFormOf: 'etcd-backup',
@@ -163,7 +163,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'half a backup is restored under a writer',
     done: 'the newest backup loses its second half; then `etcd-backup restore`',
-    holds: 'no service was stopped, no number is lost; the whole file is restored',
+    holds: 'no service was stopped, no write is lost; the whole file is restored',
     exit: 1,
     says: ['is not a complete etcd snapshot', 'nothing was changed; try another file of backups/'],
     shortFormOf: 'etcd-backup',
@@ -187,7 +187,7 @@ export const clusterFaults: Fault[] = [
   {
     name: 'ssh is cut while etcd is restored',
     done: '`kill -9` of the sshd of the connection while the machine makes a data directory of the backup',
-    holds: 'no service was stopped, no number is lost; the second run restores',
+    holds: 'no service was stopped, no write is lost; the second run restores',
     exit: 1,
     says: ['alpha does not answer ssh'],
     shortFormOf: 'etcd-backup',
@@ -218,7 +218,7 @@ exit 1
   {
     name: 'a restore of etcd is killed before the change',
     done: '`kill -9` of the script while the machine makes a data directory of the backup',
-    holds: 'no service was stopped, no number is lost; the second run restores',
+    holds: 'no service was stopped, no write is lost; the second run restores',
     exit: 137,
     again: restore,
     async inject(place) {
@@ -242,7 +242,7 @@ exit 1
   {
     name: 'a restore of etcd is killed in the middle of the change',
     done: '`kill -9` of the script when it has begun to change the data',
-    holds: 'the second run restores, exactly the numbers of the backup',
+    holds: 'the second run restores, exactly the writes of the backup',
     exit: 137,
     again: restore,
     async inject(place) {
@@ -259,9 +259,9 @@ exit 1
     name: 'Ctrl-C while the restored control plane starts',
     done: 'SIGINT to `etcd-backup restore` when it waits for the control plane',
     holds:
-      'alpha has its former data again, and in them every acknowledged number; the second run restores',
+      'alpha has its previous data back, with every acknowledged write; the second run restores',
     exit: 130,
-    says: ['etcd was not restored: alpha has its former data again', 'interrupted by SIGINT'],
+    says: ['etcd was not restored: alpha has its previous data back', 'interrupted by SIGINT'],
     again: restore,
     async inject(place) {
       const writer = await startWriter(place)
@@ -280,9 +280,9 @@ exit 1
     name: 'etcd does not start with the restored data',
     done: 'the database that the machine has made of the backup is cut off before etcd is started with it',
     holds:
-      'alpha has its former data again, and in them every acknowledged number; the second run restores',
+      'alpha has its previous data back, with every acknowledged write; the second run restores',
     exit: 1,
-    says: ['etcd was not restored: alpha has its former data again'],
+    says: ['etcd was not restored: alpha has its previous data back'],
     again: restore,
     async inject(place) {
       const writer = await startWriter(place)

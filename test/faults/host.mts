@@ -83,7 +83,7 @@ export const hostFaults: Fault[] = [
   {
     name: 'staging is killed while it writes',
     done: '`kill -9` of `generate-nocloud-iso` when the first, the eighth and the 16th file is there',
-    holds: 'each machine has exactly the files of a run that was not disturbed',
+    holds: 'each machine has exactly the files of an undisturbed run',
     exit: 137,
     keys: true,
     again: [staging],
@@ -195,7 +195,7 @@ export const hostFaults: Fault[] = [
   {
     name: 'other scripts are started while bootstrap works',
     done: '`bootstrap-cluster`, `clean --disks`, `snapshot`, `restore`, `etcd-backup` and `reconfig` during its download',
-    holds: 'each of them says who works, with pid, and has changed nothing; the first continues',
+    holds: 'each names the lock holder and its pid, and has changed nothing; the first continues',
     exit: 1,
     says: [
       'another process is bootstrapping this cluster',
@@ -259,7 +259,7 @@ export const hostFaults: Fault[] = [
   {
     name: 'the disk is full while certificates are written',
     done: '`tls/` is a file system of 60 KB',
-    holds: 'with more space the second run makes what is missing, and keeps what is there',
+    holds: 'with more space the second run generates what is missing, and keeps what is there',
     exit: 1,
     says: ['the disk is full'],
     skip: noMount,
@@ -340,7 +340,7 @@ export const hostFaults: Fault[] = [
   {
     name: 'half of a key and an empty certificate',
     done: '`tls/sigma-key.pem` is cut in the middle, `tls/kubernetes.pem` has no content',
-    holds: 'these two are made again, by the same authority; all others are as they were',
+    holds: 'both are reissued by the same CA; all others are unchanged',
     exit: 0,
     keys: true,
     again: [certs, '--check'],
@@ -359,7 +359,7 @@ export const hostFaults: Fault[] = [
   {
     name: 'half of an ssh host key',
     done: '`tls/ssh_host_sigma_ed25519` is cut in the middle',
-    holds: 'it is not replaced: the machine would not be reached any more',
+    holds: 'it is not replaced: the machine could no longer be reached',
     exit: 1,
     says: ['ssh_host_sigma_ed25519', 'restore it from a copy'],
     keys: true,
@@ -392,7 +392,7 @@ export const hostFaults: Fault[] = [
   {
     name: 'half of a kubeconfig',
     done: '`configs/sigma.kubeconfig` is cut in the middle',
-    holds: 'it is written again, as it was; the others are kept',
+    holds: 'it is rewritten with the same content; the others are kept',
     exit: 0,
     keys: true,
     again: [staging],

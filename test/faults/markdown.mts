@@ -3,11 +3,11 @@ import type { Fault } from './fault.mts'
 
 const introduction = `# Faults
 
-What may go wrong, and what holds afterwards. \`npm run test:faults\` causes each fault for real and checks what its row states. Without arguments it runs the first two groups; arguments select groups (\`host\`, \`machine\`, \`cluster\`) or faults by words in their names. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
+What can go wrong, and what holds afterwards. \`npm run test:faults\` causes each fault for real and checks what its row states. Without arguments it runs the first two groups; arguments select groups (\`host\`, \`machine\`, \`cluster\`) or faults by words in their names. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
 
-For every row, beside what it says:
+The following also holds for every row:
 
-- No process, port, lock or half-written file is left. Where a script was killed, which nobody can prepare for, that holds after the second run, but for a file \`.NAME.tmp-…\` that was just being written; \`make clean\` removes it.
+- No process, port, lock or half-written file is left. After \`kill -9\`, this holds once the script has been run again, except for a file \`.NAME.tmp-…\` that was just being written; \`make clean\` removes it.
 - The second run finishes the job, with status 0.
 - Another cluster on the same computer, with its files and a machine of the same name, is untouched; so are the user's own files in the checkout.
 `
@@ -44,7 +44,7 @@ const titles: Readonly<Record<string, string>> = {
 }
 
 function holdsOf({ holds, shortFormOf }: Fault): string {
-  return shortFormOf ? `${holds} (more of it: \`test/integration/${shortFormOf}.test.mts\`)` : holds
+  return shortFormOf ? `${holds} (see also \`test/integration/${shortFormOf}.test.mts\`)` : holds
 }
 
 function escaped(text: string): string {

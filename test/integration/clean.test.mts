@@ -75,7 +75,7 @@ describe('clean', () => {
     const { stdout } = await run(checkout, script)
     assert.match(
       stdout,
-      /Kept, because alpha cannot be reached without: certificates and keys, kubeconfigs/,
+      /Kept, because alpha cannot be reached without them: certificates and keys, kubeconfigs/,
     )
     assert.ok(existsSync(checkout.path('tls', 'ca-key.pem')))
     assert.ok(existsSync(checkout.path('configs', 'admin.kubeconfig')))

@@ -39,7 +39,7 @@ describe('cluster-health', () => {
   it('prints as JSON what is wrong, and asks the API server as the admin', async () => {
     const found = await asJson()
     assert.equal(found.healthy, false)
-    assert.deepEqual(found.troubles, [
+    assert.deepEqual(found.problems, [
       'machine alpha is stopped',
       'machine sigma is stopped',
       'machine gamma is stopped',

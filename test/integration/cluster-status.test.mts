@@ -154,6 +154,16 @@ describe('cluster-status', { skip: noSshd || noQemu }, () => {
     ])
   })
 
+  it('says that a certificate on a machine is damaged, and shows the other machines', async () => {
+    const broken = checkout.path('homes', 'alpha', 'pki', 'broken.pem')
+    const pem = await readFile(checkout.path('tls', 'admin.pem'), 'utf8')
+    await writeFile(broken, `${pem.slice(0, 500)}\n-----END CERTIFICATE-----\n`)
+    const report = await status()
+    await rm(broken)
+    assert.match(report.problems.join('\n'), /^alpha: .*PEM/)
+    assert.equal(machine(report, 'sigma').certificates.known, true)
+  })
+
   it('reads the certificates of a machine, but not its private keys', async () => {
     const home = checkout.path('homes', 'alpha')
     const [pem, caKey] = await Promise.all(

@@ -165,7 +165,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     assert.match(await watchFrom(`${known}`), /"code":410/)
   })
 
-  it('keeps only the last former data on the machine', async () => {
+  it('keeps only the last previous data on the machine', async () => {
     const folders = await readdir(join(data, '..'))
     assert.equal(folders.filter((name) => /^etcd($|\.former)/.test(name)).length, 2, `${folders}`)
   })
@@ -277,7 +277,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     })
   })
 
-  it('puts the former data back when the API server cannot read the Secrets of the snapshot', async () => {
+  it('puts the previous data back when the API server cannot read the Secrets of the snapshot', async () => {
     const path = await save()
     const { root } = controlPlane.place
     const configuration = join(root, 'var/lib/kubernetes/encryption-config.yaml')
@@ -294,7 +294,7 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
 
     const { stderr, exitCode } = await backup('restore', path)
     assert.equal(exitCode, 1)
-    assert.match(stderr, /etcd was not restored: alpha has its former data again/)
+    assert.match(stderr, /etcd was not restored: alpha has its previous data back/)
     assert.match(stderr, /cannot decrypt the Secrets of the snapshot/)
     assert.match(await namespaces(), /namespace\/newer/)
     assert.ok(!(await readdir(join(data, '..'))).includes('etcd.new'))

@@ -238,7 +238,7 @@ describe('generate-kubeconfigs', () => {
       assert.match(stderr, /certificates are missing or wrong/)
       assert.match(stderr, /admin: tls\/admin-key.pem is missing/)
       assert.match(stderr, /gamma: SANs changed/)
-      assert.match(stderr, /hint: +\.\/bin\/generate-certs.mts/)
+      assert.match(stderr, /hint: +make certs/)
       assert.deepEqual(await changedSince(before), [])
     } finally {
       await makeCertificates()

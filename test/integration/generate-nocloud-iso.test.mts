@@ -5,6 +5,7 @@ import { mkdir, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { promisify } from 'node:util'
+import { withLock } from '../../lib/lock.mts'
 import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
 
 const script = 'bin/generate-nocloud-iso.mts'
@@ -174,6 +175,14 @@ describe('generate-nocloud-iso', () => {
       assert.deepEqual(await readdir(checkout.path('cloud-init/sigma')), ['nixos'])
       const pki = await readdir(staged('sigma', 'var/lib/kubernetes/pki'))
       assert.deepEqual(pki.sort(), ['ca.pem', 'sigma-key.pem', 'sigma.pem'])
+    })
+
+    it('stages nothing while certificates are being generated', async () => {
+      await withLock(checkout.path('run', 'pki.lock'), 'generating certificates', async () => {
+        const { exitCode, stderr } = await call(['sigma'])
+        assert.match(stderr, /another process is generating certificates/)
+        assert.equal(exitCode, 1)
+      })
     })
 
     it('says which files are missing and what creates them, and keeps what was staged', async () => {

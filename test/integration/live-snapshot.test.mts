@@ -73,7 +73,7 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
   const booted = async (node: Node) =>
     (await readFile(filesOf(cluster, node).consoleLog, 'utf8').catch(() => '')) !== ''
 
-  it('is in a snapshot, for which all stand still for a moment that is measured', async () => {
+  it('is in a snapshot, for which all are paused for a time that is measured', async () => {
     await remember('first')
     const { stdout, stderr } = await succeeds('snapshot', 'one')
     assert.doesNotMatch(stderr, /disks only/)

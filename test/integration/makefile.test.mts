@@ -25,6 +25,15 @@ describe('the Makefile', () => {
     assert.equal((await make()).stdout, stdout)
   })
 
+  it('has the same list in the README', async () => {
+    const readme = readFileSync(join(projectRoot, 'README.md'), 'utf8')
+    const lines = (text: string) => text.match(/^ {2}[a-z].*$/gm) ?? []
+    const shown = lines((await make('help')).stdout)
+    const listed = lines(readme.match(/^```\n(?:.*\n)*? {2}check .*\n(?:.*\n)*?```$/m)?.[0] ?? '')
+    assert.ok(shown.length > 30)
+    assert.deepEqual(listed, shown)
+  })
+
   it('shows a worker that was added to cluster.env', async () => {
     const env = { WORKER_NODES: 'sigma gamma delta' }
     const { stdout } = await run(checkout, 'make', ['-s', 'help'], { env })

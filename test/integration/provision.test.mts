@@ -350,7 +350,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       await assertUndone(wait, /--wait and --disks-only do not go with --iso/, 2)
       await assertUndone(noFirmware, /\/no\/CODE\.fd/)
       await assertUndone(noQemu, /qemu-system-\w+ is not installed/)
-      const space = /not enough disk space: alpha, sigma, gamma need 6 GB, 0\.0 GB are free/
+      const space = /not enough disk space for alpha, sigma, gamma: 6\.0 GB are needed, .* are free/
       await assertUndone(noSpace, space)
     })
   })
@@ -375,7 +375,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       const stuck = await becomes(async () => /^stuck here$/m.test(await log()), 60)
       assert.ok(stuck, stderr)
       const state = await machineState(clusterOf(), clusterOf().controlPlane)
-      assert.ok(state.state === 'running' && state.mode === 'install')
+      assert.ok(state.state === 'installing')
       return {
         child,
         machine: state.pid,
@@ -466,7 +466,9 @@ describe('provision', { skip: noMachines, timeout: 300_000 }, () => {
     const first = await run(checkout, 'bin/provision.mts', ['alpha'])
     assert.equal(first.exitCode, 0, first.stderr)
     const pid = Number(first.stdout.match(/^alpha {2}started \(pid (\d+)\)\n$/)?.[1])
-    assert.deepEqual(await machineState(cluster, node), { state: 'running', pid, mode: 'boot' })
+    assert.deepEqual(await machineState(cluster, node), { state: 'running', pid })
+    // Disks hold keys.
+    assert.equal((await stat(checkout.path('images'))).mode & 0o777, 0o700)
 
     const second = await run(checkout, 'bin/provision.mts', ['alpha'])
     assert.equal(second.exitCode, 0, second.stderr)
@@ -480,6 +482,16 @@ describe('provision', { skip: noMachines, timeout: 300_000 }, () => {
     assert.match(stderr, /alpha is running \(pid \d+\)\n.*shutdown\.mts alpha/)
     assert.ok(await isRunning(cluster, node))
     assert.ok(existsSync(filesOf(cluster, node).disk))
+  })
+
+  it('starts nothing after a restore that was killed halfway', async () => {
+    const { checkout } = machines
+    await mkdir(checkout.path('snapshots'), { recursive: true })
+    await writeFile(checkout.path('snapshots', '.restoring'), 'before-restore-1\n')
+    const { stderr, exitCode } = await run(checkout, 'bin/provision.mts', ['sigma'])
+    assert.match(stderr, /a restore was interrupted halfway\n +hint: +make restore/)
+    assert.equal(exitCode, 1)
+    await rm(checkout.path('snapshots'), { recursive: true })
   })
 
   it('does not touch a QEMU that is not ours', async () => {

@@ -147,7 +147,8 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
   })
 
   it('removes what a machine no longer needs, and shows no password of a proxy', async () => {
-    await checkout.set({ PROXY_HTTP: 'http://me:swordfish@proxy.test:3128' })
+    // Without a scheme, too.
+    await checkout.set({ PROXY_HTTP: 'me:swordfish@proxy.test:3128' })
     await on('sigma', 'echo >/var/lib/kubernetes/kube-proxy.kubeconfig')
     const { stdout, stderr, exitCode } = await reconfig('--node', 'sigma')
     assert.equal(exitCode, 0, stderr)
@@ -207,6 +208,14 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
         [],
         /an upgrade of gamma has not finished\n.*hint: +make upgrade NAME=gamma/,
       )
+    })
+
+    it('with two modes at a time, or to restart it without a build', async () => {
+      for (const mode of ['--restart', '--take-back']) {
+        await assertUntouched(['--dry-run', mode], /--dry-run and --.* do not go together/, 2)
+      }
+      const reason = /nothing was built on gamma.*\n.*hint: +.*--build --node gamma/
+      await assertUntouched(['--restart', '--node', 'gamma'], reason)
     })
 
     it('that does not exist', () => assertUntouched(['--node', 'omega'], /no node "omega"/, 2))

@@ -50,7 +50,6 @@ describe('the moment of a snapshot', { skip }, () => {
     for (const { name } of cluster.nodes) {
       const image = checkout.path('images', `${name}.qcow2`)
       await exec('qemu-img', ['create', '-q', '-f', 'qcow2', image, '1M'])
-      await writeFile(checkout.path('images', `${name}-efivars.fd`), `variables of ${name}`)
     }
     for (const name of ['alpha', 'sigma']) await simulate(name)
   })

@@ -33,7 +33,7 @@ describe('starting a machine', { skip: noMachines }, () => {
     const { stdout, stderr, exitCode } = await provision()
     assert.equal(exitCode, 0, stderr)
     const pid = Number(stdout.match(/^alpha +started \(pid (\d+)\)$/m)?.[1])
-    assert.deepEqual(await state(), { state: 'running', pid, mode: 'boot' })
+    assert.deepEqual(await state(), { state: 'running', pid })
     assert.equal(Number(await readFile(files.pid, 'utf8')), pid)
     assert.match((await commandLine(pid)) ?? '', /qemu-system-.* -name alpha /)
 
@@ -156,7 +156,7 @@ describe('starting a machine', { skip: noMachines }, () => {
       output += text
     })
     assert.ok(await becomes(async () => (await state()).state === 'running', 20))
-    assert.deepEqual(await state(), { state: 'running', pid: qemu.pid, mode: 'install' })
+    assert.deepEqual(await state(), { state: 'installing', pid: qemu.pid })
     assert.match((await provision()).stderr, /alpha is being installed/)
     assert.ok(await becomes(() => /BdsDxe|Shell>/.test(output), 60), output)
 

@@ -3,7 +3,7 @@
 //   YES=1        install the packages that it needs
 //   NODES=alpha  only these machines; pods need a worker and the control plane
 //   KEEP=1       leave the machines running in rehearsal/
-//   DAY_TWO=1    continue: snapshots, backups, changed settings, adding and removing workers, upgrade
+//   DAY_TWO=1    continue: snapshots, backups, changed settings, adding and removing a worker, upgrading one
 //   DAY_TWO='breaking upgrade'  of that only the steps with these words in their names
 //   KUBE_BIN_DIR=FOLDER  Kubernetes programs for the machines; else they are downloaded or built
 import { existsSync } from 'node:fs'

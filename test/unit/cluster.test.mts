@@ -109,9 +109,11 @@ describe('cluster.env as it comes', () => {
 })
 
 describe('a node name', () => {
+  // Locks of scripts, and what YAML would not read as text.
+  const odd = ['helm', 'encryption-config', 'default', '1', '1e3', '0x1f', 'true', 'no', 'null']
   const taken = ['ca', 'ca-key', 'admin', 'kubernetes', 'sigma-key', 'alpha-install', 'bootstrap']
-  for (const name of [...taken, 'pki', 'lan-switch', 'localhost', 'all', 'kube-proxy']) {
-    it(`${name} is refused, because its files would be those of something else`, () => {
+  for (const name of [...taken, 'pki', 'lan-switch', 'localhost', 'all', 'kube-proxy', ...odd]) {
+    it(`${name} is refused, because it means something else`, () => {
       const problems = problemsOf({ WORKER_NODES: `WORKER_NODES="sigma gamma ${name}"` })
       assert.ok(
         problems.some((problem) =>

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { describe, it } from 'node:test'
-import { $ } from 'zx/core'
-import { describeError, knownProblem, StepError } from '../../lib/errors.mts'
+import { $, ProcessOutput } from 'zx/core'
+import { describeError, knownProblem, noteFailure, StepError } from '../../lib/errors.mts'
 import { prepareCommands } from '../../lib/script.mts'
 
 prepareCommands(false)
@@ -77,6 +77,22 @@ describe('a described error', () => {
     for (const [index, error] of errors.entries()) {
       assert.ok(describeError(error).endsWith(`${commands[index]}'`), describeError(error))
     }
+  })
+
+  it('of commands that took equally long names the one with its errors', () => {
+    for (const name of ['sigma', 'gamma']) {
+      noteFailure({ command: `ssh ${name}`, duration: 5, stderr: `${name}: refused` })
+    }
+    const error = new ProcessOutput(255, null, '', 'sigma: refused\n', '', '', 5)
+    assert.match(describeError(error), /command: ssh sigma$/m)
+  })
+
+  it('with a kubectl command says which kubeconfig it needs', () => {
+    const first = /^ {2}first: {3}export KUBECONFIG=configs\/admin\.kubeconfig$/m
+    const hint = 'use another name, or:\nkubectl delete node sigma'
+    assert.match(describeError(new StepError('no', { hint })), first)
+    assert.match(describeError(new StepError('no', { command: 'kubectl get nodes' })), first)
+    assert.doesNotMatch(describeError(new StepError('no', { hint: 'install kubectl so' })), first)
   })
 
   it('of a known problem has its reason and its hint', () => {

@@ -44,9 +44,9 @@ it('amounts of bytes have two or three digits and a decimal unit', () => {
   ])
 })
 
-it('durations have seconds, or minutes and seconds', () => {
+it('durations have seconds, minutes or hours', () => {
   const texts = [0, 1240, 59_949, 59_950, 60_000, 125_000, 3_600_000].map(formatDuration)
-  assert.deepEqual(texts, ['0.0s', '1.2s', '59.9s', '1m 00s', '1m 00s', '2m 05s', '60m 00s'])
+  assert.deepEqual(texts, ['0.0s', '1.2s', '59.9s', '1m 00s', '1m 00s', '2m 05s', '1h 00m'])
 })
 
 it('a quoted word is read back by a shell as it was', () => {

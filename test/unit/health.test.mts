@@ -6,7 +6,7 @@ import { after, afterEach, before, describe, it } from 'node:test'
 import forge from 'node-forge'
 import { $ } from 'zx/core'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
-import { clockTrouble, probeApiServer, waitForReady } from '../../lib/health.mts'
+import { clockProblem, probeApiServer, waitForReady } from '../../lib/health.mts'
 import { prepareCommands } from '../../lib/script.mts'
 import { type FakeApiServer, failure, nodeList, startFakeApiServer } from '../api-server.mts'
 import { type Checkout, makeCheckout, run } from '../checkout.mts'
@@ -183,13 +183,13 @@ describe('probing the API server', () => {
 
 describe('a clock that is wrong', () => {
   it('is named by minutes or days, and up to five minutes not at all', () => {
-    assert.equal(clockTrouble('alpha', -300), '')
+    assert.equal(clockProblem('alpha', -300), '')
     assert.equal(
-      clockTrouble('alpha', -301),
+      clockProblem('alpha', -301),
       "the clock of alpha is 5 minutes behind this computer's",
     )
     assert.equal(
-      clockTrouble('alpha', 730 * 86_400),
+      clockProblem('alpha', 730 * 86_400),
       "the clock of alpha is 730 days ahead of this computer's",
     )
   })

@@ -40,7 +40,7 @@ describe('the LAN switch', () => {
     const lanSwitch = new LearningSwitch(ports)
     assert.deepEqual(lanSwitch.forward(frame(sigma.mac, alpha.mac), 40000, 0), [])
     assert.equal(lanSwitch.counters.refused, 1)
-    assert.deepEqual(lanSwitch.addresses(0), [])
+    assert.equal(lanSwitch.addresses(0), 0)
   })
 
   it('never sends a frame back to the port it came from', () => {
@@ -61,10 +61,7 @@ describe('the LAN switch', () => {
     lanSwitch.forward(frame(sigma.mac, broadcast), sigma.port, 0)
     assert.deepEqual(lanSwitch.forward(frame(alpha.mac, sigma.mac), alpha.port, 300), [sigma.port])
     assert.equal(lanSwitch.forward(frame(alpha.mac, sigma.mac), alpha.port, 301).length, 2)
-    assert.deepEqual(
-      lanSwitch.addresses(301).map(({ mac }) => mac),
-      [alpha.mac],
-    )
+    assert.equal(lanSwitch.addresses(301), 1)
   })
 
   it('drops what is too short for a frame, and a frame from a group address', () => {
@@ -93,20 +90,17 @@ describe('the LAN switch', () => {
         .replace(/(..)(?=.)/g, '$1:')
       lanSwitch.forward(frame(`02:00:00:${suffix}`, broadcast), gamma.port, 1)
     }
-    assert.ok(lanSwitch.addresses(1).length <= 4096)
+    assert.ok(lanSwitch.addresses(1) <= 4096)
     assert.deepEqual(lanSwitch.forward(frame(alpha.mac, sigma.mac), alpha.port, 2), [sigma.port])
   })
 
-  it('counts frames and shows the addresses it has learned', () => {
+  it('counts frames, and the addresses that it has learned', () => {
     const lanSwitch = new LearningSwitch(ports)
     lanSwitch.forward(frame(alpha.mac, broadcast), alpha.port, 0)
     lanSwitch.forward(frame(sigma.mac, alpha.mac), sigma.port, 5)
     const counters = { received: 2, forwarded: 1, flooded: 1, refused: 0, dropped: 0 }
     assert.deepEqual(lanSwitch.counters, counters)
-    assert.deepEqual(lanSwitch.addresses(10), [
-      { mac: alpha.mac, port: alpha.port, age: 10 },
-      { mac: sigma.mac, port: sigma.port, age: 5 },
-    ])
+    assert.equal(lanSwitch.addresses(10), 2)
   })
 })
 

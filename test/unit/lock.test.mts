@@ -89,6 +89,40 @@ describe('a lock', () => {
     assert.equal(await withLock(path, 'starting alpha', async () => 'taken over'), 'taken over')
   })
 
+  it('is taken on a full disk as well, so that machines can still be stopped', async (context) => {
+    const full = Object.assign(new Error('no space left on device'), { code: 'ENOSPC' })
+    const { writeFile } = promises
+    context.mock.method(promises, 'writeFile', async (file: string) => {
+      await writeFile(file, '')
+      throw full
+    })
+    syncBuiltinESMExports()
+    try {
+      assert.equal(await withLock(path, 'stopping alpha', async () => 'stopped'), 'stopped')
+    } finally {
+      context.mock.restoreAll()
+      syncBuiltinESMExports()
+    }
+    assert.equal(await withLock(path, 'starting alpha', async () => 'free'), 'free')
+  })
+
+  it('that cannot be read is not taken over', async (context) => {
+    const denied = Object.assign(new Error('permission denied'), { code: 'EACCES' })
+    await withLock(path, 'taking a snapshot', async () => {
+      context.mock.method(promises, 'readFile', () => Promise.reject(denied))
+      syncBuiltinESMExports()
+      try {
+        await assert.rejects(
+          withLock(path, 'restoring', async () => 'never'),
+          /permission denied/,
+        )
+      } finally {
+        context.mock.restoreAll()
+        syncBuiltinESMExports()
+      }
+    })
+  })
+
   it('is taken on a file system without hard links as well', async (context) => {
     const refused = Object.assign(new Error('operation not permitted'), { code: 'EPERM' })
     context.mock.method(promises, 'link', () => Promise.reject(refused))

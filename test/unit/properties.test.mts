@@ -352,7 +352,7 @@ describe('frames of the LAN switch, whatever is in them,', () => {
       }),
       { numRuns: 200 },
     )
-    assert.ok(lan.addresses(1).length <= 4096)
+    assert.ok(lan.addresses(1) <= 4096)
     const answer = Buffer.from('5254001234575254001234560800', 'hex')
     assert.deepEqual(lan.forward(answer, ports[0] ?? 0, 1), [ports[1]])
   })

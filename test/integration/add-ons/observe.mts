@@ -28,8 +28,8 @@ export const observe = (shared: Shared) =>
       const [health, status] = await Promise.all([json('cluster-health'), json('cluster-status')])
       const trouble = /^pod default\/stuck-\S+: ImagePullBackOff$/
       assert.ok(
-        health.troubles.some((text: string) => trouble.test(text)),
-        health.troubles,
+        health.problems.some((text: string) => trouble.test(text)),
+        health.problems,
       )
       assert.ok(
         status.problems.some((text: string) => trouble.test(text)),
