@@ -167,7 +167,7 @@ async function refuseIfKnown(): Promise<void> {
   const { stdout } = await $`kubectl get node ${name} --ignore-not-found --output=name`
   if (stdout.trim()) {
     throw new StepError(`the API server knows a node "${name}" that cluster.env does not`, {
-      hint: `use another name, or: kubectl delete node ${name}`,
+      hint: `use another name, or:\nkubectl delete node ${name}`,
     })
   }
   if (existsSync(before.path('images', `${name}.qcow2`))) {

@@ -80,9 +80,9 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   for (const ended of all) if (ended.status === 'rejected') throw ended.reason
 })
 let next = 'make smoke, and: export KUBECONFIG=configs/admin.kubeconfig'
+if (cluster.workers.length === 0) next = 'make add-worker NAME=sigma: pods need a worker'
 if (until === 'machines') next = 'make wait, which watches the cluster come up'
 if (until === 'cluster') next = 'make dns, make storage, make metrics'
-if (cluster.workers.length === 0) next = 'make add-worker NAME=sigma: pods need a worker'
 console.error(`next: ${next}`)
 
 /** Runs a step in this terminal, as a person would type it. */

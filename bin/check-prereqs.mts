@@ -33,7 +33,7 @@ warnings (no hardware acceleration, little memory) do not count.`,
   examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
 refuseIf(flags.yes && !flags.install, '--yes is for --install')
-refuseIf(flags.leftovers && (flags.json || flags.install), '--leftovers goes with no other flag')
+refuseIf(flags.leftovers && (flags.json || flags.install), '--leftovers excludes --json, --install')
 
 const cluster = loadCluster()
 if (flags.leftovers) await showLeftovers()

@@ -15,7 +15,7 @@ import { hasDisk, machineState } from '../lib/vm.mts'
 const { flags } = script({
   does: `Removes what the other steps created: the ISO, staged configurations, certificates, kubeconfigs.
 Certificates and keys that an installed machine needs stay, unless its disk is removed too (--disks).
-Does not ask; --list shows what it would remove: also files of yours that have such names.`,
+It does not ask, and also removes files of yours with such names: --list shows them first.`,
   reads: ['cluster.env', 'run/', 'images/'],
   writes: [
     'tls/',

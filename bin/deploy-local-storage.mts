@@ -199,7 +199,7 @@ await kubectl.printOrDelete(cluster, 'local storage', manifest, flags, async () 
   if (left.length > 0) {
     throw new StepError('there are volumes that nothing could remove any more', {
       output: left.join('\n'),
-      hint: 'delete the claims first: kubectl get persistentvolumeclaims --all-namespaces',
+      hint: 'delete the claims first:\nkubectl get persistentvolumeclaims --all-namespaces',
     })
   }
   await $`kubectl delete storageclasses --selector=${workerLabel} --ignore-not-found`

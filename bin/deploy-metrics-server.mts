@@ -1,7 +1,7 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // What nodes and pods use: metrics-server collects it from each kubelet and serves it as a part of
-// the API. The cluster's CA verifies all its connections, in both directions.
+// the API. TLS on all its connections is verified with the cluster's CA.
 import { existsSync, readFileSync } from 'node:fs'
 import { $ } from 'zx/core'
 import { loadCluster } from '../lib/cluster.mts'

@@ -21,7 +21,7 @@ import { inParallel, type Row, step } from '../lib/steps.mts'
 import { isRunning } from '../lib/vm.mts'
 
 const { flags, args } = script({
-  does: `snapshot saves etcd's data to backups/etcd-TIME.db and verifies it. restore replaces etcd's data
+  does: `snapshot saves etcd's data to backups/etcd-TIME.db (UTC) and verifies it. restore replaces the data
 with such a file, by default the newest. The control plane is stopped meanwhile; if it is not healthy
 afterwards, it gets its previous data back. Pods keep running all the time.`,
   reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig', 'backups/'],
@@ -40,8 +40,9 @@ const found = action ? `"${action}"` : 'nothing'
 refuseIf(action !== 'snapshot' && action !== 'restore', `snapshot or restore, not ${found}`)
 const saving = action === 'snapshot'
 refuseIf(saving && file !== undefined, 'snapshot takes no FILE: it is named by the current time')
-refuseIf(saving && (flags.force || flags.timeout !== undefined), '--force, --timeout: of restore')
-refuseIf(!saving && flags.keep !== undefined, '--keep: of snapshot')
+const restoring = flags.force || flags.timeout !== undefined
+refuseIf(saving && restoring, '--force and --timeout are for restore')
+refuseIf(!saving && flags.keep !== undefined, '--keep is for snapshot')
 refuseIf(!Number.isInteger(keep) || keep < 1, '--keep is at least 1')
 
 const cluster = loadCluster()
@@ -184,7 +185,7 @@ async function replaceData(path: string, row: Row): Promise<string> {
     const output = reasons.join('\n')
     throw new StepError(`etcd was not restored: ${outcome}`, { output, exitCode, cause: error })
   }
-  // Of previous data only the last are kept.
+  // Only the most recent previous data are kept.
   await onAlpha(`for each in ${data}.former-*; do [ "$each" = ${former} ] || rm -rf "$each"; done`)
   return former
 }

@@ -30,8 +30,7 @@ const [certs, kubernetes] = ['./bin/generate-certs.mts', '/var/lib/kubernetes']
 
 const nodes = chooseNodes(cluster, args)
 if (flags.list) for (const node of nodes) list(node)
-else
-  await withLock(cluster.path('run', 'pki.lock'), 'staging configurations', stageAll, { wait: 5 })
+else await withLock(cluster.path('run', 'pki.lock'), 'staging files', stageAll, { wait: 5 })
 
 async function stageAll(): Promise<void> {
   for (const node of nodes) await step(`stage ${node.name}`, () => stage(node))

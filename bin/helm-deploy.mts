@@ -33,7 +33,7 @@ that helm knows, an oci:// address, or with --repo a name in that repository.`,
     'keep-values': {
       help: 'keep values that FILE does not set; do nothing if the release has VERSION and FILE',
     },
-    delete: { help: 'uninstall the release' },
+    delete: { help: 'uninstall the release; with --release, CHART is not needed' },
     timeout: {
       ...{ value: 'SECONDS', number: true },
       help: 'how long to wait until it is ready (300); 0: not at all, nor for workers',
@@ -143,7 +143,7 @@ async function ensureHelm(): Promise<void> {
   const computer = (await $`uname -sm`).stdout.trim().toLowerCase()
   const target = computer.replace(' ', '-').replace('x86_64', 'amd64').replace('aarch64', 'arm64')
   if (!/^(linux|darwin)-(amd64|arm64)$/.test(target)) {
-    throw new StepError(`Helm is not downloaded for ${computer}`, {
+    throw new StepError(`this script cannot download Helm for ${computer}`, {
       hint: 'install it (https://helm.sh/docs/intro/install/) so that helm is on the PATH',
     })
   }

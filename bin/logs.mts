@@ -23,7 +23,7 @@ are named; with --console the output of a machine's serial console, which needs 
   args: '[NODE...]',
   examples: ['./bin/logs.mts --unit kubelet sigma gamma', './bin/logs.mts --console alpha'],
 })
-refuseIf(flags.console && (flags.unit || flags.all), 'a console has no units: --unit, --all')
+refuseIf(flags.console && (flags.unit || flags.all), '--console excludes --unit and --all')
 refuseIf(flags.unit && flags.all, '--unit or --all, not both')
 const { lines = 50 } = flags
 const cluster = loadCluster()

@@ -2,7 +2,7 @@
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
 // Machines: NixOS installed from the ISO over the serial console with --iso, else machines started.
 import { existsSync } from 'node:fs'
-import { mkdir, rename, rm } from 'node:fs/promises'
+import { mkdir, open, rename, rm } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import { $ } from 'zx/core'
 import { chooseNodes, loadCluster, type Node } from '../lib/cluster.mts'
@@ -50,7 +50,7 @@ refuseIf(installing && starting, '--wait and --disks-only do not go with --iso')
 refuseIf(flags.force && !installing, '--force is for --iso: starting a machine replaces nothing')
 const host = await detectHost(cluster)
 const signal = interruption()
-const noLogin = { pattern: /Dependency failed for .*Serial Getty/, reason: 'there is no login' }
+const noLogin = { pattern: /Dependency failed for .*Serial Getty/, reason: 'no login prompt' }
 
 if (installing) {
   const iso = await chooseIso()
@@ -145,7 +145,7 @@ async function attempt(node: Node, iso: string, row: Row): Promise<void> {
     const options = qemuArguments({ cluster, node, host, mode })
     if (flags.verbose)
       console.error(`$ (cd run; ${[host.qemu.path, ...options].map(quote).join(' ')})`)
-    // QEMU in a pseudo-terminal, which is its serial console. It ends when this script ends, however.
+    // QEMU in a pseudo-terminal, which is its serial console. It ends with this script, in any case.
     const machine = spawn(host.qemu.path, options, {
       name: node.name,
       cwd: cluster.path('run'),
@@ -158,7 +158,8 @@ async function attempt(node: Node, iso: string, row: Row): Promise<void> {
     } finally {
       await machine.close()
     }
-    await $`sync ${partialDisk}`
+    const file = await open(partialDisk, 'r+')
+    await file.sync().finally(() => file.close())
     await rename(partialDisk, disk)
   } catch (error) {
     await rm(partialDisk, { force: true })

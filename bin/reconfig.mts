@@ -342,7 +342,8 @@ async function switchTo(
     began=$(date +%s)
     nixos-rebuild switch || status=$?
     # Some versions of nixos-rebuild leave what the switch says to its unit.
-    journalctl --quiet --unit='nixos-rebuild-switch-to-configuration*' --since=@$began --output=cat || true
+    unit='nixos-rebuild-switch-to-configuration*'
+    { journalctl --sync; journalctl --quiet --unit="$unit" --since=@$began --output=cat; } || true
     if [ -e guarded ]; then
       former=$(cat unfinished)
       systemd-run --unit=reconfig-undo --on-active=3min --setenv=PATH="$PATH" bash -c "

@@ -12,28 +12,14 @@ import { formatDuration, timestamp } from '../lib/format.mts'
 import { detectHost, type Host } from '../lib/host.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
-import { qemuArguments } from '../lib/qemu.mts'
+import { filesOf, qemuArguments } from '../lib/qemu.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { runScript, script } from '../lib/script.mts'
 import type { Snapshot } from '../lib/snapshots.mts'
-import {
-  hardware,
-  inspect,
-  liveParts,
-  readSnapshots,
-  restoring,
-  suspended,
-} from '../lib/snapshots.mts'
+import { hardware, inspect, liveParts, mixed, readSnapshots, suspended } from '../lib/snapshots.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
-import {
-  assertDiskSpace,
-  filesOf,
-  hasDisk,
-  isRunning,
-  machineState,
-  startMachine,
-} from '../lib/vm.mts'
+import { assertDiskSpace, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `Restores a snapshot of the cluster, the newest unless one is named: memory (without it, the machines
@@ -54,7 +40,7 @@ const began = performance.now()
 const signal = interruption()
 const cluster = loadCluster()
 const names = cluster.nodes.map((node) => node.name)
-const marker = cluster.path('snapshots', restoring)
+const marker = cluster.path('snapshots', mixed)
 
 const restored = await withClusterLock(cluster, 'restoring a snapshot', async () => {
   // 1. Everything that prevents a restore is found before anything is changed.
@@ -184,7 +170,8 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
   // As for a snapshot, which is about to be taken.
   const room = snapshot === suspended ? 0 : names.length * 2 ** 30
   await assertDiskSpace(cluster.path('images'), room).catch((error) => problems.push(error.message))
-  let hint = './bin/snapshot.mts --list shows the others'
+  const giveUp = `boot without the suspended memory: ./bin/snapshot.mts --delete ${suspended} && make up`
+  let hint = snapshot === suspended ? giveUp : './bin/snapshot.mts --list shows the others'
   if (live && problems.length === 0) {
     // With the settings that the machines will have.
     const file = cluster.path(snapshot === suspended ? '.' : `snapshots/${snapshot}`, 'cluster.env')
@@ -207,10 +194,9 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
   const later = cluster.workers.filter(({ name }) => !machines.some((each) => each.name === name))
   const removals = later.map(({ name }) => `make remove-worker NAME=${name}`).join(', ')
   const remove = `remove the workers that were added after it: ${removals}`
-  const giveUp = `boot without the suspended memory: ./bin/snapshot.mts --delete ${suspended} && make up`
   throw new StepError(`the snapshot "${snapshot}" cannot be restored; nothing was changed`, {
     output: problems.join('\n'),
-    hint: snapshot === suspended ? giveUp : removals ? remove : hint,
+    hint: removals && snapshot !== suspended ? remove : hint,
   })
 }
 

@@ -70,11 +70,11 @@ async function upgrade(node: Node): Promise<string> {
   // 1. The staged configuration on the machine, and the system of it built while the current runs.
   const failure = `so ${name} was not upgraded`
   await runScript('reconfig', ['--build', '--node', name], { failure })
-  const { now, built } = await readSystems(node).catch((error) => undo(name, false, error))
+  let cordoned = left.includes('cordoned') // by this script
+  const { now, built } = await readSystems(node).catch((error) => undo(name, cordoned, error))
   const release = `NixOS ${built.nixos}, Kubernetes ${built.kubernetes}`
-  const finished = `cd ${home}; rm -f unfinished former-channel result`
+  const finished = `cd ${home}; rm -f unfinished former-channel cordoned result`
 
-  let [cordoned, staysCordoned] = [false, false]
   try {
     if (now.path !== built.path) {
       // 2. Whether it may run in this cluster.
@@ -83,9 +83,8 @@ async function upgrade(node: Node): Promise<string> {
       // 3. The pods leave, as far as disruption budgets allow.
       if (role === 'worker') {
         const { spec } = await kubectlJson<{ spec: { unschedulable?: true } }>('get', 'node', name)
-        cordoned = !spec.unschedulable
-        // When a run continues, this script has cordoned it.
-        staysCordoned = !cordoned && !continued
+        if (!spec.unschedulable) await remote(node, `touch ${home}/cordoned`)
+        cordoned ||= !spec.unschedulable
         const force = flags.force ? ['--force', '--disable-eviction'] : []
         const options = ['--ignore-daemonsets', '--delete-emptydir-data', ...force]
         const limit = `--timeout=${Math.ceil(timeout)}s`
@@ -111,8 +110,8 @@ ssh -F tls/ssh_config ${name} 'nixos-rebuild boot --rollback && reboot'`,
     })
   })
 
-  // 5. Pods may come back, unless the node was cordoned before. Without the signal: even after Ctrl-C.
-  if (role === 'worker' && !staysCordoned) await $`kubectl uncordon ${name}`
+  // 5. Pods may come back, unless the node was cordoned before. Not interrupted: it is all that is left.
+  if (cordoned) await $`kubectl uncordon ${name}`
   await remote(node, finished)
   return `NixOS ${now.nixos}, Kubernetes ${now.kubernetes} → ${release}`
 }
@@ -141,7 +140,8 @@ async function undo(name: string, cordoned: boolean, error: unknown): Promise<ne
   const run = $({ env: { ...$.env, ...locksForChildren() }, stdio: 'inherit' })
   await takingTime(async () => {
     await run`./bin/reconfig.mts --take-back --node ${name}`
-    if (cordoned) await $`kubectl uncordon ${name}`
+    if (cordoned)
+      await $`kubectl uncordon ${name} && ssh -F tls/ssh_config ${name} rm -f ${home}/cordoned`
   }).catch((second) => {
     throw new StepError(`${name} was not upgraded, and could not be put back as it was`, {
       output: [error, second].map((reason) => describeError(reason)).join('\n'),

@@ -40,7 +40,7 @@ export function noteFailure(failure: Failure): void {
 export function commandOf({ duration, stderr }: ProcessOutput): string {
   const alike = failures.filter((one) => one.stderr.trim() === stderr.trim())
   const same = alike.findLast((one) => one.duration === duration)
-  return (same ?? failures.at(-1))?.command ?? ''
+  return (same ?? alike.at(-1) ?? failures.at(-1))?.command ?? ''
 }
 
 /** The last lines of a text, without blank ones at its end. */

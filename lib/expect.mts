@@ -10,7 +10,7 @@ export interface SpawnOptions {
   env?: Record<string, string | undefined>
   transcript?: string // file to which all output is appended as plain text
   hidden?: RegExp // lines that errors leave out, such as our own markers
-  /** Output that ends every wait at once, and what it means. */
+  /** In a whole line they end every wait at once, and what they mean. */
   fatalPatterns?: readonly { pattern: RegExp; reason: string }[]
 }
 
@@ -155,7 +155,8 @@ export class Session {
         settle(() => reject(new ExpectError(kind, reason, this)))
       const check = () => {
         if (signal?.aborted) return settle(() => reject(signal.reason))
-        const fatal = this.fatalPatterns?.find(({ pattern }) => pattern.test(this.unread))
+        const lines = this.unread.slice(0, this.unread.lastIndexOf('\n') + 1)
+        const fatal = this.fatalPatterns?.find(({ pattern }) => pattern.test(lines))
         if (fatal) return fail('fatal', `${fatal.reason} while waiting for ${what}`)
         const value = poll()
         if (value !== undefined) return settle(() => resolve(value))

@@ -64,7 +64,7 @@ export async function withLock<T>(
     return await work()
   } finally {
     held.delete(mine.nonce)
-    if ((await holderOf(path))?.nonce === mine.nonce) await rm(path, { force: true })
+    if (((await holderOf(path)) ?? mine).nonce === mine.nonce) await rm(path, { force: true })
   }
 }
 
@@ -92,7 +92,7 @@ async function take(path: string, mine: Holder): Promise<boolean> {
   const [ours, text] = [`${path}.${mine.nonce}`, JSON.stringify(mine)]
   try {
     await writeFile(ours, text, { mode: 0o600 }).catch((error) => {
-      // On a full disk an empty lock has to do: stopping and deleting must remain possible.
+      // A full disk: nothing is excluded then, but stopping and deleting must remain possible.
       if (!/^(ENOSPC|EDQUOT)$/.test(error.code)) throw error
     })
     await link(ours, path).catch((error) => {

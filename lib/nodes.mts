@@ -31,7 +31,7 @@ const reserved: readonly [pattern: RegExp, of: string][] = [
   [/-install$/, 'the installation of a machine'],
   [/-key$/, 'the key of a certificate'],
   [/^localhost$/, 'this computer'],
-  [/^default$/, 'the default of storage classes'],
+  [/^default$/, 'the claim of the default StorageClass'],
   [/^(\d[\dex]*|0x[\da-f]+|true|false|null|yes|no|on|off|y|n)$/, 'a number or boolean of YAML'],
   [/^all$/, 'all nodes (make upgrade NAME=all)'],
   [

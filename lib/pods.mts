@@ -97,7 +97,7 @@ export async function waitForRollout(what: string, limits: Limits): Promise<void
     const state = status.stdout.trim()
     if (state.endsWith('successfully rolled out')) return undefined
     const latest = (await kubectl`kubectl get ${what} ${inNamespace} --output=${images}`).stdout
-    // Pods of a previous version may be in problem for the very reason that there is a new one.
+    // Pods of a previous version may be failing; that may be why there is a new one.
     const pods = (await getPods(inNamespace)).filter(({ metadata, spec }) => {
       const found = spec.containers.map(({ image }) => image).join(' ')
       return found === latest && !metadata.deletionTimestamp

@@ -10,8 +10,8 @@ import { readIfThere } from './files.mts'
 /** The snapshot that make suspend takes and make up continues from: no name that others can have. */
 export const suspended = '_suspended'
 
-/** In snapshots/ while a restore replaces disks: those may be of different moments. */
-export const restoring = '.restoring'
+/** In snapshots/ while a restore replaces disks, which may be of different moments. */
+export const mixed = '.restoring'
 
 /** What a snapshot with memory is of, by the node names in QEMU's arguments. */
 export const liveParts = { vmstate: 'disk0', devices: ['disk0', 'efivars'] }

@@ -6,7 +6,7 @@ import { basename, dirname, relative } from 'node:path'
 import { $ } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { knownProblem, lastLines, StepError } from './errors.mts'
-import { privateFolder } from './files.mts'
+import { privateFolder, readIfThere } from './files.mts'
 import { formatBytes } from './format.mts'
 import type { Host } from './host.mts'
 import { ensureLanSwitch } from './lan.mts'
@@ -14,7 +14,7 @@ import { withLock } from './lock.mts'
 import { assertFree, commandLine, isGone, type Port, pidFrom } from './processes.mts'
 import { filesOf, qemuArguments } from './qemu.mts'
 import { Qmp } from './qmp.mts'
-import { inspect, restoring, suspended } from './snapshots.mts'
+import { inspect, mixed, suspended } from './snapshots.mts'
 import { becomes } from './wait.mts'
 
 export { filesOf }
@@ -77,10 +77,10 @@ export async function assertPortsFree(cluster: Cluster, nodes: readonly Node[]):
   await assertFree(ports)
 }
 
-/** Creates the folders that QEMU writes to. Private: disks hold keys, and QMP controls a machine. */
+/** Creates the folders that QEMU writes to. run/ is private: QMP controls a machine. */
 export async function prepareFolders(cluster: Cluster): Promise<void> {
-  await mkdir(cluster.path('logs'), { recursive: true })
-  for (const name of ['images', 'run']) await privateFolder(cluster.path(name))
+  for (const name of ['images', 'logs']) await mkdir(cluster.path(name), { recursive: true })
+  await privateFolder(cluster.path('run'))
 }
 
 /**
@@ -117,8 +117,10 @@ export async function startMachine(
     if (!load && existsSync(cluster.path('snapshots', suspended))) {
       throw new StepError('the machines were suspended meanwhile', { hint: 'make up' })
     }
-    if (existsSync(cluster.path('snapshots', restoring))) {
-      throw new StepError('a restore was interrupted halfway', { hint: 'make restore' })
+    const former = await readIfThere(cluster.path('snapshots', mixed))
+    if (former !== undefined) {
+      const hint = `make restore NAME=${former.trim()}; if all disks are new: rm snapshots/${mixed}`
+      throw new StepError('a restore was interrupted halfway', { hint })
     }
     await assertFree(portsOf(cluster, node))
     await prepareEfiVars(cluster, node, host)
@@ -185,12 +187,12 @@ export function hasDisk(cluster: Cluster, node: Node): boolean {
  * @returns a warning instead of the error on macOS, which does not count space that it can purge
  */
 export async function assertRoomForDisks(cluster: Cluster, nodes: readonly Node[]) {
-  const each = Math.min(cluster.settings.DISK_SIZE, installedSize) * 1e9
+  const each = Math.min(cluster.settings.DISK_SIZE, installedSize) * 2 ** 30
   const names = nodes.map(({ name }) => name).join(', ')
   return assertDiskSpace(cluster.path('images'), nodes.length * each, { what: ` for ${names}` })
 }
 
-/** The same for so many bytes in a folder. @param what " for …" */
+/** The same check for a number of bytes. @param what " for …" */
 export async function assertDiskSpace(
   folder: string,
   needed: number,

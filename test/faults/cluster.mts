@@ -323,7 +323,7 @@ async function startWriter(place: Place): Promise<Writer> {
   return writer
 }
 
-/** Nothing of a restore is left on the machine but the former data. */
+/** Nothing of a restore is left on the machine but the previous data. */
 async function assertTidy(): Promise<void> {
   const tidy = async () => !(await readdir(join(alpha().data, '..'))).includes('etcd.new')
   assert.ok(await becomes(tidy, 10), 'etcd.new is left on alpha')

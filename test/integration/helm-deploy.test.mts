@@ -116,7 +116,7 @@ describe('helm', () => {
     programs.say('uname', 'Linux riscv64')
     const { exitCode, stderr } = await deploy()
     assert.equal(exitCode, 1)
-    assert.match(stderr, /Helm is not downloaded for linux riscv64\n.*https:\/\/helm\.sh/)
+    assert.match(stderr, /this script cannot download Helm for linux riscv64\n.*https:\/\/helm\.sh/)
     assert.deepEqual(server.requests, [])
   })
 

@@ -155,7 +155,7 @@ describe('starting a machine', { skip: noMachines }, () => {
     qemu.stdout.on('data', (text) => {
       output += text
     })
-    assert.ok(await becomes(async () => (await state()).state === 'running', 20))
+    assert.ok(await becomes(async () => (await state()).state === 'installing', 20))
     assert.deepEqual(await state(), { state: 'installing', pid: qemu.pid })
     assert.match((await provision()).stderr, /alpha is being installed/)
     assert.ok(await becomes(() => /BdsDxe|Shell>/.test(output), 60), output)

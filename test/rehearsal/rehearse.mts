@@ -11,7 +11,7 @@ import { join } from 'node:path'
 import { type Cluster, chooseNodes, loadCluster, type Node } from '../../lib/cluster.mts'
 import { describeError, StepError } from '../../lib/errors.mts'
 import { detectAccelerator, detectSystem } from '../../lib/host.mts'
-import { interruption } from '../../lib/interrupt.mts'
+import { interruption, takingTime } from '../../lib/interrupt.mts'
 import { withLock } from '../../lib/lock.mts'
 import { type CiliumParts, ciliumParts } from '../namespaces/cilium-image.mts'
 import { buildIso } from './build-iso.mts'
@@ -104,7 +104,8 @@ async function endFormer(): Promise<void> {
 /** Stops the machines, after Ctrl-C too. */
 async function shutDown(cluster: Cluster): Promise<void> {
   const uninterrupted = new Rehearsal(cluster, [], new AbortController().signal)
-  await uninterrupted.script('shutdown').catch((error) => console.error(describeError(error)))
+  const shutdown = () => uninterrupted.script('shutdown')
+  await takingTime(shutdown).catch((error) => console.error(describeError(error)))
 }
 
 /** @param names of the workers, if they are not those of cluster.env */
