@@ -258,7 +258,9 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     it('wrong arguments', async () => {
       await assertRefused([], /snapshot or restore, not nothing/, 2)
       await assertRefused(['save'], /snapshot or restore, not "save"/, 2)
-      await assertRefused(['snapshot', 'x.db'], /a snapshot is named by the time/, 2)
+      await assertRefused(['snapshot', 'x.db'], /it is named by the current time/, 2)
+      await assertRefused(['snapshot', '--timeout', '3'], /--timeout are for restore/, 2)
+      await assertRefused(['restore', '--keep', '3'], /--keep is for snapshot/, 2)
       await assertRefused(['snapshot', '--keep', '0'], /--keep is at least 1/, 2)
     })
 
