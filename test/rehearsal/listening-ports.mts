@@ -92,6 +92,8 @@ export class PortWatch {
     for (const line of stdout.split('\n')) {
       const [transport = '', , , , local = ''] = line.split(/\s+/)
       const [, program = '', pid] = line.match(/\(\("([^"]+)",pid=(\d+)/) ?? []
+      // Of this process, and for a moment of a child that has not yet executed its program.
+      if (line.includes(`pid=${process.pid},`)) continue
       if (!pid || !(await this.isOwn(pid))) continue
       const colon = local.lastIndexOf(':')
       const [address, port] = [local.slice(0, colon), Number(local.slice(colon + 1))]
