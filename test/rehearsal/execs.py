@@ -2,6 +2,7 @@
 kernel's process events (drivers/connector/cn_proc.c; needs root). The first line is "ready"."""
 
 import os
+import signal
 import socket
 import struct
 import sys
@@ -9,6 +10,7 @@ import sys
 NETLINK_CONNECTOR, CN_IDX_PROC, CN_VAL_PROC, PROC_CN_MCAST_LISTEN, PROC_EVENT_EXEC = 11, 1, 1, 1, 2
 HEADERS = 16 + 20  # nlmsghdr, cn_msg
 
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the scripts that it observes.
 events = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_CONNECTOR)
 events.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
 events.bind((os.getpid(), CN_IDX_PROC))
