@@ -17,17 +17,7 @@ const { flags } = script({
 Certificates and keys that an installed machine needs stay, unless its disk is removed too (--disks).
 It does not ask, and also removes files of yours with such names: --list shows them first.`,
   reads: ['cluster.env', 'run/', 'images/'],
-  writes: [
-    'tls/',
-    'configs/',
-    'cloud-init/',
-    'images/',
-    'run/',
-    'logs/',
-    'snapshots/',
-    'backups/',
-    'tools/',
-  ],
+  writes: ['tls/, configs/, cloud-init/, images/', 'run/, logs/, snapshots/, backups/, tools/'],
   flags: {
     disks: { help: 'stop the machines; remove disks, snapshots, backups, logs and tools as well' },
     list: { help: 'show what would be removed, and remove nothing' },

@@ -160,7 +160,8 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
   const read = (text: string, name: string) =>
     Number(text.match(new RegExp(`^${name}=(\\d+)$`, 'm'))?.[1] ?? 0) / 1e6
   const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
-  // A QEMU younger than the guest's systemd has loaded a snapshot; long before the kernel: a reboot.
+  // If QEMU started later than the guest's systemd, it has loaded a snapshot. If it started long
+  // before the kernel, the guest has rebooted.
   const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
   const isRestored = poweredOn > systemd
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')

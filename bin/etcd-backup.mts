@@ -65,7 +65,8 @@ async function save(): Promise<void> {
     const { flag, work } = await etcdOnMachine()
     await privateFolder(cluster.path('backups'))
     try {
-      // "save" would wait for an etcd that is down. It verifies that all was sent; "status", the rest.
+      // "save" would wait for an etcd that is down, so its health is asked first. It verifies that
+      // etcd sent all of it; "status" verifies that it is a database.
       const save = `umask 077; rm -rf ${work}; mkdir ${work}
         export ETCDCTL_ENDPOINTS=${flag('advertise-client-urls')} ETCDCTL_CACERT=${flag('trusted-ca-file')}
         export ETCDCTL_CERT=${flag('cert-file')} ETCDCTL_KEY=${flag('key-file')}

@@ -127,7 +127,8 @@ await step('pod ranges and labels of the workers', async (detail) => {
       throw new StepError(`${name} has pod range ${current}, not ${podCidr}`, {
         output: `A node's range can be set once. The machines' routes follow POD_CIDR_${name.replaceAll('-', '_')}.`,
         hint: `put ${current} back into cluster.env, or let the node register again:
-kubectl delete node ${name} && ./bin/ssh.mts ${name} -- systemctl restart kubelet`,
+kubectl delete node ${name} && ./bin/ssh.mts ${name} -- systemctl restart kubelet
+then try again`,
       })
     }
     const patch = JSON.stringify({ spec: { podCIDR: podCidr, podCIDRs: [podCidr] } })

@@ -110,7 +110,8 @@ ssh -F tls/ssh_config ${name} 'nixos-rebuild boot --rollback && reboot'`,
     })
   })
 
-  // 5. Pods may come back, unless the node was cordoned before. Not interrupted: it is all that is left.
+  // 5. Pods may come back, unless the node was cordoned before. Without the signal: after Ctrl-C,
+  //    this is all that is left to do.
   if (cordoned) await $`kubectl uncordon ${name}`
   await remote(node, finished)
   return `NixOS ${now.nixos}, Kubernetes ${now.kubernetes} → ${release}`

@@ -105,6 +105,10 @@ export const busyApiServer = 'the API server does not answer in time'
 const renew =
   'make certs-check shows the certificates; make certs renews; make reconfig copies them to the machines'
 const start = 'make status shows what runs; make up starts the machines; make wait waits for them'
+// Only Apple's own terminal reaches hosts of the local network without being asked.
+const macNetwork =
+  '\na host of your own network: System Settings, Privacy & Security, Local Network'
+const localNetwork = process.platform === 'darwin' ? macNetwork : ''
 const proxy = 'PROXY_HTTP, PROXY_HTTPS and PROXY_NO of cluster.env, or http_proxy, …'
 
 // By command: what it says on stderr, the reason ($1: the first group), a hint. First match counts.
@@ -182,8 +186,7 @@ const problems: readonly [command: RegExp, ...Problem[]][] = [
     [/resolve proxy|Unsupported proxy|CONNECT tunnel failed|from proxy after CONNECT/,
       'the proxy cannot be used', proxy],
     [/(?:resolve host:|connect to) (\S+)/, '$1 cannot be reached',
-      `is this computer online? Behind a proxy: ${proxy}. For a host of your own network, macOS must
-allow your terminal: System Settings, Privacy & Security, Local Network`],
+      `is this computer online? Behind a proxy: ${proxy}${localNetwork}`],
     [/returned error: (\d+)/, 'the server answers with HTTP status $1']],
   [/^/,
     [/No space left on device/, 'the disk is full', 'df -h . shows the free space'],

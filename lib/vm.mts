@@ -120,6 +120,7 @@ export async function startMachine(
     const former = await readIfThere(cluster.path('snapshots', mixed))
     if (former !== undefined) {
       const hint = `make restore NAME=${former.trim()}; if all disks are new: rm snapshots/${mixed}`
+      // Then the disks, keys and settings may be of different moments.
       throw new StepError('a restore was interrupted halfway', { hint })
     }
     await assertFree(portsOf(cluster, node))
