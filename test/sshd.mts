@@ -1,6 +1,6 @@
 // A real sshd on loopback in the place of a machine: at a node's ssh port, with the host key that
 // the checkout's tls/known_hosts pins, and a PATH in which a test can put programs of its own.
-import { execFile, spawn } from 'node:child_process'
+import { execFile, spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { chmod, mkdir, open, readFile, writeFile } from 'node:fs/promises'
@@ -14,7 +14,14 @@ const exec = promisify(execFile)
 const program = '/usr/sbin/sshd'
 
 /** Why there can be no sshd here; false if there can. */
-export const noSshd = existsSync(program) ? false : `${program} is missing (openssh-server)`
+export const noSshd = whyNot()
+
+function whyNot(): string | false {
+  if (process.platform !== 'linux') return 'an sshd for tests needs Linux'
+  if (!existsSync(program)) return `${program} is missing (openssh-server)`
+  if (process.getuid?.() === 0 || spawnSync('sudo', ['-n', 'true']).status === 0) return false
+  return 'an sshd that lets root in needs root, or sudo without a password'
+}
 
 export interface Sshd {
   /** Puts an executable script into the PATH of what runs over ssh. */
