@@ -85,7 +85,7 @@ const [machines, health, tls, lanSwitch] = await Promise.all([
 if (!tls.stdout) throw tls
 type Certificate = { name: string; daysLeft: number | null; problems: string[] }
 const { certificates }: { certificates: Certificate[] } = JSON.parse(tls.stdout)
-const { api, nodes, pods, namespaces, ...rest } = JSON.parse(health.stdout) as Health
+const { api, nodes, pods, namespaces, problems: seen } = JSON.parse(health.stdout) as Health
 const report = {
   ...{ machines, api, nodes, pods },
   local: certificates.map(({ name, daysLeft, problems }) => ({ name, daysLeft, problems })),
@@ -206,8 +206,8 @@ function problemsOf({ machines, local, lanSwitch }: Status): string[] {
     ]
     found.push(...wrong.map((problem) => `${name}: ${problem}`))
   }
-  // Those about machines are less detailed than ours.
-  found.push(...rest.problems.filter((problem) => !problem.startsWith('machine ')))
+  // Those of cluster-health; what it says about machines is less detailed than ours.
+  found.push(...seen.filter((problem) => !problem.startsWith('machine ')))
   for (const { name, problems } of local) {
     found.push(...problems.map((problem) => `tls/${name}.pem: ${problem}`))
   }

@@ -56,7 +56,7 @@ await withLock(`${files.console}.lock`, `attached to the console of ${node.name}
   for (const signal of ['SIGTERM', 'SIGHUP', 'SIGINT'] as const) {
     process.removeAllListeners(signal).once(signal, leave)
   }
-  process.stdout.once('error', leave) // | head
+  process.stdout.once('error', leave) // Nobody reads it any more (`| head`).
   // However this process ends, the terminal gets its mode back.
   process.once('exit', () => process.stdin.setRawMode(false))
   process.stdin.setRawMode(true)

@@ -40,8 +40,8 @@ const found = action ? `"${action}"` : 'nothing'
 refuseIf(action !== 'snapshot' && action !== 'restore', `snapshot or restore, not ${found}`)
 const saving = action === 'snapshot'
 refuseIf(saving && file !== undefined, 'snapshot takes no FILE: it is named by the current time')
-const restoring = flags.force || flags.timeout !== undefined
-refuseIf(saving && restoring, '--force and --timeout are for restore')
+const forRestore = flags.force || flags.timeout !== undefined
+refuseIf(saving && forRestore, '--force and --timeout are for restore')
 refuseIf(!saving && flags.keep !== undefined, '--keep is for snapshot')
 refuseIf(!Number.isInteger(keep) || keep < 1, '--keep is at least 1')
 

@@ -39,6 +39,9 @@ machine; ./bin/reconfig.mts then checks it and finishes. --take-back undoes the 
   },
   examples: ['./bin/reconfig.mts --dry-run', './bin/reconfig.mts --node sigma'],
 })
+const modes = [flags['dry-run'], flags['push-only'], flags.build, flags.restart, flags['take-back']]
+const modeNames = '--dry-run, --push-only, --build, --restart and --take-back'
+refuseIf(modes.filter(Boolean).length > 1, `only one of ${modeNames} at a time`)
 
 const cluster = loadCluster()
 const { INSTALL_TIMEOUT, NIXOS_VERSION, STOP_TIMEOUT, WAIT_TIMEOUT, BOOT_TIMEOUT } =
@@ -49,9 +52,6 @@ const nodes = cluster.nodes.filter((node) => chosen.includes(node))
 const names = nodes.map(({ name }) => name)
 const timeout = flags.timeout ?? WAIT_TIMEOUT
 const signal = interruption()
-const modes = ['dry-run', 'push-only', 'build', 'restart', 'take-back'] as const
-const chosenModes = modes.filter((mode) => flags[mode]).join(' and --')
-refuseIf(chosenModes.includes(' '), `--${chosenModes} do not go together`)
 /** The folder on the machine for the former files and for the state of a change. */
 const home = '/var/lib/reconfig'
 /** Below /. */

@@ -64,11 +64,11 @@ await withClusterLock(cluster, `removing the worker ${name}`, async () => {
 
   // 3. The node and its remaining pods, those of DaemonSets, are deleted: no kubelet is left to report
   //    that they ended. Not earlier: a kubelet that starts registers its node again.
-  const soon = $({ timeout: '60s' })
-  await soon`kubectl delete node ${name} --ignore-not-found`
+  const kubectl = $({ timeout: '60s' })
+  await kubectl`kubectl delete node ${name} --ignore-not-found`
   const pods = ['--all-namespaces', `--field-selector=spec.nodeName=${name}`]
-  await soon`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
-  await soon`kubectl delete storageclass local-path-${name} --ignore-not-found`
+  await kubectl`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
+  await kubectl`kubectl delete storageclass local-path-${name} --ignore-not-found`
 
   // 4. The other machines drop its name and the route to its pods; from here on without it.
   process.env.WORKER_NODES = remaining.join(' ')

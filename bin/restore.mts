@@ -16,7 +16,14 @@ import { filesOf, qemuArguments } from '../lib/qemu.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { runScript, script } from '../lib/script.mts'
 import type { Snapshot } from '../lib/snapshots.mts'
-import { hardware, inspect, liveParts, mixed, readSnapshots, suspended } from '../lib/snapshots.mts'
+import {
+  hardware,
+  inspect,
+  liveParts,
+  readSnapshots,
+  restoring,
+  suspended,
+} from '../lib/snapshots.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
 import { assertDiskSpace, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
@@ -40,7 +47,7 @@ const began = performance.now()
 const signal = interruption()
 const cluster = loadCluster()
 const names = cluster.nodes.map((node) => node.name)
-const marker = cluster.path('snapshots', mixed)
+const marker = cluster.path('snapshots', restoring)
 
 const restored = await withClusterLock(cluster, 'restoring a snapshot', async () => {
   // 1. Everything that prevents a restore is found before anything is changed.

@@ -10,7 +10,7 @@ export interface SpawnOptions {
   env?: Record<string, string | undefined>
   transcript?: string // file to which all output is appended as plain text
   hidden?: RegExp // lines that errors leave out, such as our own markers
-  /** In a whole line they end every wait at once, and what they mean. */
+  /** A line that matches one of them ends every wait at once; `reason` is what it means. */
   fatalPatterns?: readonly { pattern: RegExp; reason: string }[]
 }
 

@@ -41,8 +41,9 @@ export async function useCluster(cluster: Cluster): Promise<void> {
   const fresh = stringify({ ...config, contexts, 'current-context': 'default' })
   await privateFolder(cluster.path('run'))
   if ((await readIfThere(copy)) !== fresh) await writeFileAtomic(copy, fresh, 0o600)
-  const isNew = $.verbose && $.env.KUBECONFIG !== copy
-  if (isNew) console.error('$ export KUBECONFIG=run/admin.kubeconfig')
+  if ($.verbose && $.env.KUBECONFIG !== copy) {
+    console.error('$ export KUBECONFIG=run/admin.kubeconfig')
+  }
   $.env = { ...$.env, KUBECONFIG: copy }
 }
 

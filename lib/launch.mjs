@@ -22,7 +22,7 @@ try {
 // Node says that reading TypeScript is experimental, which is not for the user of a script.
 process.removeAllListeners('warning')
 process.on('warning', (warning) => {
-  // Nor that each of many nodes has a listener.
+  // Nor is a warning of many listeners on one signal: there is one for each machine.
   if (!/^(Experimental|MaxListenersExceeded)Warning$/.test(warning.name))
     console.error(`${warning.name}: ${warning.message}`)
 })

@@ -11,7 +11,7 @@ import { readIfThere } from './files.mts'
 export const suspended = '_suspended'
 
 /** In snapshots/ while a restore replaces disks, which may be of different moments. */
-export const mixed = '.restoring'
+export const restoring = '.restoring'
 
 /** What a snapshot with memory is of, by the node names in QEMU's arguments. */
 export const liveParts = { vmstate: 'disk0', devices: ['disk0', 'efivars'] }

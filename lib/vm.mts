@@ -14,7 +14,7 @@ import { withLock } from './lock.mts'
 import { assertFree, commandLine, isGone, type Port, pidFrom } from './processes.mts'
 import { filesOf, qemuArguments } from './qemu.mts'
 import { Qmp } from './qmp.mts'
-import { inspect, mixed, suspended } from './snapshots.mts'
+import { inspect, restoring, suspended } from './snapshots.mts'
 import { becomes } from './wait.mts'
 
 export { filesOf }
@@ -117,10 +117,10 @@ export async function startMachine(
     if (!load && existsSync(cluster.path('snapshots', suspended))) {
       throw new StepError('the machines were suspended meanwhile', { hint: 'make up' })
     }
-    const former = await readIfThere(cluster.path('snapshots', mixed))
+    // The disks, keys and settings may be of different moments.
+    const former = await readIfThere(cluster.path('snapshots', restoring))
     if (former !== undefined) {
-      const hint = `make restore NAME=${former.trim()}; if all disks are new: rm snapshots/${mixed}`
-      // Then the disks, keys and settings may be of different moments.
+      const hint = `make restore NAME=${former.trim()}; if all disks are new: rm snapshots/${restoring}`
       throw new StepError('a restore was interrupted halfway', { hint })
     }
     await assertFree(portsOf(cluster, node))
