@@ -109,6 +109,8 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       assert.match(outcome.stderr, /provision: sigma has no staged configuration/)
       assert.match(outcome.stderr, /hint: +\.\/bin\/generate-nocloud-iso\.mts sigma/)
       assert.deepEqual((await disks()).sort(), ['alpha.efivars.qcow2', 'alpha.qcow2'])
+      // It holds keys.
+      assert.equal((await stat(alphaFiles().disk)).mode & 0o777, 0o600)
       await assertNoMachine()
     })
 

@@ -90,7 +90,7 @@ describe('rolling-upgrade', { skip, timeout: 1_800_000 }, () => {
     programs.add(
       'kubectl',
       `case "$*" in
-  'get node '*) echo '{"spec": {}}'; exit;;
+  'get node '*) cat "${checkout.path('cordoned')}" 2>/dev/null || echo '{"spec": {}}'; exit;;
   drain*|uncordon*) ;;
   *) exec ${await which('kubectl')} "$@";;
 esac
@@ -249,6 +249,19 @@ fi`,
       'sigma nixos-rebuild build',
     ])
     assert.doesNotMatch(await stateOf('sigma'), /unfinished|channel|result/)
+  })
+
+  it('leaves a node cordoned that was cordoned before', async () => {
+    await next('26.11.15 v1.36.3', 'gamma')
+    await writeFile(checkout.path('cordoned'), '{"spec": {"unschedulable": true}}')
+    const { stderr, exitCode } = await upgrade('gamma')
+    await rm(checkout.path('cordoned'))
+    assert.equal(exitCode, 0, stderr)
+    assert.deepEqual((await calls()).slice(-3), [
+      'kubectl drain gamma',
+      'gamma nixos-rebuild boot',
+      'gamma reboot',
+    ])
   })
 
   it('stops at the first node that does not come back, which stays cordoned', async () => {

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { execFileSync } from 'node:child_process'
 import { describe, it } from 'node:test'
-import { formatBytes, formatDuration, formatTable, quote } from '../../lib/format.mts'
+import { formatBytes, formatDuration, formatTable, quote, timestamp } from '../../lib/format.mts'
 
 describe('a table', () => {
   it('has columns as wide as their widest line, and no blanks at the ends of lines', () => {
@@ -53,4 +53,17 @@ it('a quoted word is read back by a shell as it was', () => {
   for (const text of ['plain', 'two words', "it's", '$HOME `id` "x" \\ *', 'müller\n', '']) {
     assert.equal(execFileSync('sh', ['-c', `printf %s ${quote(text)}`], { encoding: 'utf8' }), text)
   }
+})
+
+describe('a moment in a file name', () => {
+  it('is in UTC, so that names sort by time wherever a laptop travels', () => {
+    const { TZ } = process.env
+    process.env.TZ = 'America/New_York'
+    try {
+      assert.equal(timestamp(new Date('2026-11-22T16:45:03Z')), '2026-11-22-164503')
+    } finally {
+      if (TZ === undefined) delete process.env.TZ
+      else process.env.TZ = TZ
+    }
+  })
 })
