@@ -1,5 +1,5 @@
 # The orchestration layer: each target calls a script of bin/, which explains itself with --help.
-# Extra flags go in FLAGS: make certs FLAGS=--force
+# Extra flags go in FLAGS: make logs FLAGS=--follow
 
 # These variables count only on make's command line: some shells and tools set NAME and the like.
 $(foreach variable,FLAGS NAME FILE NODES YES KEEP DAY_TWO CHART REPO RELEASE NS VALUES,\
@@ -122,7 +122,7 @@ configs: packages ## Stage the NixOS configuration of each node
 prepare: override FLAGS :=
 prepare: download pki configs ## Everything before the install: download + pki + configs
 
-install: packages ## Install NixOS on all nodes
+install: packages ## Install NixOS on the nodes that have no disk
 	@./bin/provision.mts --iso $(FLAGS)
 
 install-%: packages ## Install NixOS on one node

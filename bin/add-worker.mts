@@ -26,11 +26,7 @@ const { flags, args } = script({
 its certificate and configuration, installs and starts it, gives the other machines its name and a
 route to its pods, and waits until it is Ready. Run again after an interruption, it continues.`,
   reads: ['cluster.env', 'configs/', 'tls/', 'images/'],
-  writes: [
-    'cluster.env',
-    'tls/, configs/, cloud-init/, images/, run/',
-    'other machines: /etc/nixos',
-  ],
+  writes: ['cluster.env', 'tls/, configs/, cloud-init/, images/, run/', 'machines: /etc/nixos'],
   flags: {
     'dry-run': { help: 'print the lines for cluster.env, and do nothing' },
     timeout: { value: 'SECONDS', number: true, help: 'for the node to be Ready (WAIT_TIMEOUT)' },
@@ -115,11 +111,10 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
   else await step(`${name}: Ready`, (detail) => waitForReady(cluster, node, wait(detail)))
 
   // 8. Local storage, where it is deployed, has a class for each worker.
-  const storage =
-    await kubectl`kubectl get storageclass local-path --ignore-not-found --output=name`
+  const found = await kubectl`kubectl get storageclass local-path --ignore-not-found --output=name`
   const apply = ['--server-side', `--selector=local-path/worker=${name}`, '--filename=-']
   const manager = '--field-manager=deploy-local-storage'
-  if (storage.stdout) {
+  if (found.stdout) {
     await kubectl`./bin/deploy-local-storage.mts --print | kubectl apply ${apply} ${manager}`
   }
 }

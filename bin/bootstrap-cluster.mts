@@ -68,18 +68,18 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   if (cluster.workers.length === 0) return
 
   // The pod network; with it the workers become Ready.
-  await run('install-cilium')
+  const timeout = `${cluster.settings.WAIT_TIMEOUT}`
+  await run('install-cilium', '--timeout', timeout)
   await run('wait-for-cluster', '--ready')
   if (until === 'cluster') return
 
   // DNS, volumes, metrics: they need only the network, so all at the same time, with plain lines.
   process.env.TERM = 'dumb'
-  const timeout = `${cluster.settings.WAIT_TIMEOUT}`
   const addOns = ['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server']
   const all = await Promise.allSettled(addOns.map((name) => run(name, '--timeout', timeout)))
   for (const ended of all) if (ended.status === 'rejected') throw ended.reason
 })
-let next = 'make smoke, and: export KUBECONFIG=configs/admin.kubeconfig'
+let next = 'make smoke; for kubectl: export KUBECONFIG=configs/admin.kubeconfig'
 if (cluster.workers.length === 0) next = 'make add-worker NAME=sigma: pods need a worker'
 if (until === 'machines') next = 'make wait, which watches the cluster come up'
 if (until === 'cluster') next = 'make dns, make storage, make metrics'

@@ -33,7 +33,7 @@ warnings (no hardware acceleration, little memory) do not count.`,
   examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
 refuseIf(flags.yes && !flags.install, '--yes is for --install')
-refuseIf(flags.leftovers && (flags.json || flags.install), '--leftovers excludes --json, --install')
+refuseIf(flags.leftovers && (flags.json || flags.install), '--leftovers is used alone')
 
 const cluster = loadCluster()
 if (flags.leftovers) await showLeftovers()
@@ -254,8 +254,8 @@ async function checkWindows(finding: Finding): Promise<undefined> {
   if (!/^(9p|v9fs|drvfs)$/.test(outputOf('stat -f -c %T .').trim())) return
   finding.found = 'on a Windows drive'
   const reason = `${cluster.root} is on a Windows drive, which has no Unix sockets and file modes`
-  const move = `cp -r ${JSON.stringify(cluster.root)} ~/`
-  throw new StepError(reason, { hint: `move it to the home folder of the Linux system: ${move}` })
+  const copy = `cp -r ${JSON.stringify(cluster.root)} ~/`
+  throw new StepError(reason, { hint: `copy it to your Linux home folder: ${copy}` })
 }
 
 /** The shell commands that install what is missing, and the names of what none of them brings. */

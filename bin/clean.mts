@@ -85,11 +85,9 @@ async function clean(): Promise<void> {
 /** Nothing is removed during an installation, or while a machine runs that would not be stopped. */
 async function refuseIfInUse(): Promise<void> {
   for (const node of cluster.nodes) {
-    const found = await machineState(cluster, node)
-    if (found.state === 'installing') {
-      const hint = 'wait until it has finished, or interrupt it with Ctrl-C'
-      throw new StepError(`${node.name} is being installed`, { hint })
-    }
+    if ((await machineState(cluster, node)).state !== 'installing') continue
+    const hint = 'wait until it has finished, or interrupt it with Ctrl-C'
+    throw new StepError(`${node.name} is being installed`, { hint })
   }
   for (const file of flags.disks ? await find('run/*.pid') : []) {
     const [name, path] = [basename(file, '.pid'), cluster.path(file)]

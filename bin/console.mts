@@ -1,6 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The serial console of a machine in this terminal, for when ssh does not answer.
+// The serial console of a machine in this terminal: to watch it when ssh does not answer.
 import { once } from 'node:events'
 import { loadCluster } from '../lib/cluster.mts'
 import { lastConsoleLines } from '../lib/console-log.mts'
@@ -12,8 +12,8 @@ import { filesOf, machineState } from '../lib/vm.mts'
 import { becomes } from '../lib/wait.mts'
 
 const { args } = script({
-  does: `Attaches this terminal to the serial console of a running machine. Ctrl-] leaves it; the
-machine keeps running. Earlier output is in images/NODE-console.log.`,
+  does: `Attaches this terminal to the serial console of a running machine, to watch it: nobody can log in,
+as no user has a password. Ctrl-] leaves it. Earlier output is in images/NODE-console.log.`,
   reads: ['cluster.env', 'run/NODE.console', 'images/NODE-console.log'],
   writes: [],
   args: 'NODE',

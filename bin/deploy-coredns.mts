@@ -112,7 +112,8 @@ spec:
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true
-            capabilities: {drop: [ALL]}
+            # The image's program has this file capability: without it, the kernel refuses to run it.
+            capabilities: {drop: [ALL], add: [NET_BIND_SERVICE]}
           volumeMounts: [{name: config, mountPath: /etc/coredns, readOnly: true}]
       volumes: [{name: config, configMap: {name: coredns}}]
 ---
@@ -159,8 +160,8 @@ await step('lookups from every worker', async (detail) => {
   })
   detail(outside ? '' : `${outsideName} was not tried: this computer cannot resolve it`)
 })
-console.log(
-  `Try: kubectl run dns -it --rm --restart=Never --image=${SMOKE_IMAGE} -- nslookup kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`,
+kubectl.suggest(
+  `kubectl run dns -it --rm --restart=Never --image=${SMOKE_IMAGE} -- nslookup kubernetes.default.svc.${K8S_CLUSTER_DOMAIN}`,
 )
 
 /** Looks a name up often enough to ask every replica; 0 times: the answer must be NXDOMAIN. */

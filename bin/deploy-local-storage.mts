@@ -238,7 +238,7 @@ await step('claims keep their data when their pods are replaced', async (detail)
     return left.filter((volume) => volume.includes(' storage-probe/')).join('\n') || undefined
   })
 })
-console.log('Try: kubectl get storageclasses; a claim that names none gets local-path')
+kubectl.suggest('kubectl get storageclasses') // A claim that names none gets local-path.
 
 /** A claim of a worker's class, or of the default one. */
 function claimOf(claim: string): string {

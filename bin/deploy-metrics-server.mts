@@ -186,7 +186,8 @@ const table = await step('metrics of every worker and of pods', async (detail) =
   })
   return nodes
 })
-console.log(`${table}\nTry: kubectl top pods --all-namespaces --sort-by=memory`)
+console.log(table)
+kubectl.suggest('kubectl top pods --all-namespaces --sort-by=memory')
 
 /** The path of a file of tls/. */
 function tls(file: string): string {

@@ -73,7 +73,7 @@ async function download(): Promise<void> {
   if (!sha256) {
     const reason = `there is no checksum file ${source}.sha256`
     if (!chosen) throw new StepError(`${reason}: the ISO cannot be verified`)
-    console.error(`! ${reason}: only that it is a whole installer ISO can be verified`)
+    console.error(`! ${reason}: it can only be verified that it is a complete installer ISO`)
   }
 
   // What an earlier run received is continued if the server still has the same file.
@@ -98,7 +98,7 @@ async function download(): Promise<void> {
       if (sha256 && found !== sha256) {
         throw new StepError(`the checksum of ${address} does not match, so it was deleted`, {
           output: `expected SHA-256 ${sha256}\nreceived SHA-256 ${found}`,
-          hint: 'try again; if it stays so, a proxy may change downloads',
+          hint: 'try again; if this persists, a proxy may be altering downloads',
         })
       }
       await inspectIso(partial, arch)

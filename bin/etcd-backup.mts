@@ -23,7 +23,7 @@ import { isRunning } from '../lib/vm.mts'
 const { flags, args } = script({
   does: `snapshot saves etcd's data to backups/etcd-TIME.db (UTC) and verifies it. restore replaces the data
 with such a file, by default the newest. The control plane is stopped meanwhile; if it is not healthy
-afterwards, it gets its previous data back. Pods keep running all the time.`,
+afterwards, it gets its previous data back. Pods keep running; those unknown to the backup then end.`,
   reads: ['cluster.env', 'tls/', 'configs/admin.kubeconfig', 'backups/'],
   writes: ['snapshot: backups/etcd-TIME.db', "restore: etcd's data on the control plane"],
   flags: {
@@ -36,12 +36,11 @@ afterwards, it gets its previous data back. Pods keep running all the time.`,
 })
 const [action, file] = args
 const keep = flags.keep ?? 10
-const found = action ? `"${action}"` : 'nothing'
-refuseIf(action !== 'snapshot' && action !== 'restore', `snapshot or restore, not ${found}`)
 const saving = action === 'snapshot'
+refuseIf(!saving && action !== 'restore', `snapshot or restore, not ${action ?? 'nothing'}`)
 refuseIf(saving && file !== undefined, 'snapshot takes no FILE: it is named by the current time')
-const forRestore = flags.force || flags.timeout !== undefined
-refuseIf(saving && forRestore, '--force and --timeout are for restore')
+refuseIf(saving && flags.force, '--force is for restore')
+refuseIf(saving && flags.timeout !== undefined, '--timeout is for restore')
 refuseIf(!saving && flags.keep !== undefined, '--keep is for snapshot')
 refuseIf(!Number.isInteger(keep) || keep < 1, '--keep is at least 1')
 
@@ -76,7 +75,7 @@ async function save(): Promise<void> {
       const status = await onAlpha(save, { signal })
       const copy = `cat ${work}/snapshot.db`
       // cat says why it cannot write; ssh would not.
-      await $({ signal })`umask 077; ssh -F tls/ssh_config ${alpha} ${copy} | cat >${partial}`
+      await $({ signal })`ssh -F tls/ssh_config ${alpha} ${copy} | (umask 077; cat >${partial})`
       await assertComplete(cluster.path(partial))
       await rename(cluster.path(partial), cluster.path(path))
       return JSON.parse(status) as { totalKey: number; revision: number; totalSize: number }
@@ -97,7 +96,7 @@ async function restore(): Promise<void> {
   const began = performance.now()
   const newest = (await backups()).at(-1)
   const path = file ? resolve(file) : newest && cluster.path('backups', newest)
-  if (!path) throw new StepError('there is no file in backups/', { hint: 'make etcd-snapshot' })
+  if (!path) throw new StepError('there is no backup in backups/', { hint: 'make etcd-snapshot' })
   await step(`check ${relative(process.cwd(), path)}`, async () => {
     await assertComplete(path)
     if (!flags.force) await assertOfThisCluster(path)

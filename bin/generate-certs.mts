@@ -21,7 +21,7 @@ What exists and is right is kept; what is missing, changed or about to expire is
   reads: ['cluster.env', 'tls/'],
   writes: ['tls/'],
   flags: {
-    force: { help: 'replace the authority and all certificates; the ssh keys are kept' },
+    force: { help: 'replace the CA and all certificates; the ssh keys are kept' },
     renew: { value: 'NAME', help: 'renew this certificate, whatever its state' },
     check: { help: 'change nothing; show everything, and exit with 1 if anything is wrong' },
     json: { help: 'with --check: as JSON' },
@@ -129,8 +129,9 @@ function usableAuthority({ pair, problems }: tls.Finding): Credential | undefine
   if (flags.force || (!certificate && pair.problems.length === 0)) return undefined
   if (certificate && key && problems.length === 0) return { certificate: `${certificate}`, key }
   throw new StepError(`the certificate authority cannot be used: ${problems.join('; ')}`, {
-    hint: `restore tls/ca.pem and tls/ca-key.pem from a copy. Without one, replace the authority and all
-certificates (then make kubeconfigs, make reconfig): ./bin/generate-certs.mts --force`,
+    hint: `restore tls/ca.pem and tls/ca-key.pem from a copy. Without one, replace all certificates, then all pods, which need new tokens (those without a controller are lost):
+./bin/generate-certs.mts --force && make kubeconfigs reconfig
+KUBECONFIG=configs/admin.kubeconfig kubectl delete pods --all --all-namespaces && make metrics`,
   })
 }
 
@@ -151,7 +152,7 @@ async function issue(authority: tls.Finding, present: Credential | undefined, du
   const issued = due.map(async (row) => {
     const { name } = row.entry
     const key = await keyFor(row)
-    // A row of the table and a public key are what a CSR would say.
+    // What a CSR would say (openssl req -new); signed as openssl x509 -req -CA tls/ca.pem does.
     const request = { ...row.entry, publicKey: createPublicKey(key), days: CERT_DAYS }
     const credential = { key, certificate: signCertificate(request, await ca) }
     return { name, title: `${name} · ${row.why}`, credential }

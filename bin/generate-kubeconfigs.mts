@@ -44,8 +44,7 @@ async function generate(): Promise<void> {
     ...authority.pair.problems.map((problem) => `ca: ${problem}`),
     ...clients.flatMap(({ entry, problems }) => problems.map((text) => `${entry.name}: ${text}`)),
   ].join('\n')
-  const hint = 'make certs'
-  if (output) throw new StepError('certificates are missing or wrong', { output, hint })
+  if (output) throw new StepError('certificates are unusable', { output, hint: 'make certs' })
 
   // 2. A file for each. It is a credential: mode 0600.
   for (const { name, subject } of clients.map(({ entry }) => entry)) {

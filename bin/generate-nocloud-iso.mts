@@ -1,6 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// Prepares what each machine gets as a tree of files. (No ISO is made; the name is the original's.)
+// Prepares what each machine gets as a tree of files. (No ISO is made; the name is historical.)
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { dirname, join, relative, resolve } from 'node:path'

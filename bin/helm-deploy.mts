@@ -11,7 +11,7 @@ import { loadCluster } from '../lib/cluster.mts'
 import { commandOf, lastLines, StepError } from '../lib/errors.mts'
 import { sha256 } from '../lib/files.mts'
 import { interruption } from '../lib/interrupt.mts'
-import { readyWorkers, useCluster } from '../lib/kubectl.mts'
+import { readyWorkers, suggest, useCluster } from '../lib/kubectl.mts'
 import { withLock } from '../lib/lock.mts'
 import { hostEnvironment } from '../lib/proxy.mts'
 import { refuseIf, script } from '../lib/script.mts'
@@ -19,7 +19,7 @@ import { step } from '../lib/steps.mts'
 
 const { flags, args } = script({
   does: `Installs a chart with Helm (fetched into tools/ if it is not on the PATH), or upgrades it, and
-waits until all it consists of is ready. CHART is a folder, an archive, REPO/NAME of a repository
+waits until all its objects are ready. CHART is a folder, an archive, REPO/NAME of a repository
 that helm knows, an oci:// address, or with --repo a name in that repository.`,
   reads: ['cluster.env', 'configs/admin.kubeconfig'],
   writes: ['tools/helm-VERSION', 'the cluster: the release'],
@@ -94,26 +94,28 @@ await withLock(cluster.path('run', 'helm.lock'), 'running helm', async () => {
     // By the label that charts usually give their pods.
     const instance = `app.kubernetes.io/instance=${release}`
     const ofRelease = [`--namespace=${namespace}`, `--selector=${instance}`]
-    const pods = async () =>
-      (await $({ nothrow: true, timeout: '20s' })`kubectl get pods ${ofRelease}`).stdout
+    const pods = () => $({ nothrow: true, timeout: '20s' })`kubectl get pods ${ofRelease}`
     let looking = timeout > 0 ? setTimeout(look, 3000) : undefined
     async function look() {
-      const waiting = (await pods()).split('\n').slice(1)
+      const waiting = (await pods()).stdout.split('\n').slice(1)
       detail(waiting.find((pod) => !/ (Running|Completed) /.test(pod)) ?? '')
       if (looking) looking = setTimeout(look, 3000)
     }
     try {
       const proxy = await hostEnvironment(cluster)
-      // On macOS, Go ignores SSL_CERT_FILE.
-      if (repo && proxy.SSL_CERT_FILE) options.push('--ca-file', proxy.SSL_CERT_FILE)
+      // Go ignores SSL_CERT_FILE on macOS alone, and --ca-file can make Helm bypass the proxy.
+      const ca = process.platform === 'darwin' && !isLocal && proxy.SSL_CERT_FILE
+      if (ca) options.push('--ca-file', ca)
       const helm = $({ signal, env: { ...$.env, ...proxy } })
       const upgrade =
         await helm`helm upgrade --install ${release} ${chart} ${options} --namespace ${namespace} --create-namespace`
       return upgrade.stdout
     } catch (error) {
       signal.throwIfAborted()
-      const table = timeout > 0 && (await pods())
-      if (!table || !(error instanceof ProcessOutput)) throw error
+      if (timeout === 0 || !(error instanceof ProcessOutput)) throw error
+      const { stdout: table, exitCode } = await pods()
+      const late = /(?<!webhook.*)(context deadline(?!.*\(Client)|timed out waiting)/
+      if (exitCode !== 0 || !late.test(error.stderr)) throw error
       const output = lastLines(`${error.stderr}\n${table}`)
       const hint = `kubectl describe pods ${ofRelease.join(' ')}`
       throw new StepError(`${release} is not ready`, {
@@ -124,7 +126,8 @@ await withLock(cluster.path('run', 'helm.lock'), 'running helm', async () => {
       looking = undefined
     }
   })
-  if (notes) console.log(`${notes.trim()}\n\nTry: kubectl get all --namespace=${namespace}`)
+  if (notes) console.log(`${notes.trim()}\n`)
+  if (notes) suggest(`kubectl get all --namespace=${namespace}`)
 })
 
 /**
@@ -155,7 +158,7 @@ async function ensureHelm(): Promise<void> {
   try {
     const curl = $({ env: { ...$.env, ...(await hostEnvironment(cluster)) }, nothrow: true })
     const { exitCode, stderr } =
-      await curl`curl -fsSL --retry 2 --fail-early -o ${checksum} ${url}.sha256sum -o ${archive} ${url}`
+      await curl`curl -q -fsSL --retry 2 --fail-early -o ${checksum} ${url}.sha256sum -o ${archive} ${url}`
     if (exitCode !== 0) {
       throw new StepError(`Helm ${wanted} for ${target} could not be downloaded`, {
         output: stderr.trim(),
@@ -195,9 +198,7 @@ async function usableRelease(): Promise<Release | undefined> {
     // If this fails, the release counts as failed, which an upgrade repairs.
     await $({ nothrow: true })`helm rollback ${release} ${found.revision} --namespace ${namespace}`
   }
-  if (found?.status === 'uninstalling') {
-    await $`helm uninstall ${release} --namespace ${namespace}`
-  }
+  if (found?.status === 'uninstalling') await $`helm uninstall ${release} --namespace ${namespace}`
   return found && metadata()
 }
 

@@ -103,7 +103,7 @@ const merged = flags.values ? valuesWith(flags.values) : values
 const signal = interruption()
 const namespace = 'kube-system'
 const release = ['--release=cilium', `--namespace=${namespace}`]
-await kubectl.printOrDelete(cluster, 'the RBAC rules', manifest, flags, () =>
+await kubectl.printOrDelete(cluster, "the RBAC rules for the kubelets' API", manifest, flags, () =>
   runScript('helm-deploy', [...release, '--delete', 'cilium']),
 )
 if (cluster.workers.length === 0) {
@@ -114,12 +114,12 @@ if (cluster.workers.length === 0) {
 await step('the API server may call kubelets', () =>
   kubectl.apply(manifest, { manager: 'install-cilium', forceConflicts, signal }),
 )
+const soon = $({ signal, timeout: '60s' })
 await step('pod ranges and labels of the workers', async (detail) => {
   const nodes = await kubectl.getNodes()
   const missing = cluster.workers.map(({ name }) => name).filter((name) => !nodes.has(name))
-  if (missing.length > 0) {
-    throw new StepError(`not registered yet: ${missing.join(', ')}`, { hint: 'make wait' })
-  }
+  const reason = `not registered yet: ${missing.join(', ')}`
+  if (missing.length > 0) throw new StepError(reason, { hint: 'make wait' })
   for (const { name, podCidr } of cluster.workers) {
     detail(name)
     const current = nodes.get(name)?.spec.podCIDR
@@ -132,7 +132,6 @@ then try again`,
       })
     }
     const patch = JSON.stringify({ spec: { podCIDR: podCidr, podCIDRs: [podCidr] } })
-    const soon = $({ signal, timeout: '60s' })
     await soon`kubectl patch node ${name} --patch ${patch}`
     // A kubelet may not give itself a role.
     await soon`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
@@ -145,7 +144,10 @@ const how = ['--keep-values', `--values=${file}`, `--version=${CILIUM_VERSION}`,
 await runScript('helm-deploy', [...release, ...how, ...chart()], {
   hint: 'CILIUM_CHART and CILIUM_VERSION in cluster.env',
 })
-for (const what of ['daemonset/cilium', 'deployment/cilium-operator']) {
+const part = '--selector=app.kubernetes.io/part-of=cilium'
+const { stdout } = await soon`kubectl get daemonsets ${part} --namespace=${namespace} --output=name`
+const daemonSets = stdout.replaceAll('.apps/', '/').match(/\S+/g) ?? ['daemonset/cilium']
+for (const what of [...daemonSets, 'deployment/cilium-operator']) {
   await step(`${what} is ready`, (detail) =>
     waitForRollout(what, { namespace, timeout, detail, signal }),
   )
@@ -158,7 +160,7 @@ await step('all workers are Ready', (detail) => {
     return reasons.map(([name, reason]) => `${name}: ${reason}`).join('\n') || undefined
   })
 })
-console.log('Try: make dns, and then: kubectl get pods --all-namespaces --output=wide')
+kubectl.suggest('kubectl get pods --all-namespaces --output=wide', 'make dns, and then: ')
 
 /** Where the chart is, as arguments of helm-deploy. */
 function chart(): string[] {

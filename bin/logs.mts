@@ -18,12 +18,12 @@ are named; with --console the output of a machine's serial console, which needs 
     unit: { value: 'UNIT', help: 'the journal of this systemd unit' },
     all: { help: 'the whole journal, not only that of the services' },
     console: { help: 'the serial console, from its log' },
-    lines: { value: 'COUNT', number: true, help: 'how many lines of each machine (default: 50)' },
+    lines: { value: 'COUNT', number: true, help: 'how many lines of each machine (50)' },
   },
   args: '[NODE...]',
   examples: ['./bin/logs.mts --unit kubelet sigma gamma', './bin/logs.mts --console alpha'],
 })
-refuseIf(flags.console && (flags.unit || flags.all), '--console excludes --unit and --all')
+refuseIf(flags.console && (flags.unit || flags.all), '--console is used without --unit and --all')
 refuseIf(flags.unit && flags.all, '--unit or --all, not both')
 const { lines = 50 } = flags
 const cluster = loadCluster()

@@ -22,6 +22,7 @@ import { suspended } from '../lib/snapshots.mts'
 import { waitForSsh, waitForSystem } from '../lib/ssh.mts'
 import { inParallel, type Row } from '../lib/steps.mts'
 import * as vm from '../lib/vm.mts'
+import { awakeTime } from '../lib/wait.mts'
 
 const { flags, args } = script({
   does: `Starts installed machines in the background: all, or those that are named. Suspended machines
@@ -32,9 +33,9 @@ the installer ISO, the commands are typed on their serial consoles, then they ar
   flags: {
     'disks-only': { help: 'boot suspended machines; their memory is lost' },
     wait: { help: 'wait until ssh and systemd of the started machines are up' },
-    iso: { help: 'install; a node that has a disk is refused' },
+    iso: { help: 'install; without NODE, all machines that have no disk' },
     'iso-file': { value: 'FILE', help: 'install from this ISO' },
-    force: { help: 'with --iso: replace existing disks; all data on them is lost' },
+    force: { help: 'with --iso: replace existing disks too; all data on them is lost' },
   },
   args: '[NODE...]',
   examples: ['./bin/provision.mts --wait alpha', './bin/provision.mts --iso sigma'],
@@ -42,25 +43,31 @@ the installer ISO, the commands are typed on their serial consoles, then they ar
 
 const cluster = loadCluster()
 const { NIXOS_VERSION, DISK_SIZE, BOOT_TIMEOUT, INSTALL_TIMEOUT } = cluster.settings
-const nodes = chooseNodes(cluster, args)
-const names = nodes.map(({ name }) => name)
 const installing = flags.iso || flags['iso-file'] !== undefined
 const starting = flags.wait || flags['disks-only']
 refuseIf(installing && starting, '--wait and --disks-only do not go with --iso')
 refuseIf(flags.force && !installing, '--force is for --iso: starting a machine replaces nothing')
+const chosen = chooseNodes(cluster, args)
+// Installing is for machines without a disk, starting for those that have one.
+const nodes = chosen.filter((node) => flags.force || vm.hasDisk(cluster, node) !== installing)
+const names = nodes.map(({ name }) => name)
+const others = chosen.filter((node) => !nodes.includes(node)).map(({ name }) => name)
+if (others.length > 0) {
+  const list = others.join(' ')
+  const reason = `${installing ? 'installed already' : 'not installed yet'}: ${others.join(', ')}`
+  const hint = installing
+    ? `start: ./bin/provision.mts ${list}\nto reinstall and lose all data: ./bin/provision.mts --iso --force ${list}`
+    : `install: ./bin/provision.mts --iso ${list}`
+  if (args.length > 0 || (!installing && nodes.length === 0)) throw new StepError(reason, { hint })
+  console.error(installing ? `! ${reason}` : `! ${reason}; ${hint}`)
+  if (nodes.length === 0) process.exit()
+}
 const host = await detectHost(cluster)
 const signal = interruption()
 const noLogin = { pattern: /Dependency failed for .*Serial Getty/, reason: 'no login prompt' }
 
 if (installing) {
   const iso = await chooseIso()
-  const present = nodes.filter((node) => vm.hasDisk(cluster, node)).map(({ name }) => name)
-  if (present.length > 0 && !flags.force) {
-    const have = present.length > 1 ? 'have disks' : 'has a disk'
-    throw new StepError(`${present.join(' and ')} already ${have} in images/`, {
-      hint: `start: ./bin/provision.mts ${present.join(' ')}\nto reinstall and lose all data: ./bin/provision.mts --iso --force ${present.join(' ')}`,
-    })
-  }
   const warnings = [await vm.assertRoomForDisks(cluster, nodes), host.warning].filter(Boolean)
   for (const warning of warnings) console.error(`! ${warning}`)
   await vm.prepareFolders(cluster)
@@ -69,12 +76,6 @@ if (installing) {
     return withLock(lock, `installing ${name}`, () => install(cluster.node(name), iso, row))
   })
 } else {
-  const missing = nodes.filter((node) => !vm.hasDisk(cluster, node)).map(({ name }) => name)
-  if (missing.length > 0) {
-    const have = missing.length > 1 ? 'have no disks' : 'has no disk'
-    const hint = `install: ./bin/provision.mts --iso ${missing.join(' ')}`
-    throw new StepError(`${missing.join(' and ')} ${have}: not installed yet`, { hint })
-  }
   await vm.assertPortsFree(cluster, nodes)
   if (host.warning) console.error(`! ${host.warning}`)
   if (existsSync(cluster.path('snapshots', suspended))) {
@@ -172,7 +173,7 @@ async function attempt(node: Node, iso: string, row: Row): Promise<void> {
 
 /** From power-on to power-off: what a person would type. (NixOS manual, "Manual Installation") */
 async function type(node: Node, machine: Session, row: Row): Promise<void> {
-  const deadline = performance.now() + INSTALL_TIMEOUT * 1000
+  const deadline = awakeTime() + INSTALL_TIMEOUT * 1000
   const step = (title: string) => {
     row.step(title)
     machine.name = `${node.name}, ${title}`
@@ -237,7 +238,7 @@ async function type(node: Node, machine: Session, row: Row): Promise<void> {
   const follow = 'tail -n +1 -f --pid=$! /tmp/install.log; wait $!'
   await shell.run(`(${nixosInstall} < /dev/null >> /tmp/install.log 2>&1 & ${follow})`, {
     shown: nixosInstall,
-    timeout: (deadline - performance.now()) / 1000,
+    timeout: (deadline - awakeTime()) / 1000,
     onLine: (line) => row.detail(line),
   })
 

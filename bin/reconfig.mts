@@ -21,7 +21,7 @@ const { flags } = script({
   does: `Applies changes of cluster.env, configs/*.nix and certificates to running machines: stages the
 configurations, shows what changes, copies each as a whole and runs nixos-rebuild switch, which
 restarts the services concerned. The control plane first, then one worker after another, each when
-the previous one is healthy. A machine that is not gets its former configuration back.
+the previous one is healthy. One that is not is rolled back to its previous configuration.
 
 For a switch by hand: --push-only, then nixos-rebuild switch (or boot, and a restart) on the
 machine; ./bin/reconfig.mts then checks it and finishes. --take-back undoes the push.
@@ -203,7 +203,7 @@ async function change(node: Node, copying: boolean, row: Row): Promise<string> {
         hint: `make ${flags.build ? 'upgrade' : 'reconfig'} checks the result and completes the change`,
       })
     }
-    row.step('going back to the former configuration')
+    row.step('rolling back to the previous configuration')
     throw await takingTime(() => goBack(node, row, error))
   }
 }
@@ -339,7 +339,7 @@ async function switchTo(
     rm -f undone
     ${guarded ? 'touch' : 'rm -f'} guarded
     status=0
-    began=$(date +%s)
+    began=$(date +%s.%6N)
     nixos-rebuild switch || status=$?
     # Some versions of nixos-rebuild leave what the switch says to its unit.
     unit='nixos-rebuild-switch-to-configuration*'
@@ -347,6 +347,7 @@ async function switchTo(
     if [ -e guarded ]; then
       former=$(cat unfinished)
       systemd-run --unit=reconfig-undo --on-active=3min --setenv=PATH="$PATH" bash -c "
+        [ -e ${home}/guarded ] || exit 0
         nix-env --profile /nix/var/nix/profiles/system --set $former
         $former/bin/switch-to-configuration switch
         touch ${home}/undone" 9>&-
@@ -359,8 +360,10 @@ async function switchTo(
   if ((await remote(node, confirm, { timeout: 300 })) !== '') {
     throw new StepError(`${name} could not be reached after the switch and undid it`)
   }
+  // Where it refuses, any status may be returned.
+  const refused = lines.some((line) => /Pre-switch check|Failed to install boot/.test(line))
   // 4: a unit had failed at that moment, as the scheduler does while the API server restarts.
-  if (status !== 0 && status !== 4) throw switchFailed(node, status, lines)
+  if (refused || (status !== 0 && status !== 4)) throw switchFailed(node, status, lines)
   row.step('waiting for services')
   await waitForServices(cluster, node, limits(row, signal))
   const output = await remote(node, 'systemctl list-units --state=failed --plain --no-legend')
@@ -383,11 +386,11 @@ function switchFailed(node: Node, status: number, lines: string[]): StepError {
     ...explanation,
     hint: `./bin/reconfig.mts --node ${name} --push-only
 ssh -F tls/ssh_config ${name} 'nixos-rebuild boot && reboot'
-./bin/reconfig.mts --node ${name}`,
+when it is up again: ./bin/reconfig.mts --node ${name}`,
   })
 }
 
-/** @returns the error to throw: what failed, and whether the machine has its former configuration */
+/** @returns the error to throw: what failed, and whether the machine was rolled back */
 async function goBack(node: Node, row: Row, error: unknown): Promise<unknown> {
   const { name } = node
   try {
@@ -395,7 +398,7 @@ async function goBack(node: Node, row: Row, error: unknown): Promise<unknown> {
     if (flags.build) return error
     await switchTo(node, row, { guarded: false })
     await remote(node, `rm -f ${home}/unfinished`)
-    const reason = `${name} was not healthy and has its former configuration again`
+    const reason = `the change of ${name} failed, and it was rolled back to its previous configuration`
     return new StepError(reason, { output: describeError(error), cause: error })
   } catch (second) {
     const reason = flags.build
@@ -509,9 +512,8 @@ async function runUnit(node: Node, row: Row, command: string, signal?: AbortSign
     })
     if (!answer) return 'no answer'
     const [head = '', text = ''] = answer.split('== log\n')
-    if (!head.startsWith(boot.trim())) {
-      throw new StepError(`${name} was restarted during a change`, { output: lastLines(text) })
-    }
+    const reason = `${name} was restarted during a change`
+    if (!head.startsWith(boot.trim())) throw new StepError(reason, { output: lastLines(text) })
     const lines = text.trimEnd().split('\n')
     if (/^SubState=(running|start.*)$/m.test(head)) return lines.at(-1) || 'running'
     ended = { status: Number(head.match(/^ExecMainStatus=(\d+)$/m)?.[1] ?? 1), lines }

@@ -24,11 +24,7 @@ const { flags, args } = script({
 node, and takes it out of the other machines' configuration and of cluster.env. Its disk is kept
 in images/. Run again after an interruption, it continues.`,
   reads: ['cluster.env', 'tls/', 'run/'],
-  writes: [
-    'cluster.env',
-    'tls/, configs/, cloud-init/, images/, run/',
-    'other machines: /etc/nixos',
-  ],
+  writes: ['cluster.env', 'tls/, configs/, cloud-init/, images/, run/', 'machines: /etc/nixos'],
   flags: {
     'dry-run': { help: 'print cluster.env without the worker, and do nothing' },
     force: {
@@ -97,7 +93,7 @@ function checkNode(): void {
     refuse(`${name} is the control plane`, 'make clobber removes the whole cluster')
   }
   if (remaining.length === 0 && !flags.force) {
-    refuse(`${name} is the last worker`, 'add another one first (make add-worker), or use --force')
+    refuse(`${name} is the last worker`, 'first make add-worker NAME=…, or use --force')
   }
   if (process.env.WORKER_NODES !== undefined) {
     const reason = 'WORKER_NODES is set in the environment and wins over cluster.env'
@@ -192,7 +188,7 @@ async function removeFiles(): Promise<string | undefined> {
   await $`rm -f images/${name}{.qcow2.partial,.efivars.qcow2{,.old},-console.log{,.1},-install.log}`
   // All but its lock, which is ours.
   const ours = ['(', '-name', `${name}.*`, '-o', '-name', `${name}-install`, ')']
-  await $`find run -maxdepth 1 ${ours} ! -name ${name}.lock* -exec rm -rf {} +`
+  await $`find run -maxdepth 1 ${ours} ! -name '${name}.lock*' -exec rm -rf {} +`
   if (!hasDisk(cluster, node)) return undefined
   const kept = `images/${name}.qcow2.removed-${timestamp()}`
   if (flags.purge) await $`rm images/${name}.qcow2`

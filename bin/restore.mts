@@ -16,26 +16,19 @@ import { filesOf, qemuArguments } from '../lib/qemu.mts'
 import { Qmp } from '../lib/qmp.mts'
 import { runScript, script } from '../lib/script.mts'
 import type { Snapshot } from '../lib/snapshots.mts'
-import {
-  hardware,
-  inspect,
-  liveParts,
-  readSnapshots,
-  restoring,
-  suspended,
-} from '../lib/snapshots.mts'
+import * as snapshots from '../lib/snapshots.mts'
 import { setClocks, syncGuests, waitForSsh } from '../lib/ssh.mts'
 import { inParallel, step } from '../lib/steps.mts'
 import { assertDiskSpace, hasDisk, isRunning, machineState, startMachine } from '../lib/vm.mts'
 
 const { flags, args } = script({
   does: `Restores a snapshot of the cluster, the newest unless one is named: memory (without it, the machines
-boot), disks, UEFI variables, certificates, kubeconfigs, encryption key and cluster.env. What they
-replace is kept as a snapshot. Ends when the cluster answers. Refuses before anything is changed.`,
+boot), disks, UEFI variables, certificates, kubeconfigs, encryption key and cluster.env. The disks and
+files that are replaced are kept as a snapshot. Ends when the cluster answers.`,
   reads: ['cluster.env', 'snapshots/NAME/', 'images/'],
   writes: ['images/', 'tls/', 'configs/', 'cluster.env', 'snapshots/', 'run/'],
   flags: {
-    'disks-only': { help: 'leave its memory; the machines boot' },
+    'disks-only': { help: 'restore the disks without the memory: the machines boot' },
     'start-only': { help: 'end when the machines have been started' },
     timeout: { value: 'SECONDS', number: true, help: 'for the cluster to answer (WAIT_TIMEOUT)' },
   },
@@ -47,6 +40,7 @@ const began = performance.now()
 const signal = interruption()
 const cluster = loadCluster()
 const names = cluster.nodes.map((node) => node.name)
+const { inspect, restoring, suspended } = snapshots
 const marker = cluster.path('snapshots', restoring)
 
 const restored = await withClusterLock(cluster, 'restoring a snapshot', async () => {
@@ -125,7 +119,7 @@ async function load(tag: string, then: Cluster, host: Host): Promise<void> {
     const node = then.node(name)
     await startMachine(then, node, host, async () => {
       const qmp = await Qmp.connect(filesOf(then, node).qmp)
-      await qmp.job('snapshot-load', { tag, ...liveParts }).finally(() => qmp.close())
+      await qmp.job('snapshot-load', { tag, ...snapshots.liveParts }).finally(() => qmp.close())
     })
   }).catch(async (error) => {
     await runScript('shutdown', ['--now'])
@@ -137,7 +131,7 @@ async function load(tag: string, then: Cluster, host: Host): Promise<void> {
 
 /** The snapshot of that name; without a name the newest that was taken on purpose. */
 async function find(name?: string): Promise<Snapshot> {
-  const all = await readSnapshots(cluster)
+  const all = await snapshots.readSnapshots(cluster)
   const found = all.findLast((each) => (name ? each.name === name : !each.automatic))
   if (found) return found
   const reason = name ? `there is no snapshot "${name}"` : 'there is no snapshot yet'
@@ -187,7 +181,7 @@ async function check({ name: snapshot, machines, files, ...kept }: Snapshot, liv
       const mode = { kind: 'boot' } as const
       const node = settings.node(name)
       const args = qemuArguments({ cluster: settings, node, host: live, mode })
-      const now = hardware(live.qemu.version, args.join(' '))
+      const now = snapshots.hardware(live.qemu.version, args.join(' '))
       if (now !== former) problems.push(`${name} was saved on ${former}, and would be on ${now}`)
       // An installation that was interrupted may have replaced them.
       const variables = await inspect(`images/${name}.efivars.qcow2`).catch(() => undefined)
@@ -229,7 +223,7 @@ async function replace(snapshot: Snapshot, saved: string): Promise<void> {
   }
   await rm(marker, { force: true })
   // Of what restores have replaced the last is enough: each snapshot keeps the images from shrinking.
-  for (const { name, automatic } of await readSnapshots(cluster)) {
+  for (const { name, automatic } of await snapshots.readSnapshots(cluster)) {
     if (!automatic || [saved, snapshot.name, interrupted].includes(name)) continue
     await runScript('snapshot', ['--delete', name]).catch((error) => {
       console.error(`! what an earlier restore replaced is still there: ${describeError(error)}`)

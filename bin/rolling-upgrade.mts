@@ -101,17 +101,22 @@ async function upgrade(node: Node): Promise<string> {
   // 4. The restart with the new system, until the node is healthy.
   const options = ['--restart', '--node', name, '--timeout', `${timeout}`]
   await runScript('reconfig', options).catch((cause) => {
+    const ssh = `ssh -F tls/ssh_config ${name}`
     const state = role === 'worker' ? ' and stays cordoned' : ''
+    const where = role === 'worker' ? '' : ' (to another minor version only by make restore)'
+    const uncordon = cordoned ? `\nkubectl uncordon ${name} && ${ssh} rm ${home}/cordoned` : ''
     throw new StepError(`${name} has not come back from its upgrade${state}`, {
       exitCode: cause.explanation?.exitCode,
-      hint: `make upgrade NAME=${name} tries again; to go back:
-ssh -F tls/ssh_config ${name} 'nixos-rebuild boot --rollback && reboot'`,
+      hint: `make upgrade NAME=${name} tries again; to go back${where}:
+${ssh} 'set -e; former=$(tail -n 1 ${home}/former-channel)
+nix-env --profile /nix/var/nix/profiles/system --set $former
+$former/bin/switch-to-configuration boot; reboot'
+when it is up again: ./bin/reconfig.mts --take-back --node ${name}${uncordon}`,
       cause,
     })
   })
 
-  // 5. Pods may come back, unless the node was cordoned before. Without the signal: after Ctrl-C,
-  //    this is all that is left to do.
+  // 5. Pods may come back, unless the node was cordoned before. Also after Ctrl-C, as only this is left.
   if (cordoned) await $`kubectl uncordon ${name}`
   await remote(node, finished)
   return `NixOS ${now.nixos}, Kubernetes ${now.kubernetes} → ${release}`
@@ -186,7 +191,7 @@ function assertSkew({ name, role }: Node, from: string, to: string, versions: Ve
   refuseIf(
     skipped > 0,
     `from ${from} to ${to} skips ${skipped} minor version${skipped > 1 ? 's' : ''}`,
-    'set NIXOS_VERSION to one release after the other',
+    'set NIXOS_VERSION to a release in between; without one: make clobber && make all',
   )
   const old = versions.kubelets.filter(({ version }) => minor(version) < minor(to) - 3)
   refuseIf(

@@ -31,7 +31,7 @@ const { STOP_TIMEOUT } = cluster.settings
 const signal = interruption()
 const chosen = chooseNodes(cluster, args)
 
-// The control plane last: until then workers can report to it that their pods have ended.
+// The control plane last: kubelets and pods that are being stopped still use it.
 const endings = new Map<string, string>()
 const failures: unknown[] = []
 for (const role of ['worker', 'control-plane']) {
@@ -68,7 +68,7 @@ async function shutDown(node: Node, row: Row): Promise<string> {
 
   /** Asks for the end, and waits for it unless asking fails. */
   const ended = async (seconds: number, ask: () => Promise<unknown>): Promise<boolean> => {
-    // Looked at each time: the pid has to be this machine's QEMU still.
+    // Checked each time: the pid must still be that of this machine's QEMU.
     const now = await machineState(cluster, node)
     let time = seconds
     if (now.state !== 'stopped' && now.pid === pid) {

@@ -1,6 +1,6 @@
 #!/bin/sh
 ':' //; exec node "$(dirname "$(readlink -f "$0")")/../lib/launch.mjs" "$0" "$@"
-// The first workload: a web server on every worker behind one service, used from inside and outside.
+// The first workload: a web server on every worker behind one service, used by pods and from outside.
 import { $ } from 'zx/core'
 import { loadCluster, type Node } from '../lib/cluster.mts'
 import { interruption } from '../lib/interrupt.mts'
@@ -102,8 +102,7 @@ await step('every pod reaches every pod', async () => {
 await step(`every pod reaches the service at ${serviceIp}`, async () => {
   for (const { metadata } of pods) await fetchInPod(metadata.name, `${serviceIp}:80`, tries)
 })
-const coredns = await $`kubectl get deployment coredns --namespace=kube-system --ignore-not-found`
-if (coredns.stdout) {
+if ((await $`kubectl get deployment coredns --namespace=kube-system --ignore-not-found`).stdout) {
   const name = `nginx.${namespace}.svc.${cluster.settings.K8S_CLUSTER_DOMAIN}`
   await step('every pod reaches the service by its name', async () => {
     for (const { metadata } of pods) await fetchInPod(metadata.name, `${name}:80`, tries)
@@ -121,7 +120,7 @@ await step(`NodePort ${nodePort} of every worker answers`, async () => {
 const rows = pods.map((pod) => `  ${pod.metadata.name}  ${pod.status.podIP}  ${pod.spec.nodeName}`)
 console.log(`nginx answers everywhere, from ${pods.length} pods:\n${rows.join('\n')}`)
 console.log(
-  `Open it: kubectl port-forward --namespace=${namespace} service/nginx 8080:80, then http://127.0.0.1:8080`,
+  `Open it: KUBECONFIG=configs/admin.kubeconfig kubectl port-forward --namespace=${namespace} service/nginx 8080:80, then http://127.0.0.1:8080`,
 )
 
 /** Requests a page from inside a pod. */

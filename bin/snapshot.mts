@@ -30,10 +30,10 @@ UEFI variables, certificates, kubeconfigs, encryption key and cluster.env are ke
   writes: ['images/NODE.qcow2', 'images/NODE.efivars.qcow2', 'snapshots/NAME/'],
   flags: {
     'disks-only': { help: 'without memory: make restore boots the machines; takes less space' },
-    suspend: { help: 'then end the machines (make suspend); make up continues from there' },
+    suspend: { help: 'then end the machines, as make suspend does; make up continues from there' },
     list: { help: 'show the snapshots' },
     delete: { value: 'NAME', help: 'remove this snapshot; the machines may run' },
-    automatic: { help: 'mark it as what a restore overwrites: a later restore removes it' },
+    automatic: { help: 'used by restore for what it replaces; the next restore deletes it' },
     json: { help: 'print the snapshot, or with --list all of them, as JSON' },
   },
   args: '[NAME]',

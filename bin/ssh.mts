@@ -21,9 +21,8 @@ const [name = '', ...command] = args
 const cluster = loadCluster()
 const node = cluster.node(name)
 const machine = await machineState(cluster, node)
-if (machine.state === 'stopped') {
-  throw new StepError(`${name} is not running`, { hint: `make boot-${name}` })
-}
+const reason = `${name} is not running`
+if (machine.state === 'stopped') throw new StepError(reason, { hint: `make boot-${name}` })
 if (machine.state === 'installing') {
   throw new StepError(`${name} is being installed: it has no ssh yet`)
 }

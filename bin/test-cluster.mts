@@ -66,7 +66,7 @@ for (const { name, system, services, certificates } of machines) {
     if (!first) throw new StepError('there are none')
     const { file, daysLeft } = first
     if (daysLeft >= settings.CERT_RENEW_DAYS) return `${daysLeft} days`
-    const hint = 'make certs, make reconfig'
+    const hint = 'make certs reconfig metrics'
     throw new StepError(`${file} has ${daysLeft} days left`, { hint })
   })
 }
@@ -90,6 +90,12 @@ for (const name of ['kube-controller-manager', 'kube-scheduler']) {
     throw new StepError(`no process has renewed the lease ${name} for a minute`)
   })
 }
+await check('every API answers, also those of add-ons', skip, () =>
+  waitFor({ failure: 'APIs are not available', timeout: 30, signal }, async () => {
+    const { stdout } = await $({ signal, timeout: '20s' })`kubectl get apiservices --no-headers`
+    return stdout.match(/^.* (False|Unknown) .*$/gm)?.join('\n')
+  }),
+)
 await check('every worker is Ready, at its LAN address', skip, () => {
   if (!nodes.known) throw new StepError(nodes.reason)
   for (const { name, ip } of workers) {

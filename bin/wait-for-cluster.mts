@@ -63,7 +63,7 @@ const loops = [
   ...nodes.map((node) => repeat(async () => machines.set(node, await askMachine(node)))),
 ]
 try {
-  await waitFor({ failure: 'not active', timeout, signal, every: 200, hint }, async () => {
+  await waitFor({ failure: 'not all are active', timeout, signal, every: 200, hint }, async () => {
     if (hopeless) throw hopeless
     update()
     return rows.every(({ active }) => active) ? undefined : missing()

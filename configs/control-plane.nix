@@ -168,8 +168,6 @@ in
             service-account-issuer = "https://kubernetes.default.svc.${cluster.clusterDomain}";
             service-account-key-file = "${pki}/service-account.pem";
             service-account-signing-key-file = "${pki}/service-account-key.pem";
-            # Pods renew their tokens, so none has to be valid for a year.
-            service-account-extend-token-expiration = "false";
           };
         }
         {
@@ -271,6 +269,10 @@ in
             group = "";
             resources = [ "events" ];
           }
+          {
+            group = "events.k8s.io";
+            resources = [ "events" ];
+          }
         ];
       }
       # Every access to Secrets is logged, also by nodes.
@@ -359,12 +361,7 @@ in
         }
         {
           why = "each node's pod range comes from cluster.env, so none is allocated here";
-          flags = {
-            cluster-name = cluster.name;
-            cluster-cidr = cluster.podCidr;
-            service-cluster-ip-range = cluster.serviceCidr;
-            allocate-node-cidrs = "false";
-          };
+          flags.allocate-node-cidrs = "false";
         }
         {
           why = "only one is active at a time, if there are several";
@@ -446,7 +443,7 @@ in
   systemd.tmpfiles.rules = [
     "z ${pki}/ca-key.pem 0600 kubernetes kubernetes -"
     "z ${pki}/kubernetes.pem 0644 root root -"
-    # The API server and etcd share one certificate, as in the original.
+    # The API server and etcd share one certificate.
     "z ${pki}/kubernetes-key.pem 0640 kubernetes etcd -"
     "z ${pki}/service-account.pem 0644 root root -"
     "z ${pki}/service-account-key.pem 0600 kubernetes kubernetes -"

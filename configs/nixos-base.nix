@@ -28,8 +28,9 @@ in
 
   boot.loader.systemd-boot = {
     enable = true;
-    # Previous generations stay in the menu for a roll back; more would fill the ESP with kernels.
-    configurationLimit = 5;
+    # Previous generations stay in the menu for a roll back. On arm64, a kernel and its initrd take
+    # about 100 MB of the ESP.
+    configurationLimit = 3;
   };
   # EFI variables can be lost (a restored snapshot, a new host); the boot loader's fallback path is
   # on the disk.
@@ -103,9 +104,10 @@ in
   }
   // lib.listToAttrs (map (machine: lib.nameValuePair machine.ip [ machine.name ]) cluster.nodes);
 
-  # No NixOS firewall. QEMU forwards only ports of the host's loopback, the LAN connects only these
-  # machines, and what listens there requires a certificate. Cilium or kube-proxy own the rules for
-  # services and pods; a second set (the reverse path filter above all) would drop pod traffic.
+  # No NixOS firewall. QEMU forwards only ports of the host's loopback, and the LAN connects only
+  # these machines; what listens there requires a certificate, except for health checks and metrics
+  # of Cilium. Cilium or kube-proxy own the rules for services and pods; a second set (the reverse
+  # path filter above all) would drop pod traffic.
   networking.firewall.enable = false;
 
   networking.proxy = {

@@ -25,7 +25,7 @@ in
   virtualisation.containerd.settings.plugins."io.containerd.grpc.v1.cri" = {
     # The container that holds a pod's network namespace, in the version of Kubernetes 1.36.
     sandbox_image = "registry.k8s.io/pause:3.10.2";
-    # Cilium copies its plugin there; the Nix store is read-only.
+    # Cilium copies its plugin there; the Nix store is read-only. (containerd 2.1 calls it bin_dirs.)
     cni.bin_dir = "/opt/cni/bin";
     cni.conf_dir = "/etc/cni/net.d";
     containerd.runtimes.runc = {
@@ -36,6 +36,10 @@ in
   };
   # Images are pulled through the proxy; no other service of ours needs the internet.
   systemd.services.containerd.environment = config.networking.proxy.envVars;
+  # It reads the trusted CAs only when it starts.
+  systemd.services.containerd.restartTriggers = map (
+    file: "${file}"
+  ) config.security.pki.certificateFiles;
 
   systemd.tmpfiles.rules = [
     "d /opt/cni/bin 0755 root root -"
@@ -188,11 +192,12 @@ in
       clusterCIDR = cluster.podCidr;
       hostnameOverride = node.name;
       clientConnection.kubeconfig = "${home}/kube-proxy.kubeconfig";
+      healthzBindAddress = "127.0.0.1:10256";
       metricsBindAddress = "127.0.0.1:10249";
     };
   };
 
-  # At shutdown a container has the time that pods have by default; systemd's default is 90 s.
+  # At shutdown, systemd gives services and containers as long as the kubelet gives pods by default.
   systemd.settings.Manager.DefaultTimeoutStopSec = "30s";
 
   # ── Tools on the machine ───────────────────────────────────────────────────────────────────

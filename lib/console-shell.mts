@@ -4,6 +4,7 @@ import { randomBytes } from 'node:crypto'
 import { lastLines, StepError } from './errors.mts'
 import { ExpectError, type Session, sendLimit, type WaitOptions } from './expect.mts'
 import { sha256 } from './files.mts'
+import { awakeTime } from './wait.mts'
 
 export interface CommandOptions {
   timeout?: number // seconds; 300 by default
@@ -93,10 +94,10 @@ export class ConsoleShell {
   /** The same for a command that may fail. */
   async execute(command: string, options: CommandOptions = {}) {
     const { timeout = defaultTimeout, shown = command, onLine, onSent } = options
-    const deadline = performance.now() + timeout * 1000
+    const deadline = awakeTime() + timeout * 1000
     const what = `the end of "${shown.split('\n')[0]?.slice(0, 100)}"`
     const expect = (wanted: RegExp | RegExp[]) => {
-      const left = Math.max(0, (deadline - performance.now()) / 1000)
+      const left = Math.max(0, (deadline - awakeTime()) / 1000)
       return this.session.expect(wanted, { what, signal: this.signal, timeout: left })
     }
     // The markers are assembled on the machine, so that an echo of this line does not contain them.
@@ -140,8 +141,7 @@ export class ConsoleShell {
     } finally {
       transcript.recording = true
     }
-    const sum = sha256(data)
-    await this.run(`echo '${sum}  ${path}' | sha256sum -c`)
+    await this.run(`echo '${sha256(data)}  ${path}' | sha256sum -c`)
   }
 }
 

@@ -54,11 +54,11 @@ export function describeError(error: unknown, verbose = false): string {
   const { output, command, hint, log } = explanation
   const lines = [reason]
   if (output) lines.push(output.replace(/^/gm, '  | '))
-  if (command) lines.push(`  command: ${command}`)
-  if (hint) lines.push(`  hint:    ${hint.replaceAll('\n', '\n           ')}`)
   // Without it, kubectl in the user's shell would talk to another cluster.
   const shell = /^(kubectl|helm) /m.test(`${command}\n${hint}`)
   if (shell) lines.push('  first:   export KUBECONFIG=configs/admin.kubeconfig')
+  if (command) lines.push(`  command: ${command}`)
+  if (hint) lines.push(`  hint:    ${hint.replaceAll('\n', '\n           ')}`)
   if (log) lines.push(`  log:     ${log}`)
   for (let cause = error; verbose && cause instanceof Error; cause = cause.cause) {
     lines.push(cause.stack ?? String(cause))
@@ -71,11 +71,11 @@ export function explain(error: unknown): { reason: string; explanation: Explanat
   if (error instanceof StepError) return { reason: error.message, explanation: error.explanation }
   if (error instanceof ProcessOutput) {
     const command = commandOf(error)
-    const output = lastLines(error.stderr.trim() || error.stdout)
+    const { signal, exitCode, stderr } = error
+    const output = lastLines(stderr.trim() || error.stdout)
     const program = command.match(/^\S+/)?.[0] ?? 'a command'
-    const { signal, exitCode } = error
     const end = signal ? `was ended by ${signal}` : `failed (exit status ${exitCode})`
-    const { reason = `${program} ${end}`, hint } = knownProblem(command, error.stderr) ?? {}
+    const { reason = `${program} ${end}`, hint } = knownProblem(command, `${stderr}\n${end}`) ?? {}
     return { reason, explanation: { output, command, hint } }
   }
   if (!(error instanceof Error)) return { reason: String(error), explanation: {} }
@@ -103,7 +103,7 @@ export const wrongEncryptionKey =
 export const busyApiServer = 'the API server does not answer in time'
 
 const renew =
-  'make certs-check shows the certificates; make certs renews; make reconfig copies them to the machines'
+  'make certs-check shows the certificates; make certs renews; make reconfig copies them to the machines, make metrics to metrics-server'
 const start = 'make status shows what runs; make up starts the machines; make wait waits for them'
 // Only Apple's own terminal reaches hosts of the local network without being asked.
 const macNetwork =
@@ -124,16 +124,18 @@ const problems: readonly [command: RegExp, ...Problem[]][] = [
     [/Permission denied \(/, 'the machine does not accept the key tls/ssh_ed25519',
       'the machine was installed with another key: restore tls/ from a copy (make restore), or reinstall the machine'],
     [/Can't open user config file|tls\/ssh_config: No such file/,
-      'tls/ssh_config is missing', 'make certs']],
+      'tls/ssh_config is missing', 'make certs'],
+    [/^failed \(exit status 255\)$/m, 'the connection to the machine was lost', 'make status']],
   [/\bkubectl drain\b/,
     [/disruption budget[\s\S]*unable to drain node "(\S+?)"/,
       'a disruption budget keeps pods on $1',
-      'kubectl get poddisruptionbudgets --all-namespaces; more replicas, or other workers, let them go. --force deletes them all the same'],
+      'kubectl get poddisruptionbudgets --all-namespaces\nmore replicas or more workers let them go; --force deletes them all the same'],
     [/unable to drain node "(\S+?)"[\s\S]*declare no controller/,
       'on $1 there are pods that nothing would start again elsewhere',
       'save what they hold and delete them. --force does so without saving'],
     [/unable to drain node "(\S+?)"[\s\S]*timeout/, 'pods on $1 have not ended in time',
-      '--timeout SECONDS gives them more, --force does not wait for them']],
+      '--timeout SECONDS gives them more time; remove-worker --force continues without them']],
+  [/\bkubectl exec\b/, [/^was ended by SIGTERM$/m, 'kubectl exec did not end in time', start]],
   [/\bkubectl\b/,
     // Of `kubectl exec`: what precedes it is the program's own message.
     [/command terminated with exit code (\d+)/, 'a command in the pod failed (exit status $1)'],
@@ -154,12 +156,13 @@ const problems: readonly [command: RegExp, ...Problem[]][] = [
       'the chart repository has no such chart or version',
       'is the version (CILIUM_VERSION in cluster.env, or --version) one that was released?']],
   [/\b(kubectl|helm)\b/,
+    [/failed calling webhook "([^"]+)"/, 'the webhook $1 cannot be called', 'kubectl get services,pods --all-namespaces'],
     [/connection refused|was refused/i,
       'the API server does not answer: nothing listens there', start],
     // QEMU accepts the connection, and closes it when nothing listens on the machine.
     [/EOF$|connection reset/im,
       'the API server does not answer: nothing listens on the machine yet', start],
-    [/timeout|deadline exceeded/i, busyApiServer, start],
+    [/timeout|deadline exceeded|^was ended by SIGTERM$/im, busyApiServer, start],
     [/no route to host|cluster unreachable/i, 'the API server does not answer', start],
     [/not yet valid: current time \S+ is before/,
       "the API server's certificate is not valid yet: the clocks of this computer and the machine differ",

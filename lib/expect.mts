@@ -3,6 +3,7 @@ import { type IPty, spawn as spawnPty } from 'node-pty'
 import { StepError } from './errors.mts'
 import { formatDuration } from './format.mts'
 import { PlainTextStream, Transcript } from './terminal.mts'
+import { awakeTime } from './wait.mts'
 
 export interface SpawnOptions {
   name?: string // of the program in errors; its file by default
@@ -146,7 +147,7 @@ export class Session {
     const { what, timeout, signal } = options
     return new Promise((resolve, reject) => {
       const settle = (end: () => void) => {
-        clearTimeout(timer)
+        clearInterval(timer)
         signal?.removeEventListener('abort', check)
         this.check = undefined
         end()
@@ -163,7 +164,9 @@ export class Session {
         if (this.ended) fail('exit', `ended ${endOf(this.ended)} while waiting for ${what}`)
       }
       const late = `timed out after ${formatDuration(timeout * 1000)} waiting for ${what}`
-      const timer = setTimeout(() => fail('timeout', late), timeout * 1000)
+      const end = awakeTime() + timeout * 1000
+      const watch = () => awakeTime() >= end && fail('timeout', late)
+      const timer = setInterval(watch, Math.min(timeout * 100, 500))
       this.check = check
       signal?.addEventListener('abort', check)
       check()

@@ -1,5 +1,4 @@
-// What runs and what does not: the services of a machine in one ssh call, the API server and its
-// nodes by kubectl, and waits for them.
+// The health of a machine's services (one ssh call), of the API server and of its nodes; waits for it.
 import { $, ProcessOutput } from 'zx/core'
 import type { Cluster, Node } from './cluster.mts'
 import { knownProblem, lastLines, StepError, wrongEncryptionKey } from './errors.mts'
@@ -200,10 +199,9 @@ export async function waitForServices(
 }
 
 /**
- * Waits until the node is Ready and its kubelet has renewed its lease: for 40 s the API server reports
+ * Waits until the node is Ready and its kubelet has renewed its lease: for 50 s the API server reports
  * a node as Ready that it does not hear from.
- * @param since when the kubelet was started, "2026-11-30T03:20:34.074041Z"; by default, the first
- *   renewal that can be read
+ * @param since the kubelet's start, "2026-11-30T03:20:34.074041Z"; by default, the first renewal read
  */
 export async function waitForReady(cluster: Cluster, node: Node, wait: WaitLimits, since?: string) {
   const { name } = node

@@ -104,7 +104,7 @@ type Obstacle = { reason: string; hint: string } | undefined
  * because a device that can be opened need not work.
  */
 export async function detectAccelerator(setting: Setting, os: System) {
-  const slow = 'QEMU emulates the processor, ten times slower or more'
+  const slow = 'QEMU emulates the processor, at least ten times slower: too slow for Cilium'
   if (setting === 'tcg') return { accel: setting, warning: `QEMU_ACCEL=tcg: ${slow}` }
   const obstacle = await obstacleTo(os)
   const accel = chooseAccelerator(setting, os, obstacle)

@@ -66,8 +66,7 @@ export async function takingTime<T>(work: () => Promise<T>): Promise<T> {
 }
 
 function stop(signal: (typeof signals)[number]): void {
-  // Only Ctrl-C is repeated on purpose: a closed terminal sends SIGHUP several times, and a parent
-  // passes on what its child has received as well.
+  // Only Ctrl-C is repeated on purpose; the other two may arrive several times for one reason.
   if (signal !== 'SIGINT' && controller?.signal.aborted) return
   const exitCode = 128 + constants.signals[signal]
   if (!controller || controller.signal.aborted) {

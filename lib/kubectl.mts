@@ -95,8 +95,8 @@ export async function apply(
 }
 
 export const addOnFlags = {
-  print: { help: 'write the manifest to stdout and do nothing: … --print | kubectl apply -f -' },
-  delete: { help: 'delete what the manifest describes' },
+  print: { help: 'only print the manifest: … --print | kubectl apply --server-side -f -' },
+  delete: { help: 'delete all that this script deploys' },
   'force-conflicts': { help: 'take over fields that another owner has set' },
   timeout: { value: 'SECONDS', number: true, help: 'how long to wait until it is ready (300)' },
 } as const satisfies Record<string, Flag>
@@ -128,6 +128,10 @@ export async function printAndExit(text: string): Promise<never> {
   await new Promise((resolve) => process.stdout.write(text, resolve))
   process.exit(0)
 }
+
+/** Names a command to try. From the project's folder, it talks to this cluster. */
+export const suggest = (command: string, first = '') =>
+  console.log(`Try: ${first}KUBECONFIG=configs/admin.kubeconfig ${command}`)
 
 /** A node of the API, as far as it is read here. */
 export interface ApiNode extends ApiObject {

@@ -1,5 +1,4 @@
-// Starts a script of bin/ on Node 20 to 24. The first lines of every script call it; it is plain
-// JavaScript because it runs before anything that understands TypeScript.
+// Starts a script of bin/, whose first lines call it. JavaScript: it runs before TypeScript can.
 import { realpathSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { basename, resolve } from 'node:path'
@@ -38,7 +37,7 @@ if (!process.features.typescript) {
     stop(`the npm packages do not work on this system: ${reason}`, install)
   }
 }
-const script = realpathSync(process.argv[2] ?? '')
+const script = realpathSync.native(process.argv[2] ?? '')
 process.argv.splice(1, 2, script)
 await import(pathToFileURL(script).href)
 

@@ -1,5 +1,4 @@
-// One process at a time: a lock file that names its holder. Its content appears in one step, by a
-// hard link, so that nobody ever reads half of it.
+// One process at a time: a lock file, complete from the start (a hard link), that names its holder.
 import { randomBytes } from 'node:crypto'
 import { link, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { dirname } from 'node:path'

@@ -4,7 +4,7 @@ import type { Cluster, Node } from './cluster.mts'
 import { explain, lastLines, StepError } from './errors.mts'
 import { takingTime } from './interrupt.mts'
 import { type ApiObject, apply, kubectlJson } from './kubectl.mts'
-import { type WaitLimits, waitFor } from './wait.mts'
+import { awakeTime, type WaitLimits, waitFor } from './wait.mts'
 
 type ContainerStatus = {
   restartCount: number
@@ -59,11 +59,10 @@ async function problemsOf(pods: readonly Pod[]): Promise<string> {
     }
     const stuck = problems.length === 0 && (await whyStuck(pod))
     if (stuck) {
-      const since = stuckSince.get(uid) ?? Date.now()
+      const since = stuckSince.get(uid) ?? awakeTime()
       const hint = `kubectl describe pod ${name} --namespace=${namespace}`
-      if (Date.now() - since > 120_000) {
-        throw new StepError(`pod ${name} cannot start`, { output: stuck, hint })
-      }
+      const reason = `pod ${name} cannot start`
+      if (awakeTime() - since > 120_000) throw new StepError(reason, { output: stuck, hint })
       stuckSince.set(uid, since)
       problems.push(stuck)
     } else stuckSince.delete(uid)
@@ -74,9 +73,11 @@ async function problemsOf(pods: readonly Pod[]): Promise<string> {
 
 /** Why a pod has no node, or no network on its node. */
 async function whyStuck({ metadata, spec, status }: Pod): Promise<string | undefined> {
-  const scheduled = status.conditions?.find(({ type }) => type === 'PodScheduled')
-  if (scheduled?.status === 'False') return scheduled.message
-  if (!spec.nodeName || status.phase !== 'Pending') return undefined
+  const condition = (name: string) => status.conditions?.find(({ type }) => type === name)
+  if (condition('PodScheduled')?.status === 'False') return condition('PodScheduled')?.message
+  // With a network, what an event says about it is over; it may be pulling its image.
+  const hasNetwork = condition('PodReadyToStartContainers')?.status === 'True'
+  if (!spec.nodeName || status.phase !== 'Pending' || hasNetwork) return undefined
   const fields = `involvedObject.uid=${metadata.uid},reason=FailedCreatePodSandBox`
   const args = ['get', 'events', `--namespace=${metadata.namespace}`, `--field-selector=${fields}`]
   return (await kubectlJson<{ items: { message: string }[] }>(...args)).items.at(-1)?.message
@@ -93,8 +94,11 @@ export async function waitForRollout(what: string, limits: Limits): Promise<void
   const images = 'jsonpath={.spec.template.spec.containers[*].image}'
   const kubectl = $({ timeout: '60s' })
   await waitFor({ failure: `${what} is not ready`, ...limits, hint, command }, async () => {
-    const status = await kubectl`kubectl rollout status ${what} ${inNamespace} --watch=false`
-    const state = status.stdout.trim()
+    const look = $({ timeout: '60s', nothrow: true })
+    const status = await look`kubectl rollout status ${what} ${inNamespace} --watch=false`
+    // Ten minutes without progress count as a failure, but Kubernetes goes on trying.
+    if (status.exitCode !== 0 && !/progress deadline/.test(status.stderr)) throw status
+    const state = (status.stdout || status.stderr).trim()
     if (state.endsWith('successfully rolled out')) return undefined
     const latest = (await kubectl`kubectl get ${what} ${inNamespace} --output=${images}`).stdout
     // Pods of a previous version may be failing; that may be why there is a new one.

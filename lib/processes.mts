@@ -47,10 +47,7 @@ export async function memoryOf(pid: number): Promise<number> {
   return 1024 * Number(found ?? (await outputOf('ps', '-o', 'rss=', '-p', `${pid}`)))
 }
 
-/**
- * Whether a process has ended completely. Its arguments disappear a moment earlier, when its ports
- * and files are still open.
- */
+/** Whether a process has ended completely. Its ports are still open when its arguments disappear. */
 export async function isGone(pid: number, os: NodeJS.Platform = process.platform) {
   if (os !== 'linux') return /^(Z|$)/.test(await outputOf('ps', '-o', 'stat=', '-p', `${pid}`))
   const text = await readFile(`/proc/${pid}/stat`, 'utf8').catch(() => undefined)

@@ -4,7 +4,6 @@ import { resolve } from 'node:path'
 import { rootCertificates } from 'node:tls'
 import type { Cluster } from './cluster.mts'
 import { privateFolder, writeFileAtomic } from './files.mts'
-import { outsideGateway } from './settings.mts'
 
 /** The machines' proxy, and what of the cluster never goes through it. */
 export function machineProxy({ root, settings }: Cluster) {
@@ -35,7 +34,7 @@ export async function hostEnvironment(cluster: Cluster): Promise<Record<string, 
   const { caFile, http, https } = machineProxy(cluster)
   const callers = (name: string) => process.env[name] || process.env[name.toUpperCase()] || ''
   // A proxy on this computer has another address when seen from the machines.
-  const local = (proxy: string) => proxy.replace(outsideGateway, '127.0.0.1')
+  const local = (proxy: string) => proxy.replace(/(?<![\d.])10\.0\.2\.2(?![\d.])/, '127.0.0.1')
   const proxy = {
     http_proxy: callers('http_proxy') || local(http),
     https_proxy: callers('https_proxy') || local(https),

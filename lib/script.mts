@@ -43,7 +43,7 @@ type FlagValues<Flags extends Record<string, Flag>> = {
 
 const common = {
   help: { help: 'show this text' },
-  verbose: { help: 'print every command as it runs, and stacks of errors' },
+  verbose: { help: 'print every command as it runs, and the stack traces of errors' },
 } satisfies Record<string, Flag>
 
 const root = join(import.meta.dirname, '..')
@@ -234,6 +234,7 @@ function usage(
 
 Usage: ./bin/${name}.mts [flags]${args ? ` ${args}` : ''}
 
+Flags (defaults in parentheses):
 ${flags.map(([flag, help]) => `  ${flag.padEnd(width)}  ${help}`).join('\n')}
 
 Reads:   ${reads.join(', ') || 'nothing'}

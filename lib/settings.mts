@@ -52,13 +52,14 @@ export const kinds = {
   seconds: whole('a number of seconds', 1, 604_800),
   level: whole('a number', 0, 10),
   address: textThat('an IPv4 address', isIPv4),
-  cidr: textThat('an IPv4 range such as 10.32.0.0/24, without bits behind the mask', parseCidr),
+  cidr: textThat('a CIDR such as 10.32.0.0/24, with no host bits set', parseCidr),
   mac: textThat(
     'a unicast MAC address such as 52:54:00:12:34:56',
     /^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$/i,
   ),
   version: textThat('a version such as 1.36.3', /^\d+(\.\d+)+([-.][0-9A-Za-z.-]+)?$/),
   release: textThat('a NixOS release such as 26.05', /^\d\d\.\d\d$/),
+  chart: textThat('a chart without a password', /^(?![\w+.-]+:\/\/[^/]*@).*$/),
   text: textThat('text on one line', /^[^\r\n]*$/),
   proxy: textThat(
     'a proxy address such as http://proxy.example:3128 (http or https, without blanks)',
@@ -91,7 +92,7 @@ export const variables = {
   NIXOS_VERSION: [kinds.release],
   KUBERNETES_VERSION: [kinds.version],
   CILIUM_VERSION: [kinds.version],
-  CILIUM_CHART: [kinds.text, 'https://helm.cilium.io/'],
+  CILIUM_CHART: [kinds.chart, 'https://helm.cilium.io/'],
   HELM_VERSION: [kinds.version, '4.3.1'],
   COREDNS_VERSION: [kinds.version],
   METRICS_SERVER_VERSION: [kinds.version],
@@ -155,8 +156,8 @@ export class SettingsReader {
     }
     const value = kind.parse(text)
     if (value !== undefined) return value
-    // A proxy's address may hold a password.
-    const shown = name.startsWith('PROXY_') ? text.replace(/[^/\s]*@/, '…@') : text
+    // An address may hold a password.
+    const shown = /^(PROXY_|CILIUM_CHART)/.test(name) ? text.replace(/[^/\s]*@/, '…@') : text
     this.problem(name, `is "${shown}", not ${kind.expects}`)
     return undefined
   }

@@ -1,5 +1,4 @@
-// Snapshots in the machines' images. With the disk's own, QEMU can keep the machine's memory there:
-// its jobs snapshot-save and snapshot-load.
+// Snapshots in the machines' images: of disks, and of memory by QEMU's jobs snapshot-save and -load.
 import { readdir } from 'node:fs/promises'
 import { cpus } from 'node:os'
 import { $ } from 'zx/core'

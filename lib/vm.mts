@@ -1,5 +1,4 @@
-// A machine as a process: QEMU in the background, which continues when the script has ended; and
-// its disk and UEFI variables as files.
+// A machine as a process, which continues when the script has ended, and its disk and UEFI variables.
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rename, rm, stat, statfs } from 'node:fs/promises'
 import { basename, dirname, relative } from 'node:path'
@@ -120,7 +119,7 @@ export async function startMachine(
     // The disks, keys and settings may be of different moments.
     const former = await readIfThere(cluster.path('snapshots', restoring))
     if (former !== undefined) {
-      const hint = `make restore NAME=${former.trim()}; if all disks are new: rm snapshots/${restoring}`
+      const hint = `make restore NAME=${former.trim()}\nif all disks are new: rm snapshots/${restoring}`
       throw new StepError('a restore was interrupted halfway', { hint })
     }
     await assertFree(portsOf(cluster, node))

@@ -17,9 +17,16 @@ interface Wait extends WaitLimits, Pick<Explanation, 'command' | 'hint' | 'log'>
   every?: number
 }
 
-// The deadline restarts if this computer was asleep: a pause took this much longer than asked for, or
-// one look took longer than this. Milliseconds.
-const asleep = { pause: 30_000, look: 150_000 }
+let [awake, last] = [0, performance.now()]
+setInterval(awakeTime, 1000).unref()
+
+/** Milliseconds for which this computer was awake. (On macOS, clocks and timers go on in its sleep.) */
+export function awakeTime(): number {
+  const now = performance.now()
+  awake += Math.min(now - last, 2000)
+  last = now
+  return awake
+}
 
 /**
  * Polls until nothing is missing any more.
@@ -31,25 +38,23 @@ export async function waitFor(
   { failure, timeout, detail, signal, every = 1000, ...explanation }: Wait,
   look: () => Promise<string | undefined>,
 ): Promise<void> {
-  let deadline = Date.now() + timeout * 1000
+  const deadline = awakeTime() + timeout * 1000
   for (;;) {
     signal?.throwIfAborted()
-    const began = Date.now()
+    const began = awakeTime()
     const missing = await look().catch((error) => {
       if (explain(error).reason === busyApiServer) return busyApiServer
       throw error
     })
     if (missing === undefined) return
-    const before = Date.now()
-    if (before - began > asleep.look) deadline = before + timeout * 1000
-    if (before > deadline) {
+    const now = awakeTime()
+    if (now > deadline) {
       throw new StepError(`${failure} after ${timeout} s`, { output: missing, ...explanation })
     }
     detail?.(missing.split('\n')[0] ?? '')
     // If a look takes long, the pause is as long: looking must not keep the computer busy.
-    const pause = Math.max(every, Math.min(before - began, 5000))
+    const pause = Math.max(every, Math.min(now - began, 5000))
     await sleep(pause, undefined, signal ? { signal } : {}).catch(() => {})
-    if (Date.now() - before > pause + asleep.pause) deadline = Date.now() + timeout * 1000
   }
 }
 
@@ -59,11 +64,11 @@ export async function becomes(
   seconds: number,
   signal?: AbortSignal,
 ): Promise<boolean> {
-  const deadline = performance.now() + seconds * 1000
+  const deadline = awakeTime() + seconds * 1000
   for (;;) {
     signal?.throwIfAborted()
     if (await condition()) return true
-    if (performance.now() > deadline) return false
+    if (awakeTime() > deadline) return false
     await sleep(100)
   }
 }

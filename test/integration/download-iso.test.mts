@@ -334,7 +334,7 @@ describe('download-iso', { skip: noIso }, () => {
     server.files.set('/my.iso.sha256', { data: page })
     const { exitCode, stderr } = await call(['--iso-url', `${server.url}/my.iso`])
     assert.equal(exitCode, 1)
-    assert.match(stderr, /! there is no checksum file .*\/my\.iso\.sha256: only that it is a whole/)
+    assert.match(stderr, /! there is no checksum file .*\/my\.iso\.sha256: it can only be verified/)
     assert.match(stderr, /download-iso: .* is not an ISO 9660 image/)
     assert.ok(!existsSync(file))
   })

@@ -9,6 +9,7 @@ import { request } from 'node:https'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import type { Cluster } from '../../lib/cluster.mts'
+import { timestamp } from '../../lib/format.mts'
 import { withLock } from '../../lib/lock.mts'
 import { becomes } from '../../lib/wait.mts'
 import { type Checkout, type Outcome, run } from '../checkout.mts'
@@ -80,6 +81,9 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
     for (const day of ['01', '02', '03']) {
       await writeFile(checkout.path('backups', `etcd-2020-01-${day}-000000.db`), '')
     }
+    // A backup is named by the second.
+    const names = await files()
+    assert.ok(await becomes(() => !names.includes(`etcd-${timestamp()}.db`), 10))
     const { stdout } = await backup('snapshot', '--keep', '2')
     assert.match(stdout, /removed backups\/etcd-2020-01-01-000000\.db: 2 are kept/)
     const left = await files()
@@ -257,9 +261,9 @@ describe('etcd-backup', { skip, timeout: 900_000 }, () => {
 
     it('wrong arguments', async () => {
       await assertRefused([], /snapshot or restore, not nothing/, 2)
-      await assertRefused(['save'], /snapshot or restore, not "save"/, 2)
+      await assertRefused(['save'], /snapshot or restore, not save/, 2)
       await assertRefused(['snapshot', 'x.db'], /it is named by the current time/, 2)
-      await assertRefused(['snapshot', '--timeout', '3'], /--timeout are for restore/, 2)
+      await assertRefused(['snapshot', '--timeout', '3'], /--timeout is for restore/, 2)
       await assertRefused(['restore', '--keep', '3'], /--keep is for snapshot/, 2)
       await assertRefused(['snapshot', '--keep', '0'], /--keep is at least 1/, 2)
     })

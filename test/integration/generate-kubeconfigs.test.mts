@@ -235,7 +235,7 @@ describe('generate-kubeconfigs', () => {
     try {
       const { exitCode, stderr } = await run(checkout, script, ['--force'])
       assert.equal(exitCode, 1)
-      assert.match(stderr, /certificates are missing or wrong/)
+      assert.match(stderr, /certificates are unusable/)
       assert.match(stderr, /admin: tls\/admin-key.pem is missing/)
       assert.match(stderr, /gamma: SANs changed/)
       assert.match(stderr, /hint: +make certs/)

@@ -137,7 +137,7 @@ describe('cluster.env', () => {
     const file = checkout.path('cluster.env')
     // What the three readers might take differently.
     const tricky = [
-      `CILIUM_CHART='oci://user:a#b@charts:3128'   # a comment`,
+      `CILIUM_CHART='oci://charts:3128/a#b c=d@e'   # a comment`,
       'SMOKE_IMAGE="$CILIUM_CHART/x"',
       'PROXY_NO="with spaces, \\"quotes\\" and a \\$"',
       "NIXOS_ISO_URL=/a\\ path/it\\'s.iso",
@@ -186,7 +186,7 @@ describe('cluster.env', () => {
       assert.equal(make.get(name), bash.get(name), `make's ${name}`)
       assert.equal(project.get(name), bash.get(name), `the scripts' ${name}`)
     }
-    assert.equal(bash.get('SMOKE_IMAGE'), 'oci://user:a#b@charts:3128/x')
+    assert.equal(bash.get('SMOKE_IMAGE'), 'oci://charts:3128/a#b c=d@e/x')
   })
 
   it('gives way to the environment, for make and the scripts alike', async () => {

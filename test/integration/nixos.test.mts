@@ -255,8 +255,11 @@ describe('the staged configuration', { skip }, () => {
       assert.deepEqual(machine('sigma').sessionVariables, {})
     })
 
-    it('trusts the CA of PROXY_CA_FILE', async () => {
-      const { certificateFiles } = await staged({ PROXY_CA_FILE: 'tls/ca.pem' }, 'sigma')
+    it('trusts the CA of PROXY_CA_FILE, for which containerd is restarted', async () => {
+      const { certificateFiles, units } = await staged({ PROXY_CA_FILE: 'tls/ca.pem' }, 'sigma')
+      // Its path in the store contains a digest of its content.
+      const triggers = String(units.containerd?.restartTriggers)
+      assert.match(triggers, /^\/nix\/store\/\w+-proxy-ca\.pem$/)
       assert.deepEqual(
         certificateFiles.map((path) => basename(path)),
         ['proxy-ca.pem'],

@@ -89,13 +89,14 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
     await assertNoMachine()
   }
 
-  describe('one of two nodes can be installed', () => {
+  describe('one of three nodes can be installed, and another one is', () => {
     let outcome: Outcome
     let log: string
     before(async () => {
       await start()
       await rm(checkout.path('cloud-init', 'sigma'), { recursive: true })
-      outcome = await install('', 'alpha', 'sigma')
+      await giveDisk(clusterOf(), clusterOf().node('gamma'))
+      outcome = await install('')
       log = await readFile(alphaFiles().installLog, 'utf8')
     })
     after(async () => {
@@ -108,7 +109,8 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       assert.equal(outcome.exitCode, 1)
       assert.match(outcome.stderr, /provision: sigma has no staged configuration/)
       assert.match(outcome.stderr, /hint: +\.\/bin\/generate-nocloud-iso\.mts sigma/)
-      assert.deepEqual((await disks()).sort(), ['alpha.efivars.qcow2', 'alpha.qcow2'])
+      const made = (await disks()).filter((name) => !name.startsWith('gamma'))
+      assert.deepEqual(made.sort(), ['alpha.efivars.qcow2', 'alpha.qcow2'])
       // It holds keys.
       assert.equal((await stat(alphaFiles().disk)).mode & 0o777, 0o600)
       await assertNoMachine()
@@ -147,7 +149,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
     })
 
     it("copies the node's files, with their modes, as root's", async () => {
-      const key = system.installed('var/lib/kubernetes/pki/ca-key.pem')
+      const key = system.installed('alpha', 'var/lib/kubernetes/pki/ca-key.pem')
       assert.deepEqual(await readFile(key), await readFile(checkout.path('tls', 'ca-key.pem')))
       const { mode, uid } = await stat(key)
       assert.equal(mode & 0o777, 0o600)
@@ -158,7 +160,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
         ['var/lib/kubernetes/pki', 0o755],
         ['etc/ssh/ssh_host_ed25519_key', 0o600],
       ] as const) {
-        assert.equal((await stat(system.installed(path))).mode & 0o777, expected, path)
+        assert.equal((await stat(system.installed('alpha', path))).mode & 0o777, expected, path)
       }
     })
 
@@ -305,8 +307,15 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       const disk = await readFile(alphaFiles().disk)
       const { stderr, exitCode } = await install('', 'alpha')
       assert.equal(exitCode, 1)
-      assert.match(stderr, /alpha already has a disk in .*\n.*start: .*\n.*--iso --force/)
+      assert.match(stderr, /installed already: alpha\n.*start: .*\n.*--iso --force/)
       assert.ok(disk.equals(await readFile(alphaFiles().disk)))
+
+      // Where none is named, there may be nothing left to do.
+      for (const { name } of clusterOf().workers)
+        await giveDisk(clusterOf(), clusterOf().node(name))
+      const all = await install('')
+      assert.equal(all.exitCode, 0, all.stderr)
+      assert.equal(all.stderr, '! installed already: alpha, sigma, gamma\n')
       assert.deepEqual(await machines(), [])
     })
 
@@ -438,11 +447,26 @@ describe('provision', { skip: noMachines, timeout: 300_000 }, () => {
   after(() => machines.remove())
 
   it('refuses nodes that are not installed, and starts none', async () => {
+    const all = await run(machines.checkout, 'bin/provision.mts')
+    assert.equal(all.exitCode, 1)
+    assert.match(all.stderr, /not installed yet: alpha, sigma, gamma\n/)
     await giveDisk(machines.cluster, machines.cluster.node('gamma'))
-    const { stderr, exitCode } = await run(machines.checkout, 'bin/provision.mts')
-    assert.equal(exitCode, 1)
-    assert.match(stderr, /alpha and sigma have no disks: .*\n.*provision\.mts --iso alpha sigma/)
+    const named = await run(machines.checkout, 'bin/provision.mts', ['sigma', 'gamma'])
+    assert.equal(named.exitCode, 1)
+    assert.match(named.stderr, /not installed yet: sigma\n.*provision\.mts --iso sigma/)
     assert.equal(await isRunning(machines.cluster, machines.cluster.node('gamma')), false)
+  })
+
+  it('starts those that are installed, where none are named', async () => {
+    const { stdout, stderr, exitCode } = await run(machines.checkout, 'bin/provision.mts')
+    assert.equal(exitCode, 0, stderr)
+    assert.match(
+      stderr,
+      /^! not installed yet: alpha, sigma; install: .*provision\.mts --iso alpha sigma$/m,
+    )
+    assert.match(stdout, /^gamma {2}started \(pid \d+\)\n$/)
+    const stopped = await run(machines.checkout, 'bin/shutdown.mts', ['--now', 'gamma'])
+    assert.equal(stopped.exitCode, 0, stopped.stderr)
   })
 
   it('names the holder of a port that is taken, and starts nothing', async () => {
@@ -491,7 +515,7 @@ describe('provision', { skip: noMachines, timeout: 300_000 }, () => {
     const { stderr, exitCode } = await run(checkout, 'bin/provision.mts', ['sigma'])
     assert.match(
       stderr,
-      /a restore was interrupted halfway\n +hint: +make restore NAME=before-restore-1;/,
+      /a restore was interrupted halfway\n +hint: +make restore NAME=before-restore-1\n +if all disks are new: rm /,
     )
     assert.equal(exitCode, 1)
     await rm(checkout.path('snapshots'), { recursive: true })

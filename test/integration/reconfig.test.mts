@@ -221,7 +221,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
     it('that does not exist', () => assertUntouched(['--node', 'omega'], /no node "omega"/, 2))
   })
 
-  describe('gives a machine its former configuration back', () => {
+  describe('rolls a machine back to its previous configuration', () => {
     /** The files on sigma are those of before, and nothing is left to finish. */
     async function assertBack(change: () => Promise<Outcome>, reason: RegExp): Promise<string> {
       const before = await stateOf('sigma')
@@ -238,7 +238,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       const gamma = await stateOf('gamma')
       const stderr = await assertBack(
         () => reconfig('--timeout', '3'),
-        /sigma was not healthy and has its former configuration again/,
+        /the change of sigma failed, and it was rolled back to its previous configuration/,
       )
       assert.match(stderr, /sigma is not healthy after 3 s/)
       assert.match(stderr, /not touched: gamma/)
@@ -251,7 +251,10 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       await checkout.set({ KUBE_LOG_LEVEL: 4 })
       const again = checkout.path('state', 'sigma', 'rebuild')
       await writeFile(again, `rm "${again}"; echo 'error: no such option'; exit 1\n`)
-      const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+      const stderr = await assertBack(
+        () => reconfig('--node', 'sigma'),
+        /rolled back to its previous configuration/,
+      )
       assert.match(stderr, /nixos-rebuild switch failed on sigma \(exit status 1\)/)
       assert.match(stderr, /error: no such option/)
     })
@@ -261,8 +264,33 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       // In the namespace the boot id is a file of ours.
       const reset = `rm "${checkout.path('state', 'sigma', 'rebuild')}"; echo second >${whole.space('sigma')}/boot_id; kill -9 0`
       await writeFile(checkout.path('state', 'sigma', 'rebuild'), `${reset}\n`)
-      const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+      const stderr = await assertBack(
+        () => reconfig('--node', 'sigma'),
+        /rolled back to its previous configuration/,
+      )
       assert.match(stderr, /sigma was restarted during a change/)
+    })
+
+    it('never, if the switch was confirmed while the machine prepared to', async () => {
+      await checkout.set({ KUBE_LOG_LEVEL: 4 })
+      await whole.program('sigma', 'nix-env', '#!/bin/sh\necho "$NAME nix-env $*" >>"$CALLS"\n')
+      const program = (await on('sigma', 'command -v systemd-run')).trim()
+      // The timer of the undo is armed after the confirmation, and expires at once.
+      await on(
+        'sigma',
+        `mv ${program} ${program}.former; cat >${program} <<'END'
+#!/bin/bash
+[ "$1" = --unit=reconfig-undo ] || exec "$0.former" "$@"
+rm /var/lib/reconfig/guarded
+while [[ $1 == --* ]]; do shift; done
+"$@"
+END
+        chmod +x ${program}`,
+      )
+      const { stderr, exitCode } = await reconfig('--node', 'sigma')
+      await on('sigma', `mv ${program}.former ${program}`)
+      assert.equal(exitCode, 0, stderr)
+      assert.deepEqual(await calls(), ['sigma switch'])
     })
 
     it('when it can no longer be reached: the machine does it itself', async () => {
@@ -280,7 +308,10 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
         printf '#!/bin/sh\\nrm -f ${cutOff}\\n' >${former}/bin/switch-to-configuration
         chmod +x ${former}/bin/switch-to-configuration`,
       )
-      const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+      const stderr = await assertBack(
+        () => reconfig('--node', 'sigma'),
+        /rolled back to its previous configuration/,
+      )
       assert.match(stderr, /sigma could not be reached after the switch and undid it/)
       assert.deepEqual(await calls(), [
         'sigma switch',
@@ -291,13 +322,17 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
 
     for (const [what, end] of [
       ['a pre-switch check', 'echo "Pre-switch check \'switchInhibitors\' failed"; exit 1'],
+      ['one with any status', 'echo "Pre-switch check \'switchInhibitors\' failed"; exit 4'],
       ['another init', 'exit 100'],
     ] as const) {
       it(`when NixOS demands a restart because of ${what}, and says how to do it`, async () => {
         await checkout.set({ KUBE_LOG_LEVEL: 4 })
         const again = checkout.path('state', 'sigma', 'rebuild')
         await writeFile(again, `rm "${again}"; ${end}\n`)
-        const stderr = await assertBack(() => reconfig('--node', 'sigma'), /former configuration/)
+        const stderr = await assertBack(
+          () => reconfig('--node', 'sigma'),
+          /rolled back to its previous configuration/,
+        )
         assert.match(stderr, /this change of sigma needs a restart/)
         assert.match(stderr, /reconfig\.mts --node sigma --push-only$/m)
         assert.match(stderr, /nixos-rebuild boot && reboot/)
@@ -318,7 +353,7 @@ describe('reconfig', { skip, timeout: 1_800_000 }, () => {
       }
       const stderr = await assertBack(
         lost,
-        /sigma was not healthy and has its former configuration/,
+        /the change of sigma failed, and it was rolled back to its previous configuration/,
       )
       assert.match(stderr, /sigma is not Ready after 3 s/)
     })

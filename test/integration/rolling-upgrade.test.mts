@@ -273,7 +273,12 @@ fi`,
     assert.match(stderr, /not touched: gamma/)
     assert.match(stderr, /sigma has not come back from its upgrade and stays cordoned/)
     assert.match(stderr, /sigma is not healthy after 3 s/)
-    assert.match(stderr, /nixos-rebuild boot --rollback && reboot/)
+    // The system that ran before, by its path, and what else an upgrade has changed.
+    assert.match(
+      stderr,
+      /former-channel\)\n.*nix-env .* --set \$former\n.*switch-to-configuration boot/,
+    )
+    assert.match(stderr, /--take-back --node sigma\n.*kubectl uncordon sigma && .*rm .*\/cordoned/)
     assert.deepEqual((await calls()).slice(-3), [
       'kubectl drain sigma',
       'sigma nixos-rebuild boot',

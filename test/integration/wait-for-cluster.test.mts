@@ -131,7 +131,7 @@ describe('wait-for-cluster', { skip: noSshd || noQemu }, () => {
     for (const seconds of [4, 20, 80]) {
       outcome = await run(checkout, script, ['--timeout', String(seconds), '--json'])
       assert.equal(outcome.exitCode, 1)
-      assert.match(outcome.stderr, new RegExp(`: not active after ${seconds} s\\n`))
+      assert.match(outcome.stderr, new RegExp(`: not all are active after ${seconds} s\\n`))
       if (components(outcome).every(({ reason }) => reason !== 'not asked yet')) break
     }
     assert.ok(outcome)

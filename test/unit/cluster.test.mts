@@ -473,7 +473,7 @@ describe('a mistake', () => {
       of: 'a range with bits behind its mask',
       change: { K8S_POD_CIDR: 'K8S_POD_CIDR=10.200.0.1/16' },
       at: 'K8S_POD_CIDR',
-      says: /not an IPv4 range such as 10\.32\.0\.0\/24, without bits behind the mask/,
+      says: /not a CIDR such as 10\.32\.0\.0\/24, with no host bits set/,
     },
     {
       of: 'an address that is none',
@@ -492,6 +492,18 @@ describe('a mistake', () => {
       change: { PROXY_NO: 'PROXY_NO="corp.test' },
       at: 'PROXY_NO',
       says: /the quote " is not closed on its line/,
+    },
+    {
+      of: 'a password in the address of the chart, which is not shown',
+      change: { CILIUM_CHART: 'CILIUM_CHART=https://me:secret@charts.example/' },
+      at: 'CILIUM_CHART',
+      says: /is "https:\/\/…@charts\.example\/", not a chart without a password/,
+    },
+    {
+      of: 'a password in the address of a chart, whatever its scheme',
+      change: { CILIUM_CHART: 'CILIUM_CHART=git+https://me:secret@charts.example/' },
+      at: 'CILIUM_CHART',
+      says: /not a chart without a password/,
     },
     {
       of: 'a choice that is none',

@@ -1,7 +1,13 @@
 import assert from 'node:assert/strict'
 import { describe, it } from 'node:test'
 import { $, ProcessOutput } from 'zx/core'
-import { describeError, knownProblem, noteFailure, StepError } from '../../lib/errors.mts'
+import {
+  busyApiServer,
+  describeError,
+  knownProblem,
+  noteFailure,
+  StepError,
+} from '../../lib/errors.mts'
 import { prepareCommands } from '../../lib/script.mts'
 
 prepareCommands(false)
@@ -95,6 +101,11 @@ describe('a described error', () => {
     assert.doesNotMatch(describeError(new StepError('no', { hint: 'install kubectl so' })), first)
   })
 
+  it('of an ssh that ended without a word says that the connection was lost', async () => {
+    const error = await failure($({ quiet: true })`sh -c 'exit 255' ssh`)
+    assert.match(describeError(error), /^the connection to the machine was lost\n/)
+  })
+
   it('of a known problem has its reason and its hint', () => {
     const known = knownProblem(
       'kubectl get nodes',
@@ -103,11 +114,22 @@ describe('a described error', () => {
     assert.equal(known?.reason, 'the API server has a certificate of another CA than tls/ca.pem')
     assert.match(known?.hint ?? '', /make reconfig/)
     assert.equal(knownProblem('qemu-img info', 'x509: unknown'), undefined)
+    // A call that was ended at its own limit, and a webhook's own time limit.
+    assert.equal(knownProblem('kubectl get nodes', 'was ended by SIGTERM')?.reason, busyApiServer)
+    const webhook = 'failed calling webhook "w.example": Post "…": context deadline exceeded'
+    assert.equal(
+      knownProblem('kubectl apply', webhook)?.reason,
+      'the webhook w.example cannot be called',
+    )
     // What a program in a pod says is nothing about the API server.
     const inPod = 'wget: Connection refused\ncommand terminated with exit code 1\n'
     assert.equal(
       knownProblem('kubectl exec web -- wget x', inPod)?.reason,
       'a command in the pod failed (exit status 1)',
+    )
+    assert.equal(
+      knownProblem('kubectl exec web -- sleep 999', 'was ended by SIGTERM')?.reason,
+      'kubectl exec did not end in time',
     )
   })
 

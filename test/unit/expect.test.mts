@@ -89,6 +89,14 @@ describe('expect', { timeout: 120_000 }, () => {
     assert.match(error.message, /waiting for \/\\\$ \$\/ or login:/)
   })
 
+  it('does not count the time for which this computer sleeps', async ({ mock }) => {
+    sh('sleep 1; echo ready; exec sleep 100')
+    const real = performance.now.bind(performance)
+    mock.method(performance, 'now', () => real() + (real() - began > 200 ? 3_600_000 : 0))
+    const began = real()
+    await session.expect('ready', { timeout: 60 })
+  })
+
   it('fails at once when the program ends, with its status and last lines', async () => {
     sh('echo "out of memory"; exit 3')
     const error = await failureOf(session.expect('ready', soon))

@@ -30,6 +30,11 @@ describe('the proxy of this computer', () => {
     assert.equal(found.no_proxy, '.corp.test 192.168.7.0/24')
   })
 
+  it('keeps an address that only contains that of the gateway', async () => {
+    const { http_proxy } = await hostEnvironment(cluster({ PROXY_HTTP: 'http://110.0.2.25:3128' }))
+    assert.equal(http_proxy, 'http://110.0.2.25:3128')
+  })
+
   it('is PROXY_HTTP for https:// as well if PROXY_HTTPS is empty', async () => {
     const found = await hostEnvironment(cluster({ PROXY_HTTP: 'http://10.0.2.2:3128' }))
     assert.equal(found.https_proxy, 'http://127.0.0.1:3128')

@@ -112,13 +112,14 @@ describe('a script', () => {
 
 Usage: ./bin/sample.mts [flags] NODE [FILE]
 
+Flags (defaults in parentheses):
   --force            do it anyway
   --timeout SECONDS  how long
   --mode MODE        how
   --name NAME        who
   --fail HOW         end with an error
   --help             show this text
-  --verbose          print every command as it runs, and stacks of errors
+  --verbose          print every command as it runs, and the stack traces of errors
 
 Reads:   cluster.env
 Writes:  nothing

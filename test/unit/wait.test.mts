@@ -4,7 +4,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx/core'
 import type { StepError } from '../../lib/errors.mts'
 import { prepareCommands } from '../../lib/script.mts'
-import { waitFor } from '../../lib/wait.mts'
+import { becomes, waitFor } from '../../lib/wait.mts'
 
 describe('a wait', () => {
   it('ends when nothing is missing any more, and shows the first line of what is missing', async () => {
@@ -68,11 +68,11 @@ describe('a wait', () => {
   })
 
   describe('of a computer that is asleep meanwhile', () => {
-    const real = Date.now
+    const real = performance.now.bind(performance)
     let offset = 0
     beforeEach(() => {
       offset = 0
-      mock.method(Date, 'now', () => real() + offset)
+      mock.method(performance, 'now', () => real() + offset)
     })
     afterEach(() => mock.restoreAll())
     const anHourPasses = () => {
@@ -91,14 +91,23 @@ describe('a wait', () => {
 
     it('does not count an hour during a look, nor pause for another one', async () => {
       let looks = 0
-      const began = performance.now()
+      const began = real()
       await waitFor({ failure: 'no pods', timeout: 100, every: 20 }, async () => {
         looks += 1
         if (looks === 1) anHourPasses()
         return looks < 3 ? 'web-1' : undefined
       })
       assert.equal(looks, 3)
-      assert.ok(performance.now() - began < 30_000)
+      assert.ok(real() - began < 30_000)
+    })
+
+    it('gives up after the time that it was awake', async () => {
+      setTimeout(anHourPasses, 1)
+      const began = real()
+      const waiting = waitFor({ failure: 'no pods', timeout: 3, every: 20 }, async () => 'web-1')
+      await assert.rejects(waiting, /no pods after 3 s/)
+      assert.ok(real() - began > 900, 'an hour of sleep counted as more than two seconds')
+      assert.equal(await becomes(() => false, 0.1), false)
     })
   })
 })

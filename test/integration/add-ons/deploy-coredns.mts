@@ -73,7 +73,7 @@ export const deployCoreDns = (shared: Shared) =>
             .length
         assert.equal(count('kubernetes'), 20)
         assert.equal(count('no-such-service'), 2)
-        assert.match(stdout, /^Try: kubectl run /m)
+        assert.match(stdout, /^Try: KUBECONFIG=\S+ kubectl run /m)
       })
 
       it('leaves nothing of its check behind', async () => {

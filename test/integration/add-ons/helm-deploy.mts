@@ -14,9 +14,9 @@ kind: Deployment
 metadata: {name: {{ .Release.Name }}}
 spec:
   replicas: {{ .Values.replicas }}
-  selector: {matchLabels: {app.kubernetes.io/instance: {{ .Release.Name }}}}
+  selector: {matchLabels: {app.kubernetes.io/{{ .Values.label }}: {{ .Release.Name }}}}
   template:
-    metadata: {labels: {app.kubernetes.io/instance: {{ .Release.Name }}}}
+    metadata: {labels: {app.kubernetes.io/{{ .Values.label }}: {{ .Release.Name }}}}
     spec: {containers: [{name: web, image: registry.example/web}]}
 `
 
@@ -29,7 +29,7 @@ export const helmDeploy = (shared: Shared) =>
       const chart = hollow.checkout.path('my chart')
       await mkdir(`${chart}/templates`, { recursive: true })
       await writeFile(`${chart}/Chart.yaml`, 'apiVersion: v2\nname: web\nversion: 1.2.3\n')
-      await writeFile(`${chart}/values.yaml`, 'replicas: 1\n')
+      await writeFile(`${chart}/values.yaml`, 'replicas: 1\nlabel: instance\n')
       await writeFile(`${chart}/templates/web.yaml`, template)
       await writeFile(`${chart}/templates/NOTES.txt`, 'Enjoy {{ .Release.Name }}.\n')
     })
@@ -72,11 +72,31 @@ export const helmDeploy = (shared: Shared) =>
       assert.match(stderr, /command: helm upgrade --install stuck /)
     })
 
+    it('says that they are not ready even if it cannot find them', async () => {
+      await writeFile(hollow.checkout.path('label.yaml'), 'label: name\n')
+      hollow.setFate(() => ({ reason: 'CrashLoopBackOff', message: 'back-off restarting' }))
+      const options = ['--timeout=4', '--release=unseen', '--values=label.yaml']
+      const { exitCode, stderr } = await deploy(...options, 'my chart')
+      hollow.setFate()
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /: unseen is not ready\n/)
+      assert.doesNotMatch(stderr, /API server/)
+    })
+
+    it('says that a chart cannot be fetched, also for a release that has pods', async () => {
+      const release = ['--release=web', '--namespace=web']
+      const { exitCode, stderr } = await deploy('--repo=http://127.0.0.1:1/', ...release, 'nginx')
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /the chart repository cannot be reached/)
+      assert.doesNotMatch(stderr, /is not ready/)
+    })
+
     it('deletes releases, and again', async () => {
       for (const [release, namespace] of [
         ['web', 'web'],
         ['web', 'other'],
         ['stuck', 'stuck'],
+        ['unseen', 'unseen'],
         ['web', 'web'],
       ] as const) {
         const { exitCode, stderr } = await deploy(
@@ -85,12 +105,6 @@ export const helmDeploy = (shared: Shared) =>
         assert.equal(exitCode, 0, stderr)
       }
       const left = await hollow.kubectl(['get', 'deployments', '--all-namespaces', '-o=name'])
-      assert.doesNotMatch(left, /web|stuck/)
-    })
-
-    it('says that a chart cannot be fetched', async () => {
-      const { exitCode, stderr } = await deploy('--repo=http://127.0.0.1:1/', 'nginx')
-      assert.equal(exitCode, 1)
-      assert.match(stderr, /the chart repository cannot be reached/)
+      assert.doesNotMatch(left, /web|stuck|unseen/)
     })
   })

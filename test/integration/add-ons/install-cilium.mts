@@ -121,6 +121,9 @@ export const installCilium = (shared: Shared) =>
       await hollow.nodes?.start()
       const { exitCode, stderr } = await install()
       assert.equal(exitCode, 0, stderr)
+      for (const what of ['daemonset/cilium', 'deployment/cilium-operator']) {
+        assert.ok(stderr.includes(`✓ ${what} is ready`), stderr)
+      }
       assert.match(stderr, /✓ all workers are Ready/)
     })
 

@@ -164,6 +164,28 @@ export const smoke = (shared: Shared) =>
       assert.match(stderr, /failed to find plugin "cilium-cni"/)
     })
 
+    it('does not blame the network of pods that have one by now', async () => {
+      const conditions = [{ type: 'PodReadyToStartContainers', status: 'True' }]
+      const patch = ['--subresource=status', '--patch', JSON.stringify({ status: { conditions } })]
+      for (const { metadata } of (await getPods()).items) {
+        await hollow.kubectl(['patch', 'pod', metadata.name, '--namespace=smoke', ...patch])
+      }
+      const { exitCode, stderr } = await smoke('--timeout', '1')
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /deployment\/nginx is not ready after 1 s/)
+      assert.doesNotMatch(stderr, /cilium-cni/)
+    })
+
+    it('waits on when the deployment has made no progress for too long', async () => {
+      const nginx = ['deployment/nginx', '--namespace=smoke']
+      await hollow.kubectl(['patch', ...nginx, '--patch', '{"spec":{"progressDeadlineSeconds":1}}'])
+      const failed = '--for=jsonpath={.status.conditions[?(@.type=="Progressing")].status}=False'
+      await hollow.kubectl(['wait', ...nginx, failed, '--timeout=60s'])
+      const { exitCode, stderr } = await smoke('--timeout', '2')
+      assert.equal(exitCode, 1)
+      assert.match(stderr, /deployment\/nginx is not ready after 2 s/)
+    })
+
     it('refuses what it does not know', async () => {
       assert.equal((await smoke('--clean')).exitCode, 2)
       assert.equal((await smoke('nginx')).exitCode, 2)
