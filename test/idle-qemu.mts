@@ -1,6 +1,6 @@
 // A real QEMU that emulates nothing, with the pid file of a node: a machine that runs and never
 // says a word.
-import { execFile, spawn } from 'node:child_process'
+import { type ChildProcess, execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -16,6 +16,12 @@ export const noQemu = await promisify(execFile)(program, ['--version']).then(
   () => false as const,
   () => `${program} is missing`,
 )
+
+const running = new Set<ChildProcess>()
+// Should the test be ended from outside.
+process.once('exit', () => {
+  for (const child of running) child.kill('SIGKILL')
+})
 
 export interface IdleQemu {
   pid: number
@@ -36,9 +42,7 @@ export async function startIdleQemu(checkout: Checkout, name: string): Promise<I
     ],
     { cwd: cluster.path('run'), stdio: 'ignore' },
   )
-  // Should the test be ended from outside.
-  const kill = () => child.kill('SIGKILL')
-  process.once('exit', kill)
+  running.add(child)
   while ((await readFile(files.pid, 'utf8').catch(() => '')).trim() !== String(child.pid)) {
     if (child.exitCode !== null) throw new Error(`${program} ended with status ${child.exitCode}`)
     await sleep(20)
@@ -46,7 +50,7 @@ export async function startIdleQemu(checkout: Checkout, name: string): Promise<I
   return {
     pid: child.pid ?? 0,
     async stop() {
-      process.off('exit', kill)
+      running.delete(child)
       if (child.exitCode !== null || child.signalCode !== null) return
       const ended = once(child, 'exit')
       child.kill('SIGKILL')

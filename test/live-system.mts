@@ -44,8 +44,8 @@ export interface LiveSystem {
   calls(): Promise<string[]>
   /** The environment of nixos-install. */
   environment(): Promise<string>
-  /** Path of a file as it was on /mnt when the machine was switched off. */
-  installed(...path: string[]): string
+  /** Path of a file as it was on /mnt when that machine was switched off. */
+  installed(name: string, ...path: string[]): string
   remove(): Promise<void>
 }
 
@@ -63,7 +63,7 @@ export async function makeLiveSystem(): Promise<LiveSystem> {
     env: (faults = '') => ({ LIVE_SYSTEM: state, LIVE_FAULTS: faults }),
     calls: async () => (await readFile(join(state, 'calls'), 'utf8')).trim().split('\n'),
     environment: () => readFile(join(state, 'environment'), 'utf8'),
-    installed: (...path) => join(state, 'installed', ...path),
+    installed: (...names) => join(state, 'installed', ...names),
     remove: () => rm(folder, { recursive: true, force: true }),
   }
 }

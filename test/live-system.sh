@@ -3,7 +3,7 @@
 # own. Only what needs a disk or NixOS is simulated. Started under the name of a QEMU it is a whole
 # machine, which ignores QEMU's arguments except -pidfile and -name.
 #
-# LIVE_SYSTEM: a folder for what tests check: calls, environment, installed/.
+# LIVE_SYSTEM: a folder for what tests check: calls, environment, installed/NAME/.
 # LIVE_FAULTS: words for what goes wrong, each of them used below; "sigma:WORD" for one machine.
 set -u
 
@@ -65,7 +65,7 @@ program() {
     udevadm | mkfs.fat | mkfs.ext4 | mount) true ;;
     findmnt) faulty esp || echo vfat ;;
     nixos-install) nixos-install ;;
-    umount) cp -a /mnt "$LIVE_SYSTEM/installed" ;;
+    umount) mkdir -p "$LIVE_SYSTEM/installed" && cp -a /mnt "$LIVE_SYSTEM/installed/$LIVE_NAME" ;;
     poweroff) kill -9 "$(cat /tmp/pid)" ;;
   esac
 }

@@ -7,7 +7,7 @@ import { type Cluster, loadCluster, type Node } from '../lib/cluster.mts'
 import { detectArchitecture, detectHost, detectSystem, type Host } from '../lib/host.mts'
 import { stopLanSwitch } from '../lib/lan.mts'
 import { isGone } from '../lib/processes.mts'
-import { connectUnixSocket } from '../lib/qmp.mts'
+import { connectUnixSocket, Qmp } from '../lib/qmp.mts'
 import { plainText } from '../lib/terminal.mts'
 import { filesOf, hasDisk, machineState, prepareFolders, startMachine } from '../lib/vm.mts'
 import { becomes } from '../lib/wait.mts'
@@ -98,9 +98,19 @@ export class UefiShell {
     try {
       // It counts down from 5 before it gives its prompt, unless a key is pressed. The console's log
       // also has what was printed before this was attached; Enter then gives another prompt.
-      const { consoleLog } = filesOf(cluster, node)
-      const printed = async () => plainText(await readFile(consoleLog, 'utf8'))
-      await becomes(async () => /startup\.nsh|Shell> /.test(await printed()), 240)
+      const { consoleLog, qmp } = filesOf(cluster, node)
+      const count = async (text: RegExp) =>
+        plainText(await readFile(consoleLog, 'utf8')).match(text)?.length ?? 0
+      for (let resets = 0; resets <= 3; resets += 1) {
+        // On a busy computer, the firmware sometimes cannot start its shell ("Device Error").
+        const failed = async () => (await count(/No bootable option/g)) > resets
+        const counting = async () => (await count(/startup\.nsh|Shell> /g)) > 0
+        await becomes(async () => (await counting()) || (await failed()), 240)
+        if ((await counting()) || !(await failed())) break
+        const client = await Qmp.connect(qmp, { timeout: 5 })
+        await client.execute('system_reset')
+        client.close()
+      }
       shell.socket.write('\r')
       await shell.waitForPrompt(240)
       return shell
