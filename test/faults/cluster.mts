@@ -1,131 +1,270 @@
-// Faults of the cluster's state: the real etcd and control plane as processes of this computer, an
-// sshd in the place of alpha. A client writes all the while, and no write that was acknowledged may
-// be lost; after a restore there are exactly those of its moment.
+// Faults of a whole cluster: the real Kubernetes and Cilium in machines made of namespaces. A client
+// writes all the while, and no write that was acknowledged may be lost; after a restore there are
+// exactly those of its moment. Pods that have nothing to do with it run on.
 import assert from 'node:assert/strict'
 import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { becomes } from '../../lib/wait.mts'
-import { noQemu } from '../idle-qemu.mts'
-import { AlphaOverSsh } from '../kubernetes/alpha-over-ssh.mts'
-import { services } from '../kubernetes/mapping.mts'
-import { findTools } from '../kubernetes/prepared.mts'
-import { noSshd } from '../sshd.mts'
+import { releaseAfter } from '../rehearsal/own-tree.mts'
 import { missing } from '../tools.mts'
-import { type Fault, Place } from './fault.mts'
-import { Writer } from './writer.mts'
+import type { Writer } from '../writer.mts'
+import type { Fault, Place } from './fault.mts'
+import { SharedCluster } from './shared-cluster.mts'
 
 const backup = 'bin/etcd-backup.mts'
 const [save, restore] = [
   [backup, 'snapshot'],
   [backup, 'restore'],
 ]
+const reconfig = ['bin/reconfig.mts', '--node', 'alpha']
+const upgrade = ['bin/rolling-upgrade.mts', 'all']
+/** Those whose restart a client would notice. (The others may end by themselves, as they elect leaders.) */
+const stateful = ['etcd', 'kube-apiserver']
+const kubernetes = ['kube-apiserver', 'kube-scheduler', 'kube-controller-manager']
+const status = ['bin/cluster-status.mts', '--timeout=20']
+const ready = ['bin/wait-for-cluster.mts', '--ready']
 
-let shared: AlphaOverSsh | undefined
-function alpha(): AlphaOverSsh {
-  if (!shared) throw new Error('there is no control plane')
-  return shared
+let opened: SharedCluster | undefined
+function shared(): SharedCluster {
+  if (!opened) throw new Error('there is no cluster')
+  return opened
 }
 
-/** Starts the one control plane of all rows. @returns a reason to skip where that is not possible */
-export async function openCluster(): Promise<{ place(): Place; close(): Promise<void> } | string> {
-  // Only now, as it builds the programs where there are none.
-  const tools = await findTools()
-  const reason = typeof tools === 'string' ? tools : noSshd || noQemu
-  if (typeof tools === 'string' || reason) return String(reason)
-  shared = await AlphaOverSsh.start(tools)
-  return {
-    place: () => {
-      const place = new Place(alpha().checkout, { kept: true })
-      place.env.PATH = alpha().path
-      return place
-    },
-    close: () => alpha().stop(),
-  }
+/** Raises the one cluster of all rows. @returns a reason to skip where that is not possible */
+export async function openCluster(): Promise<(() => Place) | string> {
+  const cluster = await SharedCluster.open()
+  if (typeof cluster === 'string') return cluster
+  opened = cluster
+  return () => cluster.place()
 }
+
+/** Takes it away, however much of it there is. */
+export const closeCluster = () => SharedCluster.close()
 
 export const clusterFaults: Fault[] = [
   {
-    name: 'etcd is killed under a writer',
-    done: '`kill -9` of etcd, and a backup while it is down; then it is started again, as systemd does',
-    holds: 'no acknowledged write is lost, and the writer continues',
+    name: 'etcd crashes while a client writes',
+    done: '`kill -9` of etcd, which then crashes at each start until `etcd-backup snapshot` was attempted; systemd starts it again',
+    holds: 'no acknowledged write is lost, and the client can write again',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
     async inject(place) {
       const writer = await startWriter(place)
-      alpha().controlPlane.signal('SIGKILL', 'etcd')
+      const before = await backupsOf(place)
+      await shared().crash('etcd')
       const outcome = await place.run(save)
-      await alpha().controlPlane.recover()
-      await writer.writesOn()
+      assert.deepEqual(await backupsOf(place), before)
+      await shared().repaired('etcd')
+      await writer.continues()
       return outcome
     },
-    check: assertNothingLost,
+    check: (place) => assertNothingLost(place),
   },
   {
-    name: 'the API server is killed under a writer',
-    done: '`kill -9` of the API server, and a backup while it is down; then it is started again',
-    holds: 'etcd can be saved without it; no acknowledged write is lost, and the writer continues',
+    name: 'the API server crashes while a client writes',
+    done: '`kill -9` of the API server, which then crashes at each start until `etcd-backup snapshot` was done; systemd starts it again',
+    holds:
+      'etcd is saved without it; no acknowledged write is lost, and the client can write again',
     exit: 0,
     says: ['keys at revision'],
     again: save,
     async inject(place) {
       const writer = await startWriter(place)
-      alpha().controlPlane.signal('SIGKILL', 'kube-apiserver')
+      const before = await shared().runs('alpha', 'kube-apiserver')
+      await shared().crash('kube-apiserver')
       const outcome = await place.run(save)
-      await alpha().controlPlane.recover()
-      await writer.writesOn()
+      await shared().repaired('kube-apiserver')
+      await writer.continues()
+      assert.notDeepEqual(await shared().runs('alpha', 'kube-apiserver'), before)
       return outcome
     },
-    check: assertNothingLost,
+    check: (place) => assertNothingLost(place),
   },
   {
-    name: 'the power of the control plane fails while it is saved',
-    done: '`kill -9` of etcd, API server, scheduler and controller manager at the same moment, during `etcd-backup snapshot`',
-    holds: 'half a backup is not kept; no acknowledged write is lost, and the writer continues',
+    name: 'the whole control plane crashes while a client writes',
+    done: '`kill -9` of etcd, API server, scheduler and controller manager at the same moment, while `etcd-backup snapshot` asks for the health of etcd, which then crashes at each start until the backup was attempted',
+    holds: 'no acknowledged write is lost, and the client can write again',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
     async inject(place) {
       const writer = await startWriter(place)
-      await slow('etcdctl')
-      const before = await backupsOf(place)
+      const units = ['etcd', ...kubernetes]
+      const before = await shared().runs('alpha', ...units)
+      const backups = await backupsOf(place)
+      await shared().slow('etcdctl', 'true')
       const script = place.start(save)
-      await reached(place, 'etcdctl')
-      alpha().controlPlane.signal('SIGKILL', ...services)
+      await shared().called('etcdctl')
+      await shared().crash('etcd', ...kubernetes)
+      await shared().restoreProgram('etcdctl')
       const outcome = await script.outcome
-      assert.deepEqual(await backupsOf(place), before)
-      await alpha().useReal('etcdctl')
-      await alpha().controlPlane.recover()
-      await writer.writesOn()
+      assert.deepEqual(await backupsOf(place), backups)
+      await shared().repaired('etcd')
+      await writer.continues()
+      const now = await shared().runs('alpha', ...units)
+      for (const unit of units) assert.notEqual(now[unit], before[unit], `${unit} did not restart`)
       return outcome
     },
-    check: assertNothingLost,
+    check: (place) => assertNothingLost(place),
   },
   {
-    name: 'etcd hangs under a writer',
-    done: 'SIGSTOP to etcd, and a backup meanwhile; then SIGCONT',
+    name: 'etcd hangs while a client writes',
+    done: 'SIGSTOP to etcd, and `etcd-backup snapshot` meanwhile; then SIGCONT',
     holds:
-      'the backup does not wait for etcd; no acknowledged write is lost, and the writer continues',
+      'the backup does not wait for etcd; no acknowledged write is lost, and the client can write again',
     exit: 1,
     says: ['a command on alpha failed'],
     again: save,
     async inject(place) {
       const writer = await startWriter(place)
-      alpha().controlPlane.signal('SIGSTOP', 'etcd')
+      const backups = await backupsOf(place)
+      await shared().signal('STOP', 'alpha', 'etcd')
       const before = writer.last
       const outcome = await place.run(save)
       assert.ok(writer.last <= before + 1, 'etcd has answered')
-      alpha().controlPlane.signal('SIGCONT', 'etcd')
-      await alpha().controlPlane.recover()
-      await writer.writesOn()
+      assert.deepEqual(await backupsOf(place), backups)
+      await shared().signal('CONT', 'alpha', 'etcd')
+      await writer.continues()
       return outcome
     },
-    check: assertNothingLost,
+    check: (place) => assertNothingLost(place),
+  },
+  {
+    name: 'the control plane loses power while it is saved',
+    done: '`kill -9` of the QEMU of alpha when `etcd-backup snapshot` has copied the first 100 KB; then `make up`',
+    holds:
+      'a partial backup is not kept; no acknowledged write is lost, and the client can write again; the pods of the test run on',
+    exit: 1,
+    says: ['the connection to the machine was lost', 'hint:    make status'],
+    again: save,
+    async inject(place) {
+      const writer = await startWriter(place)
+      const before = await backupsOf(place)
+      const copy = 'case $1 in */snapshot.db) ;; *) false ;; esac'
+      await shared().slow('cat', copy, 'head -c 100000 "$1"')
+      const script = place.start(save)
+      await shared().called('cat')
+      const copied = async () => {
+        const partial = (await backupsOf(place)).find((file) => file.endsWith('.partial'))
+        return partial !== undefined && (await stat(partial)).size >= 100_000
+      }
+      assert.ok(await becomes(copied, 60), 'nothing was copied')
+      await shared().powerCut('alpha')
+      const outcome = await script.outcome
+      assert.deepEqual(await backupsOf(place), before)
+      await shared().up()
+      await writer.continues()
+      return outcome
+    },
+    check: (place) => assertNothingLost(place),
+  },
+  {
+    name: 'all machines lose power while a client writes',
+    done: '`kill -9` of all QEMUs at the same moment, and `etcd-backup snapshot` while they are off; then `make up`',
+    holds:
+      'no acknowledged write is lost, and the client can write again; all nodes are Ready, and their pods run, again',
+    exit: 1,
+    says: ['alpha is not running', 'hint:    make boot-alpha'],
+    again: save,
+    async inject(place) {
+      const writer = await startWriter(place)
+      await shared().powerCut('alpha', 'sigma', 'gamma')
+      const outcome = await place.run(save)
+      await shared().up()
+      await writer.continues()
+      return outcome
+    },
+    check: (place) => assertNothingLost(place, ['sigma', 'gamma']),
+  },
+  {
+    name: 'a worker loses power',
+    done: '`kill -9` of the QEMU of sigma; `cluster-status` meanwhile; then `make up`',
+    holds: 'sigma is Ready, and its pods run, again; those of gamma run on',
+    exit: 0,
+    says: ['✗ sigma: it is switched off'],
+    again: ready,
+    async inject(place) {
+      await startWriter(place)
+      await shared().powerCut('sigma')
+      const outcome = await place.run(status)
+      await shared().up()
+      return outcome
+    },
+    check: (place) => assertNothingLost(place, ['sigma']),
+  },
+  {
+    name: 'a worker loses its LAN connection',
+    done: 'the cable between sigma and the switch is pulled out until the condition Ready of node sigma is Unknown; `wait-for-cluster --ready` meanwhile; then it is plugged in',
+    holds: 'sigma is Ready again by itself; the pods of the test run on',
+    exit: 1,
+    says: ['not all are active', 'Kubelet stopped posting node status'],
+    again: ready,
+    async inject(place) {
+      await startWriter(place)
+      await shared().lan('sigma', 'down')
+      const unknown = ['--for=condition=Ready=Unknown', '--timeout=180s']
+      await shared().succeeds('kubectl', 'wait', 'node/sigma', ...unknown)
+      const outcome = await place.run([...ready, '--timeout=20'])
+      await shared().lan('sigma', 'up')
+      return outcome
+    },
+    check: (place) => assertNothingLost(place),
+  },
+  {
+    name: 'the kubelet crashes',
+    done: '`kill -9` of the kubelet of sigma; then `wait-for-cluster --ready`',
+    holds: 'systemd starts it again, and the pods of the test run on',
+    exit: 0,
+    says: ['all are active'],
+    again: ready,
+    async inject(place) {
+      await startWriter(place)
+      const before = await shared().runs('sigma', 'kubelet')
+      await shared().signal('KILL', 'sigma', 'kubelet')
+      const outcome = await place.run(ready)
+      assert.notDeepEqual(await shared().runs('sigma', 'kubelet'), before)
+      return outcome
+    },
+    check: (place) => assertNothingLost(place),
+  },
+  {
+    name: 'reconfig is killed while it restarts the control plane',
+    done: 'another log level for the Kubernetes programs; `kill -9` of `reconfig --node alpha` when the machine has begun to restart them',
+    holds:
+      'no acknowledged write is lost, and the client can write again; the second run finishes the change',
+    exit: 137,
+    again: reconfig,
+    async inject(place) {
+      const writer = await startWriter(place)
+      await shared().setVariable('KUBE_LOG_LEVEL', '2')
+      let restarted = false
+      const watch = shared()
+        .restarts()
+        .then(() => {
+          restarted = true
+        })
+      // It is awaited only if reconfig gets that far.
+      watch.catch(() => {})
+      const outcome = await place.killWhen(reconfig, () => restarted)
+      await watch
+      await writer.continues()
+      return outcome
+    },
+    // The machine finishes the switch, although the script was killed.
+    repair: () => shared().on('alpha', 'flock --timeout 120 /var/lib/reconfig/lock true'),
+    async check(place) {
+      for (const unit of kubernetes) assert.match(await shared().commandLine(unit), / --v=2 /)
+      assert.equal(await shared().on('alpha', 'ls /var/lib/reconfig | grep unfinished || true'), '')
+      await assertNothingLost(place)
+      await shared().setVariable('KUBE_LOG_LEVEL', '1')
+      await shared().succeeds('bin/reconfig.mts')
+    },
   },
   {
     name: 'the disk is full when etcd is saved',
     done: '`backups/` is a file system of 100 KB',
-    holds: 'half a backup is not kept; with more space it is saved',
+    holds: 'a partial backup is not kept; with more space it is saved',
     exit: 1,
     says: ['etcd-backup: the disk is full', 'hint:    df -h .'],
     skip: missing('unshare', 'nsenter'),
@@ -138,11 +277,11 @@ export const clusterFaults: Fault[] = [
       return outcome
     },
     repair: (place) => place.remount('backups', 'size=100m'),
-    check: assertNothingLost,
+    check: (place) => assertNothingLost(place),
   },
   {
-    name: 'etcd is restored under a writer',
-    done: '`etcd-backup restore` of a moment some writes ago, while the writer continues until the API server stops',
+    name: 'etcd is restored while a client writes',
+    done: '`etcd-backup restore` of a backup taken some writes earlier; the client writes until the API server stops',
     holds: 'there are exactly the writes of the backup, not one more',
     exit: 0,
     says: ['restored in'],
@@ -151,17 +290,21 @@ export const clusterFaults: Fault[] = [
     async inject(place) {
       const writer = await startWriter(place)
       await saved(place)
-      await writer.writesOn()
+      await writer.continues()
       writer.stopWhenRefused()
       const outcome = await place.run(restore)
-      await writer.refused()
+      await writer.untilRefused()
       assert.ok(writer.last > (await inBackup(place)), 'the writer wrote nothing after the backup')
       await writer.assertExactly(await inBackup(place))
       return outcome
     },
+    async check(place) {
+      await assertTidy()
+      await assertBystanders(place)
+    },
   },
   {
-    name: 'half a backup is restored under a writer',
+    name: 'a partial backup is restored while a client writes',
     done: 'the newest backup loses its second half; then `etcd-backup restore`',
     holds: 'no service was stopped, no write is lost; the whole file is restored',
     exit: 1,
@@ -173,10 +316,10 @@ export const clusterFaults: Fault[] = [
       const file = await saved(place)
       whole.set(place, await readFile(file))
       await writeFile(file, (await readFile(file)).subarray(0, (await stat(file)).size / 2))
-      const before = alpha().changes().length
+      const before = await shared().runs('alpha', ...stateful)
       const outcome = await place.run(restore)
-      assert.equal(alpha().changes().length, before)
-      await writer.writesOn()
+      assert.deepEqual(await shared().runs('alpha', ...stateful), before)
+      await writer.continues()
       await writer.stop()
       await writer.assertNothingLost()
       return outcome
@@ -195,20 +338,19 @@ export const clusterFaults: Fault[] = [
     async inject(place) {
       const writer = await startWriter(place)
       await saved(place)
-      // The parent of the shell that runs there is the session's sshd.
-      const cut = `#!/bin/bash
+      // Among the parents of the shell that runs there is the session's sshd.
+      const cut = `[ "$2" = restore ] || exec $real "$@"
 pid=$PPID
-while [ "$(cat /proc/$pid/comm)" != sshd ]; do pid=$(cut -d" " -f4 /proc/$pid/stat); done
+until grep -q ^sshd /proc/$pid/comm; do pid=$(cut -d' ' -f4 /proc/$pid/stat); done
 kill -9 $pid
 sleep 1
-exit 1
-`
-      await alpha().sshd.program('etcdutl', cut)
-      const before = alpha().changes().length
+exit 1`
+      await shared().program('etcdutl', cut)
+      const before = await shared().runs('alpha', ...stateful)
       const outcome = await place.run(restore)
-      await alpha().useReal('etcdutl')
-      assert.equal(alpha().changes().length, before)
-      await writer.writesOn()
+      await shared().restoreProgram('etcdutl')
+      assert.deepEqual(await shared().runs('alpha', ...stateful), before)
+      await writer.continues()
       await writer.stop()
       await writer.assertNothingLost()
       return outcome
@@ -224,15 +366,15 @@ exit 1
     async inject(place) {
       const writer = await startWriter(place)
       await saved(place)
-      await slow('etcdutl')
-      const before = alpha().changes().length
+      await shared().slow('etcdutl', '[ "$2" = restore ]')
+      const before = await shared().runs('alpha', ...stateful)
       const script = place.start(restore)
-      await reached(place, 'etcdutl')
+      await shared().called('etcdutl')
       script.kill('SIGKILL')
       const outcome = await script.outcome
-      await alpha().useReal('etcdutl')
-      await writer.writesOn()
-      assert.equal(alpha().changes().length, before)
+      await shared().restoreProgram('etcdutl')
+      await writer.continues()
+      assert.deepEqual(await shared().runs('alpha', ...stateful), before)
       await writer.stop()
       await writer.assertNothingLost()
       return outcome
@@ -241,18 +383,21 @@ exit 1
   },
   {
     name: 'a restore of etcd is killed in the middle of the change',
-    done: '`kill -9` of the script when it has begun to change the data',
+    done: '`kill -9` of the script when it has stopped the API server',
     holds: 'the second run restores, exactly the writes of the backup',
     exit: 137,
     again: restore,
     async inject(place) {
       const writer = await startWriter(place)
       await saved(place)
+      await writer.continues()
       writer.stopWhenRefused()
-      return place.killWhen(restore, (said) => said.includes('changing the data'))
+      return place.killWhen(restore, (said) => {
+        return said.includes('changing the data') && writer.hasEnded
+      })
     },
-    // Former data are named by the second.
-    repair: () => becomes(() => false, 1.1),
+    // The folder with the previous data is named by the second.
+    repair: () => sleep(1100),
     check: assertRestored,
   },
   {
@@ -266,11 +411,11 @@ exit 1
     async inject(place) {
       const writer = await startWriter(place)
       await saved(place)
-      await writer.writesOn()
+      await writer.continues()
       writer.stopWhenRefused()
       const waits = (said: string) => said.includes('waiting for the control plane')
       const outcome = await place.killWhen(restore, waits, 'SIGINT')
-      await writer.refused()
+      await writer.untilRefused()
       await writer.assertNothingLost()
       return outcome
     },
@@ -287,27 +432,52 @@ exit 1
     async inject(place) {
       const writer = await startWriter(place)
       await saved(place)
-      await writer.writesOn()
-      const real = join(alpha().controlPlane.place.etcd, 'etcdutl')
-      const cut = `#!/bin/bash
-${real} "$@" || exit
-for word; do case $word in --data-dir=*) truncate -s 8192 "\${word#*=}/member/snap/db";; esac; done
-`
-      await alpha().sshd.program('etcdutl', cut)
+      await writer.continues()
+      const cut = `$real "$@" || exit
+for word; do case $word in --data-dir=*) truncate -s 8192 "\${word#*=}/member/snap/db";; esac; done`
+      await shared().program('etcdutl', cut)
       writer.stopWhenRefused()
       const outcome = await place.run(restore)
-      await alpha().useReal('etcdutl')
-      await writer.refused()
+      await shared().restoreProgram('etcdutl')
+      await writer.untilRefused()
       await writer.assertNothingLost()
       return outcome
     },
     check: assertRestored,
   },
+  {
+    name: 'Ctrl-C in an upgrade of all machines while a client writes',
+    done: 'SIGINT to `rolling-upgrade all` when alpha has the next release of NixOS, and sigma is being drained',
+    holds:
+      'sigma is as it was, and takes pods again; the second run upgrades it and gamma; no acknowledged write is lost',
+    exit: 130,
+    says: ['not touched: gamma', 'interrupted by SIGINT'],
+    again: upgrade,
+    async inject(place) {
+      await startWriter(place)
+      const { NIXOS_VERSION: former } = shared().cluster.settings
+      const release = releaseAfter(former)
+      await shared().startSlowPod('sigma')
+      const before = await upgradeState('sigma')
+      await shared().setVariable('NIXOS_VERSION', release)
+      const isDrained = async (said: string) => said.includes('sigma: drain') && isCordoned('sigma')
+      const outcome = await place.killWhen(upgrade, isDrained, 'SIGINT')
+      assert.equal(await isCordoned('sigma'), false)
+      assert.equal(await upgradeState('sigma'), before)
+      assert.deepEqual(await releases(), [release, former, former])
+      return outcome
+    },
+    async check(place) {
+      const release = releaseAfter(shared().cluster.settings.NIXOS_VERSION)
+      assert.deepEqual(await releases(), [release, release, release])
+      await assertNothingLost(place, ['sigma', 'gamma'])
+    },
+  },
 ]
 
 const writers = new WeakMap<Place, Writer>()
+const bystanders = new WeakMap<Place, Record<string, string>>()
 const whole = new WeakMap<Place, Buffer>()
-let count = 0
 
 function writerOf(place: Place): Writer {
   const writer = writers.get(place)
@@ -316,30 +486,47 @@ function writerOf(place: Place): Writer {
 }
 
 async function startWriter(place: Place): Promise<Writer> {
-  count += 1
-  const writer = await Writer.start(alpha().cluster, `counter-${count}`)
+  bystanders.set(place, await shared().bystandersRun())
+  const writer = await shared().writer()
   writers.set(place, writer)
-  place.atEnd(() => writer.stop())
+  place.atEnd(async () => {
+    await writer.stop()
+    await writer.remove()
+  })
   return writer
 }
 
-/** Nothing of a restore is left on the machine but the previous data. */
+/** Nothing of a backup or restore is left on alpha but the previous data. */
 async function assertTidy(): Promise<void> {
-  const tidy = async () => !(await readdir(join(alpha().data, '..'))).includes('etcd.new')
-  assert.ok(await becomes(tidy, 10), 'etcd.new is left on alpha')
+  assert.equal(await shared().on('alpha', 'ls -d /var/lib/etcd.new 2>/dev/null || true'), '')
 }
 
-async function assertNothingLost(place: Place): Promise<void> {
+/** @param restarted nodes whose pods were started again; those of all others run on */
+async function assertNothingLost(place: Place, restarted: readonly string[] = []): Promise<void> {
   await assertTidy()
   await writerOf(place).stop()
   await writerOf(place).assertNothingLost()
+  await assertBystanders(place, restarted)
 }
 
-/** What the second run has restored is the newest backup. */
+/** What the second run has restored is the newest backup, without what was written after it. */
 async function assertRestored(place: Place): Promise<void> {
   await assertTidy()
   await writerOf(place).stop()
-  await writerOf(place).assertExactly(await inBackup(place))
+  const number = await inBackup(place)
+  assert.ok(writerOf(place).last > number, 'nothing was written after the backup')
+  await writerOf(place).assertExactly(number)
+  await assertBystanders(place)
+}
+
+async function assertBystanders(place: Place, restarted: readonly string[] = []): Promise<void> {
+  await shared().ready()
+  const before = bystanders.get(place)
+  const now = await (restarted.length > 0 ? shared().bystandersRun() : shared().bystanders())
+  for (const { name } of shared().cluster.workers) {
+    if (restarted.includes(name)) continue
+    assert.equal(now[name], before?.[name], `the pod on ${name} was started again`)
+  }
 }
 
 async function backupsOf(place: Place): Promise<string[]> {
@@ -353,9 +540,7 @@ async function newest(place: Place): Promise<string> {
 
 /** The last number in the newest backup. */
 async function inBackup(place: Place): Promise<number> {
-  const status = ['snapshot', 'status', '--write-out=json', await newest(place)]
-  const { stdout } = await alpha().controlPlane.run('etcdutl', status)
-  return writerOf(place).numberAt(JSON.parse(stdout).revision)
+  return writerOf(place).numberAt(await shared().revisionOf(await newest(place)))
 }
 
 /** Saves etcd. @returns the file */
@@ -365,21 +550,20 @@ async function saved(place: Place): Promise<string> {
   return newest(place)
 }
 
-const signOf = (place: Place, program: string) => place.path(`${program}-runs`)
-
-/** Lets a program of etcd take two seconds on the machine, and say that it runs. */
-async function slow(program: 'etcdctl' | 'etcdutl'): Promise<void> {
-  const real = join(alpha().controlPlane.place.etcd, program)
-  const sign = alpha().checkout.path(`${program}-runs`)
-  const text = `#!/bin/sh\necho >'${sign}'\nsleep 2\nrm -f '${sign}'\nexec ${real} "$@"\n`
-  await alpha().sshd.program(program, text)
+async function isCordoned(name: string): Promise<boolean> {
+  const unschedulable = '--output=jsonpath={.spec.unschedulable}'
+  return (await shared().succeeds('kubectl', 'get', 'node', name, unschedulable)) === 'true'
 }
 
-async function reached(place: Place, program: string): Promise<void> {
-  const there = () =>
-    stat(signOf(place, program)).then(
-      () => true,
-      () => false,
-    )
-  assert.ok(await becomes(there, 60), `${program} was not called`)
+/** What an upgrade changes on a machine before it restarts: the channel, and notes of its progress. */
+function upgradeState(name: string): Promise<string> {
+  const notes = 'ls /var/lib/reconfig | grep -E "^(unfinished|cordoned|former-channel)$" || true'
+  return shared().on(name, `nix-channel --list; ${notes}`)
+}
+
+/** The releases of NixOS that the machines run: "26.05". */
+async function releases(): Promise<string[]> {
+  const look = 'cut -c -5 /run/current-system/nixos-version'
+  const { nodes } = shared().cluster
+  return Promise.all(nodes.map(async ({ name }) => (await shared().on(name, look)).trim()))
 }

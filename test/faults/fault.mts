@@ -97,19 +97,21 @@ export class Place {
   }
 
   async end(): Promise<void> {
-    for (const work of this.endings) await work()
+    // What a row that failed has left running must not work beside the endings.
+    if (this.kept) await this.powerCut()
+    for (const work of this.endings) {
+      await work().catch((error) => console.error(`at the end of a row: ${error}`))
+    }
     await this.powerCut()
     if (!this.kept) await this.checkout.remove()
   }
 
-  /** Runs a script of bin/ to its end, which has to come within five minutes. */
+  /** Runs a script of bin/ to its end. */
   async run(command: readonly string[], env: Record<string, string> = {}): Promise<Outcome> {
-    const script = this.start(command, env)
-    const limit = setTimeout(() => script.kill('SIGKILL'), 300_000)
-    return script.outcome.finally(() => clearTimeout(limit))
+    return this.start(command, env).outcome
   }
 
-  /** Starts a script of bin/, in a process group of its own as a shell does. */
+  /** Starts a script of bin/, in a process group of its own as a shell does, for ten minutes at most. */
   start([program = '', ...args]: readonly string[], env: Record<string, string> = {}): Running {
     const file = program.startsWith('bin/') ? this.path(program) : program
     const [first = '', ...words] = [...this.entrance, file, ...args]
@@ -133,13 +135,12 @@ export class Place {
   ): Promise<Outcome> {
     const script = this.start(command)
     let ended = false
-    script.outcome.then(() => {
+    const end = () => {
       ended = true
-    })
-    while (!(await when(script.said()))) {
-      if (ended) throw new Error(`${command.join(' ')} ended too soon: ${script.said()}`)
-      await sleep(3)
     }
+    script.outcome.then(end, end)
+    while (!(await when(script.said())) && !ended) await sleep(3)
+    if (ended) throw new Error(`${command.join(' ')} ended too soon: ${script.said()}`)
     script.kill(signal)
     return script.outcome
   }
@@ -288,17 +289,23 @@ function running(child: ChildProcess): Running {
     stderr += text
   })
   const { pid = 0 } = child
+  const kill = (signal: NodeJS.Signals) => {
+    try {
+      process.kill(-pid, signal)
+    } catch {
+      // It has just ended.
+    }
+  }
+  const limit = setTimeout(() => kill('SIGKILL'), 600_000)
   const closed = once(child, 'close')
+  // If it cannot be started, `outcome` says so.
+  closed.catch(() => {})
   const outcome = once(child, 'exit').then(async ([status, signal]) => {
+    clearTimeout(limit)
     // Commands that live on have the same pipes.
     await Promise.race([closed, sleep(signal ? 50 : 2000)])
     const exitCode = status ?? 128 + constants.signals[signal as NodeJS.Signals]
     return { stdout, stderr, exitCode }
   })
-  return {
-    pid,
-    said: () => stdout + stderr,
-    kill: (signal) => process.kill(-pid, signal),
-    outcome,
-  }
+  return { pid, said: () => stdout + stderr, kill, outcome }
 }

@@ -3,12 +3,12 @@ import type { Fault } from './fault.mts'
 
 const introduction = `# Faults
 
-What can go wrong, and what holds afterwards. \`npm run test:faults\` causes each fault for real and checks what its row states. Without arguments it runs the first two groups; arguments select groups (\`host\`, \`machine\`, \`cluster\`) or faults by words in their names. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
+What can go wrong, and what holds afterwards. \`npm run test:faults\` causes each fault for real and checks what its row states. Without arguments it runs the first two groups; arguments select groups (\`host\`, \`machine\`, \`cluster\`) or faults by words in their names. The group \`cluster\` has one cluster for all its rows, in Linux namespaces (containers instead of virtual machines), and so needs Linux and root. When such a machine loses power, files that were written but not synced survive; on a real computer they could be lost. “Exit status, message” are those of the script named in “what is done”. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
 
 The following also holds for every row:
 
-- No process, port, lock or half-written file is left. After \`kill -9\`, this holds once the script has been run again, except for a file \`.NAME.tmp-…\` that was just being written; \`make clean\` removes it.
-- The second run finishes the job, with status 0.
+- No process, port, lock or half-written file is left. (In the group \`cluster\` the machines keep running, so there only the scripts' processes, locks and files are checked.) After \`kill -9\`, this holds once the script has been run again, except for a file \`.NAME.tmp-…\` that was just being written; \`make clean\` removes it.
+- The second run, with the command in the last but one column, ends with status 0.
 - Another cluster on the same computer, with its files and a machine of the same name, is untouched; so are the user's own files in the checkout.
 `
 
@@ -40,7 +40,7 @@ export function asMarkdown(
 const titles: Readonly<Record<string, string>> = {
   host: 'On this computer: scripts and files',
   machine: 'With a real QEMU, or the simulated installer',
-  cluster: 'With a real etcd and API server',
+  cluster: 'With a whole cluster',
 }
 
 function holdsOf({ holds, shortFormOf }: Fault): string {

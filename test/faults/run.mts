@@ -7,9 +7,10 @@ import { mkdir, mkdtemp, readFile, realpath, rm, writeFile } from 'node:fs/promi
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
+import { describeError } from '../../lib/errors.mts'
 import { isGone } from '../../lib/processes.mts'
 import { makeCheckout, projectRoot } from '../checkout.mts'
-import { clusterFaults, openCluster } from './cluster.mts'
+import { closeCluster, clusterFaults, openCluster } from './cluster.mts'
 import { type Fault, Place } from './fault.mts'
 import { hostFaults } from './host.mts'
 import { machineFaults } from './machine.mts'
@@ -23,13 +24,18 @@ interface Group {
   /** Whether they are tried without being asked for. */
   fast: boolean
   faults: readonly Fault[]
-  /** Starts what all of them share, or says why it cannot. */
-  open?: () => Promise<{ place(): Place; close(): Promise<void> } | string>
+  /** Starts what all of them share, or says why it cannot. @returns what makes their places */
+  open?: () => Promise<(() => Place) | string>
+  /** Ends that, however far it came. */
+  close?: () => Promise<void>
 }
 const groups: readonly Group[] = [
   { name: 'host', atOnce: 3, fast: true, faults: hostFaults },
   { name: 'machine', atOnce: 2, fast: true, faults: machineFaults },
-  { name: 'cluster', atOnce: 1, fast: false, faults: clusterFaults, open: openCluster },
+  {
+    ...{ name: 'cluster', atOnce: 1, fast: false, faults: clusterFaults },
+    ...{ open: openCluster, close: closeCluster },
+  },
 ]
 
 const { values, positionals: words } = parseArgs({
@@ -50,31 +56,33 @@ const chosen = groups.map((group) => ({
 const folder = await mkdtemp(join(await realpath(tmpdir()), 'faults-'))
 process.env.TMPDIR = folder
 const took = new Map<string, number>()
-const open = new Set<Place>()
-const closings: (() => Promise<void>)[] = []
+const places = new Set<Place>()
+let interrupted = false
 const counts = { passed: 0, failed: 0, skipped: 0 }
 if (values.list) {
   for (const { faults } of chosen) for (const { name } of faults) console.log(name)
 } else {
   const neighbour = await makeNeighbour()
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => interrupt(signal))
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const)
+    process.once(signal, () => interrupt(signal))
   const began = performance.now()
   for (const group of chosen) {
-    const opened = group.faults.length > 0 ? await group.open?.() : undefined
-    const shared = typeof opened === 'object' ? opened : undefined
-    if (shared) closings.push(shared.close)
+    if (group.faults.length === 0 || interrupted) continue
+    const opened = await open(group)
     const place = async ({ settings }: Fault) =>
-      shared?.place() ?? new Place(await makeCheckout(settings ? { settings } : {}))
+      typeof opened === 'function'
+        ? opened()
+        : new Place(await makeCheckout(settings ? { settings } : {}))
     const waiting = group.faults.map((fault) =>
       typeof opened === 'string' ? { ...fault, skip: opened } : fault,
     )
     const work = async () => {
-      for (let fault = waiting.shift(); fault; fault = waiting.shift()) {
+      for (let fault = waiting.shift(); fault && !interrupted; fault = waiting.shift()) {
         await tell(fault, place, neighbour)
       }
     }
-    await Promise.all(Array.from({ length: group.atOnce }, work))
-    await shared?.close()
+    if (opened !== false) await Promise.all(Array.from({ length: group.atOnce }, work))
+    if (!interrupted) await group.close?.()
   }
   neighbour.end()
   const { passed, failed, skipped } = counts
@@ -93,11 +101,26 @@ function seconds(ms: number): string {
   return `${(ms / 1000).toFixed(1)} s`
 }
 
+/** Starts what a group shares. @returns false if that failed, which then counts for all its faults */
+async function open(group: Group): Promise<(() => Place) | string | undefined | false> {
+  try {
+    return await group.open?.()
+  } catch (error) {
+    console.log(`✗ ${group.name}: ${describeError(error)}`)
+    counts.failed += group.faults.length
+    return false
+  }
+}
+
 /** Ends what is running, and this program. */
 async function interrupt(signal: NodeJS.Signals): Promise<void> {
+  interrupted = true
   console.log(`interrupted by ${signal}`)
-  for (const place of open) await place.end().catch(() => {})
-  for (const close of closings) await close().catch(() => {})
+  // A cluster that several rows share is taken away as it is.
+  for (const place of places) await (place.kept ? place.powerCut() : place.end()).catch(() => {})
+  for (const { faults, close } of chosen) if (faults.length > 0) await close?.().catch(() => {})
+  // Rows went on meanwhile.
+  for (const place of places) await place.powerCut()
   await rm(folder, { recursive: true, force: true })
   process.exit(1)
 }
@@ -129,7 +152,7 @@ async function tell(
 
 async function prove(fault: Fault, place: Place, neighbour: Neighbour): Promise<void> {
   const own = [place.path('notes'), place.path('images', 'own.txt')]
-  open.add(place)
+  places.add(place)
   try {
     await mkdir(place.path('images'), { recursive: true })
     for (const file of own) await writeFile(file, 'of the user')
@@ -166,8 +189,8 @@ async function prove(fault: Fault, place: Place, neighbour: Neighbour): Promise<
     for (const file of own) assert.equal(await readFile(file, 'utf8'), 'of the user', file)
     await neighbour.assertUntouched()
   } finally {
-    await place.end()
-    open.delete(place)
+    if (!interrupted) await place.end()
+    if (!interrupted) places.delete(place)
   }
 }
 

@@ -260,6 +260,7 @@ export const points: readonly Point[] = [
     ids: ['1.2.30'],
     title: 'tokens end when they say so',
     met: is(api, 'service-account-extend-token-expiration', 'false'),
+    why: 'after an hour of sleep or suspension, all pods would be refused until they have new ones',
   },
 
   // 1.3 Controller manager

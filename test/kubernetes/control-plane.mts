@@ -98,26 +98,6 @@ export class ControlPlane {
     }
   }
 
-  /** Sends a signal to services, to all at the same moment. */
-  signal(signal: NodeJS.Signals, ...names: Service[]): void {
-    for (const name of names) this.running.get(name)?.kill(signal)
-  }
-
-  /** Starts those again that have ended, as systemd would, until all are healthy. */
-  async recover(): Promise<void> {
-    const healthy = await becomes(async () => {
-      for (const service of services) {
-        const child = this.running.get(service)
-        const ended = child && (child.exitCode !== null || child.signalCode !== null)
-        if (ended) await this.launch(service, this.round)
-        const path = service === 'kube-controller-manager' ? '/healthz' : '/readyz'
-        if (await this.trouble(service, path)) return false
-      }
-      return true
-    }, startTimeout)
-    if (!healthy) throw new StepError(`the control plane is not healthy after ${startTimeout} s`)
-  }
-
   /** Everything a service wrote since the first start. */
   log(service: Service): Promise<string> {
     return readFile(this.logFile(service), 'utf8')

@@ -50,6 +50,10 @@ const always: Difference[] = [
     why: 'there is no disk to install on',
   },
   {
+    what: 'a power cut loses nothing that a program has written',
+    why: 'it is in the memory of this computer, which runs on',
+  },
+  {
     what: '/proc/sys/kernel and /proc/sys/vm are copies',
     why: 'these settings are one for the whole computer, and no test may change them',
   },
@@ -132,6 +136,10 @@ const cgroupVersion1: Difference[] = [
     why: "this computer's controllers are of version 1, and a machine has its kernel",
     file: '/etc/kubernetes/kubelet.json',
     json: { failCgroupV1: false },
+  },
+  {
+    what: 'when containerd restarts, pods may be started again',
+    why: 'systemd moves their processes to other cgroups of the devices controller, and containerd does not find them',
   },
   {
     what: 'Cilium attaches to /sys/fs/cgroup/unified',

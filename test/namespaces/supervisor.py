@@ -140,11 +140,27 @@ def port_of(card: str, machine: dict) -> str:
 # ── Machines ──
 
 
+# What is left of a machine is removed before another one of the same name starts.
+taken: dict[str, asyncio.Lock] = {}
+
+
 async def hold_machine(reader, writer, cluster: str, work: Path) -> None:
-    """Starts a machine, and starts it again when it reboots; ends it when its QEMU is gone."""
     machine = json.loads(await reader.readline())
-    name = machine["name"]
-    group = f"khw-{cluster}-{name}"
+    lock = taken.setdefault(machine["name"], asyncio.Lock())
+    try:
+        await asyncio.wait_for(lock.acquire(), 60)
+    except TimeoutError:
+        writer.write(f"{machine['name']} is running already\n".encode())
+        writer.close()
+        return
+    try:
+        await hold(machine, reader, writer, f"khw-{cluster}-{machine['name']}", work)
+    finally:
+        lock.release()
+
+
+async def hold(machine: dict, reader, writer, group: str, work: Path) -> None:
+    """Starts a machine, and starts it again when it reboots; ends it when its QEMU is gone."""
     child, way_out, servers = None, None, []
     open(machine["console"], "wb").close()
     try:
@@ -166,7 +182,7 @@ async def hold_machine(reader, writer, cluster: str, work: Path) -> None:
                 break
             await clear(machine, group)
     except OSError as error:
-        writer.write(f"{name} cannot be started: {error}\n".encode())
+        writer.write(f"{machine['name']} cannot be started: {error}\n".encode())
     finally:
         if child:
             child.kill()

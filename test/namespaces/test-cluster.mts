@@ -16,6 +16,7 @@ import { dayTwoChecks } from '../rehearsal/day-two-checks.mts'
 import { networkChecks } from '../rehearsal/network-checks.mts'
 import { Rehearsal, type Step } from '../rehearsal/rehearsal.mts'
 import { SecretWatch } from '../rehearsal/secrets.mts'
+import { whileWriting } from '../rehearsal/while-writing.mts'
 import { workerCheck } from '../rehearsal/worker-checks.mts'
 import { kubeProxySteps } from './kube-proxy.mts'
 import {
@@ -73,11 +74,14 @@ const further: readonly Step[] = [
     ]),
   ['make reconfig with a flag that breaks the kubelet', brokenKubelet],
   ['make reconfig, killed while it sends', killedTransfer],
-  ['the services of the control plane are restarted', restartedServices],
+  [
+    'the services of the control plane are restarted',
+    (rehearsal) => whileWriting(rehearsal, () => restartedServices(rehearsal)),
+  ],
   ['pod network after the restart', podNetwork],
   ['a worker is added and removed', (rehearsal) => workerCheck(rehearsal, withAnother)],
   ['pod network after the removal', podNetwork],
-  ['make down and make up', offAndOn],
+  ['make down and make up', (rehearsal) => whileWriting(rehearsal, () => offAndOn(rehearsal))],
   ['pod network after make up', podNetwork],
 ]
 
@@ -159,7 +163,7 @@ async function allTestsPass(rehearsal: Rehearsal): Promise<void> {
   const results = JSON.parse(await rehearsal.output('test-cluster', '--json'))
   const others = (results as { result: string }[]).filter(({ result }) => result !== 'passed')
   assert.deepEqual(others, [])
-  assert.equal(results.length, 25)
+  assert.equal(results.length, 26)
 }
 
 async function nothingChanges(rehearsal: Rehearsal): Promise<void> {

@@ -8,10 +8,13 @@ import type { Node } from '../../lib/cluster.mts'
 import { formatDuration } from '../../lib/format.mts'
 import { servicesOf, waitForReady } from '../../lib/health.mts'
 import { kubectlJson } from '../../lib/kubectl.mts'
+import type { Snapshot } from '../../lib/snapshots.mts'
 import { isRunning } from '../../lib/vm.mts'
 import { waitFor } from '../../lib/wait.mts'
+import type { Writer } from '../writer.mts'
 import { podsTalk } from './pods-talk.mts'
 import type { Rehearsal, Step } from './rehearsal.mts'
+import { whileWriting, withWriter } from './while-writing.mts'
 
 const namespace = 'day-two'
 const word = 'swordfish'
@@ -30,19 +33,23 @@ async function snapshotAndRestore(rehearsal: Rehearsal): Promise<void> {
   const worker = firstWorker(rehearsal)
   await makeSecret()
   const running = await containers()
-  await rehearsal.script('snapshot', snapshot)
-  await removeNamespace()
   const healthz = 'curl -fs -m 10 http://127.0.0.1:10248/healthz >/dev/null && echo yes || echo no'
   const healthy = async () => (await rehearsal.on(worker, healthz)) === 'yes\n'
-  assert.equal(await healthy(), true, 'the kubelet is unhealthy before anything was broken')
-  // A flag that the kubelet does not know: it keeps crashing.
-  const breakIt = "sed -i 's/--node-ip=/--no-such-flag=/' /etc/nixos/worker.nix"
-  const switchTo = 'nixos-rebuild switch >/dev/null 2>&1 || true'
-  await rehearsal.on(worker, `${breakIt}; ${switchTo}`, 900)
-  assert.equal(await healthy(), false, 'the kubelet is healthy with a flag that it does not know')
+  await withWriter(rehearsal, async (writer) => {
+    const moment = await snapshotOf(rehearsal, writer)
+    await removeNamespace()
+    assert.equal(await healthy(), true, 'the kubelet is unhealthy before anything was broken')
+    // A flag that the kubelet does not know: it keeps crashing.
+    const breakIt = "sed -i 's/--node-ip=/--no-such-flag=/' /etc/nixos/worker.nix"
+    const switchTo = 'nixos-rebuild switch >/dev/null 2>&1 || true'
+    await rehearsal.on(worker, `${breakIt}; ${switchTo}`, 900)
+    assert.equal(await healthy(), false, 'the kubelet is healthy with a flag that it does not know')
 
-  await untilReady('restored', () => rehearsal.script('restore', '--start-only', snapshot))
-  await settled(rehearsal)
+    writer.stopWhenRefused()
+    await untilReady('restored', () => rehearsal.script('restore', '--start-only', snapshot))
+    await settled(rehearsal)
+    await assertMoment(writer, moment)
+  })
   await assertSecret()
   assert.deepEqual(await containers(), running, 'a container was started again')
   await rehearsal.on(worker, 'grep -q -e --node-ip= /etc/nixos/worker.nix')
@@ -55,10 +62,14 @@ async function snapshotAndRestore(rehearsal: Rehearsal): Promise<void> {
 /** The machines boot, so all containers are started again; what was in etcd and on disks is as then. */
 async function restoreDisks(rehearsal: Rehearsal): Promise<void> {
   await makeSecret()
-  await rehearsal.script('snapshot', '--disks-only', snapshot)
-  await removeNamespace()
-  await untilReady('restored', () => rehearsal.script('restore', snapshot))
-  await settled(rehearsal)
+  await withWriter(rehearsal, async (writer) => {
+    const moment = await snapshotOf(rehearsal, writer, '--disks-only')
+    await removeNamespace()
+    writer.stopWhenRefused()
+    await untilReady('restored', () => rehearsal.script('restore', snapshot))
+    await settled(rehearsal)
+    await assertMoment(writer, moment)
+  })
   await assertSecret()
   await assertWorks(rehearsal)
   await removeNamespace()
@@ -67,12 +78,14 @@ async function restoreDisks(rehearsal: Rehearsal): Promise<void> {
 
 async function suspendAndUp(rehearsal: Rehearsal): Promise<void> {
   const running = await containers()
-  await rehearsal.script('snapshot', '--suspend')
-  for (const node of rehearsal.cluster.nodes) {
-    assert.equal(await isRunning(rehearsal.cluster, node), false, node.name)
-  }
-  await untilReady('continued', () => rehearsal.script('provision'))
-  await settled(rehearsal)
+  await whileWriting(rehearsal, async () => {
+    await rehearsal.script('snapshot', '--suspend')
+    for (const node of rehearsal.cluster.nodes) {
+      assert.equal(await isRunning(rehearsal.cluster, node), false, node.name)
+    }
+    await untilReady('continued', () => rehearsal.script('provision'))
+    await settled(rehearsal)
+  })
   assert.deepEqual(await containers(), running, 'a container was started again')
   await assertWorks(rehearsal)
 }
@@ -82,13 +95,48 @@ async function untilReady(done: string, work: () => Promise<void>): Promise<void
   const began = performance.now()
   await work()
   const started = performance.now()
-  await waitFor({ failure: 'nodes not Ready', timeout: 60, every: 100 }, async () => {
+  await waitFor({ failure: 'nodes not Ready', timeout: 300, every: 100 }, async () => {
     const wait = $({ nothrow: true })`kubectl wait node --all --for=condition=Ready --timeout=5s`
     const { exitCode, stderr } = await wait
     return exitCode === 0 ? undefined : stderr
   })
   const [all, first] = [performance.now() - began, started - began].map(formatDuration)
   console.error(`${done} in ${first}, all nodes Ready after ${all}`)
+}
+
+interface Moment {
+  /** The last number that was acknowledged when the machines stopped. */
+  last: number
+  /** The next one, which may have been written without an answer. */
+  atMost: number
+}
+
+/** Takes the snapshot while the writer writes. @returns the writer's number of that moment */
+async function snapshotOf(
+  rehearsal: Rehearsal,
+  writer: Writer,
+  ...args: string[]
+): Promise<Moment> {
+  await rehearsal.script('snapshot', ...args, snapshot)
+  await writer.continues()
+  const list: Snapshot[] = JSON.parse(await rehearsal.output('snapshot', '--list', '--json'))
+  const found = list.find(({ name }) => name === snapshot)
+  // QEMU records the time of this computer, when all machines have stopped.
+  const alpha = found?.machines.find(({ name }) => name === rehearsal.cluster.controlPlane.name)
+  assert.ok(alpha, `no snapshot ${snapshot} of alpha`)
+  const last = writer.acknowledgedBy(alpha.disk.time * 1000)
+  return { last, atMost: last + 1 }
+}
+
+/** Exactly the writes of that moment are there, none of the many afterwards. */
+async function assertMoment(writer: Writer, { last, atMost }: Moment): Promise<void> {
+  await writer.stop()
+  assert.ok(writer.last > atMost, 'the writer wrote nothing after the snapshot')
+  await writer.assertExactly(last, atMost)
+  const there = (await writer.numbers()).length
+  console.error(
+    `writes: ${last} acknowledged at the snapshot, ${writer.last} before the restore, ${there} after it`,
+  )
 }
 
 /** The containers of all pods, as the API server knows them. */

@@ -32,8 +32,14 @@ interface Process {
   user?: number
 }
 
-/** A copy of a program of this computer, a symbolic link or a small text. */
-export type ImageFile = { program: string } | { link: string } | { text: string }
+/**
+ * A copy of a program of this computer, a symbolic link or a small text. `capabilities`: the program's
+ * file capabilities, as setcap takes them.
+ */
+export type ImageFile =
+  | { program: string; capabilities?: string }
+  | { link: string }
+  | { text: string }
 
 /**
  * Writes the archive of an image with one layer, for this computer's architecture. The same image
@@ -44,8 +50,12 @@ export async function writeDockerArchive(image: Image, archive: string): Promise
   const [tree, parts] = [join(scratch, 'tree'), join(scratch, 'parts')]
   try {
     await Promise.all([mkdir(tree), mkdir(parts)])
-    for (const [path, file] of Object.entries(image.files)) await place(file, join(tree, path))
-    await tar(tree, join(parts, 'layer.tar'))
+    const capabilities: string[] = []
+    for (const [path, file] of Object.entries(image.files)) {
+      await place(file, join(tree, path))
+      if ('program' in file && file.capabilities) capabilities.push(file.capabilities, path)
+    }
+    await tar(tree, join(parts, 'layer.tar'), capabilities)
     await packImage(parts, [image.tag], archive, image)
   } finally {
     await rm(scratch, { recursive: true })
@@ -79,12 +89,26 @@ async function place(file: ImageFile, path: string): Promise<void> {
   await chmod(path, 0o755)
 }
 
-/** Everything in it belongs to root and may be read by all. Uncompressed: unpacking is quicker. */
-async function tar(folder: string, file: string): Promise<void> {
+/**
+ * Everything in it belongs to root and may be read by all. Uncompressed: unpacking is quicker.
+ *
+ * @param capabilities of files in the folder, as arguments of setcap
+ */
+async function tar(folder: string, file: string, capabilities: string[] = []): Promise<void> {
   const same = ['--sort=name', '--mtime=@0', '--owner=0', '--group=0', '--numeric-owner']
   const mode = '--mode=u+rwX,go+rX,go-w'
   const names = (await readdir(folder)).sort()
-  await $({ quiet: true })`tar --format=ustar ${same} ${mode} -C ${folder} -cf ${file} ${names}`
+  const run = $({ quiet: true, cwd: folder })
+  if (capabilities.length === 0) {
+    await run`tar --format=ustar ${same} ${mode} -cf ${file} ${names}`
+    return
+  }
+  // File capabilities are extended attributes, which others than root may set in a user namespace.
+  const user = process.getuid?.() === 0 ? [] : ['unshare', '--map-root-user']
+  const attributes = ['--format=posix', '--xattrs', '--xattrs-include=security.capability']
+  // Without the number of the process and the times of access that would differ.
+  const headers = '--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime'
+  await run`${user} sh -c 'PATH=$PATH:/sbin:/usr/sbin; setcap "$@"' sh ${capabilities} && ${user} tar ${attributes} ${headers} ${same} ${mode} -cf ${file} ${names}`
 }
 
 /** @param layer SHA-256 of the layer's tar file */

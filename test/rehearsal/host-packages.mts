@@ -18,6 +18,7 @@ export const hostPackages: readonly HostPackage[] = [
   { package: 'mmdebstrap', why: "builds the stand-in's root file system", brings: ['mmdebstrap'] },
   { package: 'uidmap', why: 'lets mmdebstrap do it', brings: ['newuidmap'], withoutRoot: true },
   { package: 'squashfs-tools', why: 'packs it', brings: ['mksquashfs', 'sqfstar'] },
+  { package: 'libcap2-bin', why: "sets a program's file capabilities", brings: ['setcap'] },
   {
     package: arm ? 'grub-efi-arm64-bin' : 'grub-efi-amd64-bin',
     why: 'starts the ISO',

@@ -40,13 +40,13 @@ export async function imageArchives(
     await archiveOf('web', await web(busybox, settings.SMOKE_IMAGE)),
   ]
   const missing: string[] = []
-  for (const { name, tag, path } of addOns(settings)) {
+  for (const { name, tag, path, ...own } of addOns(settings)) {
     const { folder, reason } = await goPrograms(name)
     if (!folder) {
       missing.push(reason ?? name)
       continue
     }
-    const files = { [path]: { program: join(folder, name) } }
+    const files = { [path]: { program: join(folder, name), ...own } }
     archives.push(await archiveOf(name, { tag, files, entrypoint: [`/${path}`], user: 65532 }))
   }
   return { archives, missing }
@@ -60,6 +60,8 @@ function addOns(settings: ImageSettings) {
       name: 'coredns',
       tag: `registry.k8s.io/coredns/coredns:v${COREDNS_VERSION}`,
       path: 'coredns',
+      // The Dockerfile of CoreDNS sets it, and a container without it cannot run the program.
+      capabilities: 'cap_net_bind_service=+ep',
     },
     {
       name: 'metrics-server',

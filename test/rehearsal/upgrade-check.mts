@@ -3,6 +3,7 @@ import assert from 'node:assert/strict'
 import { kubectlJson } from '../../lib/kubectl.mts'
 import { releaseAfter } from './own-tree.mts'
 import type { Rehearsal } from './rehearsal.mts'
+import { whileWriting } from './while-writing.mts'
 
 const look = `
   cut -c -5 /run/current-system/nixos-version
@@ -22,7 +23,7 @@ export async function upgradeCheck(rehearsal: Rehearsal): Promise<void> {
   const { NIXOS_VERSION } = process.env
   process.env.NIXOS_VERSION = release
   try {
-    await rehearsal.script('rolling-upgrade', name)
+    await whileWriting(rehearsal, () => rehearsal.script('rolling-upgrade', name))
   } finally {
     if (NIXOS_VERSION === undefined) delete process.env.NIXOS_VERSION
     else process.env.NIXOS_VERSION = NIXOS_VERSION

@@ -4,42 +4,61 @@ import { readFile } from 'node:fs/promises'
 import { Agent, request } from 'node:https'
 import { text } from 'node:stream/consumers'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Cluster } from '../../lib/cluster.mts'
-import { becomes } from '../../lib/wait.mts'
+import type { Cluster } from '../lib/cluster.mts'
+import { becomes } from '../lib/wait.mts'
 
 export class Writer {
   /** The last number that the API server has acknowledged. */
   last = 0
-  /** etcd's revision of each number. */
-  private readonly revisions: number[] = []
-  readonly namespace: string
+  /** Of each number: etcd's revision, and when it was acknowledged, in milliseconds of the epoch. */
+  private readonly written: { revision: number; at: number }[] = []
+  private readonly namespace: string
   private readonly cluster: Cluster
   private readonly agent: Agent
+  private readonly every: number
+  /** Whether it has ended, by `stop` or by itself. */
+  hasEnded = false
   private ends = false
   private endsWhenRefused = false
   private ended = Promise.resolve()
 
-  private constructor(cluster: Cluster, namespace: string, agent: Agent) {
+  private constructor(cluster: Cluster, namespace: string, agent: Agent, every: number) {
     this.cluster = cluster
     this.namespace = namespace
     this.agent = agent
+    this.every = every
   }
 
-  /** Creates the namespace and begins to write. Returns when some numbers are there. */
-  static async start(cluster: Cluster, namespace: string): Promise<Writer> {
+  /**
+   * Creates the namespace and begins to write. Returns when some numbers are there.
+   *
+   * @param every milliseconds between two writes
+   */
+  static async start(cluster: Cluster, namespace: string, { every = 20 } = {}): Promise<Writer> {
     const names = ['ca', 'admin', 'admin-key'].map((name) => cluster.path('tls', `${name}.pem`))
     const [ca, cert, key] = await Promise.all(names.map((name) => readFile(name)))
     assert.ok(ca && cert && key)
-    const writer = new Writer(cluster, namespace, new Agent({ ca, cert, key, keepAlive: true }))
+    const agent = new Agent({ ca, cert, key, keepAlive: true })
+    const writer = new Writer(cluster, namespace, agent, every)
     const { status, body } = await writer.ask('POST', '/api/v1/namespaces', namespace)
     assert.equal(status, 201, body)
-    writer.ended = writer.count()
-    await writer.writesOn()
+    writer.ended = writer.count().finally(() => {
+      writer.hasEnded = true
+    })
+    await writer.continues().catch(async (error) => {
+      await writer.stop()
+      throw error
+    })
     return writer
   }
 
+  /** Removes its namespace, and does not wait for that. */
+  async remove(): Promise<void> {
+    await this.ask('DELETE', `/api/v1/namespaces/${this.namespace}`)
+  }
+
   /** Waits until ten more numbers are acknowledged. */
-  async writesOn(): Promise<void> {
+  async continues(): Promise<void> {
     const from = this.last
     assert.ok(await becomes(() => this.last >= from + 10, 120), `no write after ${from}`)
   }
@@ -49,14 +68,14 @@ export class Writer {
     await this.ended
   }
 
-  /** It then ends by itself with the first write that the API server does not take. */
+  /** It then ends by itself with the first write that the API server refuses. */
   stopWhenRefused(): void {
     this.endsWhenRefused = true
   }
 
-  /** Resolves when it has ended by itself. */
-  async refused(): Promise<void> {
-    await this.ended
+  /** Waits until it has ended by itself. */
+  async untilRefused(): Promise<void> {
+    assert.ok(await becomes(() => this.hasEnded, 120), 'no write was refused')
   }
 
   /** The numbers that are there. */
@@ -77,15 +96,25 @@ export class Writer {
     assert.deepEqual(numbers, upTo(numbers.length))
   }
 
-  /** @throws if anything else is there than the numbers from 1 to this */
-  async assertExactly(number: number): Promise<void> {
+  /**
+   * @param number the last that must be there
+   * @param atMost the last that may be there, where that is known less exactly
+   * @throws if the numbers that are there do not begin with 1, have a gap, or end elsewhere
+   */
+  async assertExactly(number: number, atMost = number): Promise<void> {
     assert.ok(number > 0)
-    assert.deepEqual(await this.numbers(), upTo(number))
+    const numbers = await this.numbers()
+    assert.deepEqual(numbers, upTo(Math.min(Math.max(numbers.length, number), atMost)))
   }
 
   /** The last number that was there at a revision of etcd. */
   numberAt(revision: number): number {
-    return this.revisions.filter((each) => each <= revision).length
+    return this.written.filter((each) => each.revision <= revision).length
+  }
+
+  /** The last number that was acknowledged by then, in milliseconds of the epoch. */
+  acknowledgedBy(time: number): number {
+    return this.written.filter(({ at }) => at <= time).length
   }
 
   private async count(): Promise<void> {
@@ -94,27 +123,31 @@ export class Writer {
       const name = `n-${String(next).padStart(6, '0')}`
       const path = `/api/v1/namespaces/${this.namespace}/configmaps`
       const refused = () => ({ status: 0, body: '' })
-      let { status, body } = await this.ask('POST', path, name).catch(refused)
+      let { status, body } = await this.ask('POST', path, name, 5).catch(refused)
       // An earlier attempt, whose answer was lost, had written it.
       if (status === 409)
-        ({ status, body } = await this.ask('GET', `${path}/${name}`).catch(refused))
+        ({ status, body } = await this.ask('GET', `${path}/${name}`, '', 5).catch(refused))
       if (status === 201 || status === 200) {
         this.last = next
-        this.revisions.push(Number(JSON.parse(body).metadata.resourceVersion))
+        const revision = Number(JSON.parse(body).metadata.resourceVersion)
+        this.written.push({ revision, at: Date.now() })
       } else if (this.endsWhenRefused) return
-      await sleep(20)
+      await sleep(this.every)
     }
   }
 
+  /** @param name of the object to create @param timeout seconds without an answer */
   private ask(
-    method: 'GET' | 'POST',
+    method: 'GET' | 'POST' | 'DELETE',
     path: string,
-    name?: string,
+    name = '',
+    timeout = 60,
   ): Promise<{ status: number; body: string }> {
     const port = this.cluster.settings.API_PORT
     const headers = { 'content-type': 'application/json' }
     return new Promise((resolve, reject) => {
-      const options = { host: '127.0.0.1', port, path, method, headers, timeout: 5000 }
+      const limit = timeout * 1000
+      const options = { host: '127.0.0.1', port, path, method, headers, timeout: limit }
       const sent = request({ ...options, agent: this.agent }, (answer) => {
         text(answer).then((body) => resolve({ status: answer.statusCode ?? 0, body }), reject)
       })
