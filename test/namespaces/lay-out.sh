@@ -4,6 +4,7 @@
 #   lay-out.sh CLUSTER NAME STAGED
 set -eu
 root=$1/machines/$2
+[ -e "$3/etc/nixos/cluster.json" ] || { echo "lay-out: no configuration in $3" >&2; exit 1; }
 rm -rf "$root"
 mkdir -p "$root"
 cp -a "$1/blank/." "$3/." "$root"

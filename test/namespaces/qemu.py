@@ -53,8 +53,9 @@ def install(name: str, words: list[str]) -> int:
     time.sleep(1)
     env = {**os.environ, "LIVE_SYSTEM": str(state)}
     status = subprocess.run([str(machine), *words], env=env).returncode
-    if status == 0 and (state / "installed").exists():
-        lay_out = ["sh", str(HERE / "lay-out.sh"), str(CLUSTER), name, str(state / "installed")]
+    installed = state / "installed" / name
+    if status == 0 and installed.exists():
+        lay_out = ["sh", str(HERE / "lay-out.sh"), str(CLUSTER), name, str(installed)]
         status = subprocess.run(lay_out).returncode
     shutil.rmtree(state, ignore_errors=True)
     return status
