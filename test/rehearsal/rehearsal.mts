@@ -7,7 +7,7 @@ import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import { $ } from 'zx'
 import type { Cluster, Node } from '../../lib/cluster.mts'
-import { StepError } from '../../lib/errors.mts'
+import { lastLines, StepError } from '../../lib/errors.mts'
 import { formatDuration, formatTable } from '../../lib/format.mts'
 import { useCluster } from '../../lib/kubectl.mts'
 import { filesOf } from '../../lib/qemu.mts'
@@ -64,7 +64,11 @@ export class Rehearsal {
     this.signal.throwIfAborted()
     console.error(`\n$ ./bin/${name}.mts ${args.join(' ')}`)
     const program = join(this.cluster.root, 'bin', `${name}.mts`)
-    const child = spawn(program, args, { stdio: ['inherit', output, 'inherit'] })
+    // In a log, the error would stand far above the state that is printed after it.
+    const messages = process.stderr.isTTY ? 'inherit' : 'pipe'
+    const child = spawn(program, args, { stdio: ['inherit', output, messages] })
+    child.stderr?.pipe(process.stderr, { end: false })
+    const said = child.stderr ? text(child.stderr) : ''
     // Ctrl-C reaches both processes; a signal to this one alone has to be passed on.
     const forward = () => child.kill('SIGTERM')
     process.once('SIGTERM', forward)
@@ -73,6 +77,7 @@ export class Rehearsal {
     process.off('SIGTERM', forward)
     if (status === 0) return printed
     throw new StepError(`${name} ended with ${killedBy ?? `status ${status}`}`, {
+      output: lastLines(await said),
       log: join(this.cluster.root, 'images'),
       hint: 'KEEP=1 leaves the machines running',
     })
