@@ -19,7 +19,7 @@ import { after, before, beforeEach, describe, it } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { createServer, connect as tlsConnect } from 'node:tls'
 import { loadCluster } from '../../lib/cluster.mts'
-import { type Checkout, makeCheckout, type Outcome, run } from '../checkout.mts'
+import { type Checkout, makeCheckout, type Outcome, projectRoot, run } from '../checkout.mts'
 import { noSshd, type Sshd, startSshd } from '../sshd.mts'
 import { missing } from '../tools.mts'
 
@@ -610,3 +610,28 @@ function tlsLogin(
     socket.on('error', reject).on('end', () => resolve(said))
   })
 }
+
+describe('a certificate made by hand, as docs/certificates.md says', {
+  skip: missing('openssl'),
+}, () => {
+  it('is right by the table, and kept', async () => {
+    const checkout = await makeCheckout()
+    try {
+      assert.equal((await run(checkout, script)).exitCode, 0)
+      const page = await readFile(join(projectRoot, 'docs/certificates.md'), 'utf8')
+      const [, commands = ''] = page.match(/^```bash\n([\s\S]*?)^```$/m) ?? []
+      const typed = await run(checkout, 'bash', ['-ec', commands])
+      assert.equal(typed.exitCode, 0, typed.stdout + typed.stderr)
+
+      const made = await readFile(checkout.path('tls', 'sigma.pem'), 'utf8')
+      const ours = new X509Certificate(made)
+      const table = new X509Certificate(await readFile(checkout.path('tls', 'gamma.pem')))
+      assert.deepEqual(ours.keyUsage, table.keyUsage)
+      const again = await run(checkout, script)
+      assert.match(again.stderr, /10 certificates kept, 0 to issue/)
+      assert.equal(await readFile(checkout.path('tls', 'sigma.pem'), 'utf8'), made)
+    } finally {
+      await checkout.remove()
+    }
+  })
+})
