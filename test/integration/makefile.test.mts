@@ -1,8 +1,9 @@
 import assert from 'node:assert/strict'
 import { readdirSync, readFileSync } from 'node:fs'
-import { chmod, mkdir, readFile, rm, utimes, writeFile } from 'node:fs/promises'
+import { chmod, mkdir, readFile, rm, symlink, utimes, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
+import { which } from 'zx'
 import { loadCluster } from '../../lib/cluster.mts'
 import { parseEnvFile } from '../../lib/env-file.mts'
 import { type Checkout, makeCheckout, projectRoot, run } from '../checkout.mts'
@@ -235,6 +236,18 @@ cp package-lock.json node_modules/.package-lock.json
       env: { PATH: `${checkout.path('fake')}:${process.env.PATH}` },
     })
   const calls = async () => (await readFile(checkout.path('npm-calls'), 'utf8')).trim().split('\n')
+
+  it('are refused without npm, with what to install', async () => {
+    // Only what make's recipe calls: no node, no npm.
+    const bare = checkout.path('bare')
+    await mkdir(bare)
+    for (const name of ['sh', 'bash', 'make', 'mkdir', 'cp', 'rm', 'mv']) {
+      await symlink(await which(name), join(bare, name))
+    }
+    const { exitCode, stderr } = await run(checkout, 'make', ['certs'], { env: { PATH: bare } })
+    assert.match(stderr, /^Node and npm are missing: brew install node/m)
+    assert.equal(exitCode, 2)
+  })
 
   it('are installed when they are missing', async () => {
     const { exitCode, stdout, stderr } = await help()
