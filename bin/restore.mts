@@ -11,6 +11,7 @@ import { readIfThere, sha256, writeFileAtomic } from '../lib/files.mts'
 import { formatDuration, timestamp } from '../lib/format.mts'
 import { detectHost, type Host } from '../lib/host.mts'
 import { interruption, takingTime } from '../lib/interrupt.mts'
+import { ensureLanSwitch } from '../lib/lan.mts'
 import { withClusterLock, withMachineLocks } from '../lib/lock.mts'
 import { filesOf, qemuArguments } from '../lib/qemu.mts'
 import { Qmp } from '../lib/qmp.mts'
@@ -54,6 +55,9 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
   //    theirs already; any that run were started by a run that was killed.)
   // 3. Disks, keys and settings are put back; if that fails, the machines that ran are started again.
   const isSuspended = snapshot.name === suspended
+  const former = isSuspended && (await readIfThere(marker))?.trim()
+  const hint = `make restore NAME=${former}`
+  if (former) throw new StepError('a restore was interrupted halfway', { hint })
   const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
   const running = cluster.nodes.filter((_, index) => states[index])
   if (isSuspended && running.length > 0) await runScript('shutdown', ['--now'])
@@ -86,6 +90,7 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
   //    they run, the snapshot of make suspend must not be restored again.
   const then = loadCluster()
   await takingTime(async () => {
+    await ensureLanSwitch(then)
     if (live) await load(snapshot.name, then, host)
     if (isSuspended) await $`mv snapshots/${suspended} snapshots/.${suspended}.partial`
     await inParallel(names, async (name, row) => {
@@ -94,7 +99,7 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
     })
     if (isSuspended) await runScript('snapshot', ['--delete', suspended])
   })
-  if (live) await setClocks(then, signal)
+  if (live && flags['start-only']) await setClocks(then, signal)
   return then
 })
 
@@ -123,7 +128,8 @@ async function load(tag: string, then: Cluster, host: Host): Promise<void> {
     })
   }).catch(async (error) => {
     await runScript('shutdown', ['--now'])
-    const hint = 'without it, from their disks of that moment: make up FLAGS=--disks-only'
+    const again = tag === suspended ? 'make up' : `make restore NAME=${tag}`
+    const hint = `${again} tries again; make up FLAGS=--disks-only boots from the disks of that moment`
     const output = describeError(error)
     throw new StepError('the machines cannot continue from their memory', { output, hint })
   })
@@ -221,10 +227,14 @@ async function replace(snapshot: Snapshot, saved: string): Promise<void> {
     if (!interrupted) await rm(marker, { force: true })
     throw error
   }
-  await rm(marker, { force: true })
   // Of what restores have replaced the last is enough: each snapshot keeps the images from shrinking.
-  for (const { name, automatic } of await snapshots.readSnapshots(cluster)) {
-    if (!automatic || [saved, snapshot.name, interrupted].includes(name)) continue
+  const old = (await snapshots.readSnapshots(cluster)).flatMap(({ name, automatic }) =>
+    automatic && ![saved, snapshot.name, interrupted].includes(name) ? name : [],
+  )
+  // Suspended memory does not match these disks: make up must not load it, even if it stays.
+  if (old.includes(suspended)) await $`mv snapshots/${suspended} snapshots/.${suspended}.partial`
+  await rm(marker, { force: true })
+  for (const name of old) {
     await runScript('snapshot', ['--delete', name]).catch((error) => {
       console.error(`! what an earlier restore replaced is still there: ${describeError(error)}`)
     })

@@ -54,7 +54,7 @@ type Image = { device: 'disk' | 'efivars'; path: string }
 const partialOf = (name: string) => `snapshots/.${name}.partial`
 
 const cluster = loadCluster()
-// From here on, Ctrl-C cuts off nothing that does not get this signal.
+// From here on, Ctrl-C ends only what gets this signal.
 const signal = interruption()
 if (flags.list) await list()
 else if (flags.delete) await remove(flags.delete)
@@ -81,7 +81,7 @@ async function take(name: string): Promise<void> {
   console.log(suspend ? 'continue: make up' : `go back to it: make restore NAME=${name}`)
 }
 
-/** In the end the snapshot is complete or nothing of it is left, and the machines run. */
+/** Completes the snapshot, or removes it. Machines that ran continue, unless they are suspended. */
 async function takeSnapshot(name: string, machines: Machine[], detail: (text: string) => void) {
   await removeUnfinished(machines)
   const wanted = kindFor(machines)
@@ -168,15 +168,18 @@ async function atOneMoment(name: string, machines: Machine[], wanted: Kind) {
   const saveDisks = async (qmp: Qmp, { images }: Machine) => {
     for (const { device } of images) await qmp.execute(command, { device, name }, { timeout: 60 })
   }
-  const saveAll = (qmp: Qmp) => qmp.job('snapshot-save', { tag: name, ...liveParts })
-  const onlyDisks = async (error: unknown) => {
-    await removeFromDisks(machines, name)
-    return withoutMemory(describeError(error))
-  }
   let kind: Kind = 'disks'
   try {
     await onAll(machines, (qmp) => qmp.execute('stop', {}, { timeout: 60 }))
-    if (wanted === 'live') kind = await onAll(machines, saveAll).then(() => 'live', onlyDisks)
+    if (wanted === 'live') {
+      try {
+        await onAll(machines, (qmp) => qmp.job('snapshot-save', { tag: name, ...liveParts }))
+        kind = 'live'
+      } catch (error) {
+        await removeFromDisks(machines, name)
+        withoutMemory(describeError(error))
+      }
+    }
     if (kind === 'disks') await onAll(machines, saveDisks)
   } finally {
     if (kind === 'disks' || !suspend) await resume(machines) // Whatever happened.
@@ -219,7 +222,7 @@ async function list(): Promise<void> {
   if (snapshots.length === 0) return console.log('There is no snapshot yet: make snapshot')
   const rows = snapshots.map((snapshot) => [
     snapshot.name,
-    new Date(snapshot.taken).toLocaleString('sv'),
+    new Date(snapshot.taken).toLocaleString('sv'), // 2026-11-30 14:05:00, in local time
     formatBytes(snapshot.machines.reduce((total, { bytes }) => total + bytes, 0)),
     contents(snapshot),
   ])
@@ -312,7 +315,7 @@ async function removeFromDisks(machines: Machine[], name: string): Promise<void>
   }
 }
 
-/** Of a snapshot that failed, or was interrupted by force or by the end of this computer. */
+/** Removes what a snapshot has left that failed or was killed. */
 async function removeUnfinished(machines: Machine[]): Promise<void> {
   for (const folder of await readdir(cluster.path('snapshots')).catch(() => [])) {
     const [, name] = folder.match(/^\.(.+)\.partial$/) ?? []

@@ -8,6 +8,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx/core'
 import { StepError } from './errors.mts'
 import { quote } from './format.mts'
+import { awakeTime } from './wait.mts'
 
 const defaultTimeout = 10 // seconds
 /** The longest path of a unix socket in bytes, on macOS; Linux has 107. */
@@ -77,14 +78,20 @@ export class Qmp {
   }
 
   /** Runs a job such as "snapshot-save" to its end. @throws StepError with QEMU's reason */
-  async job(command: string, args: Arguments): Promise<void> {
+  async job(command: string, args: Arguments, { timeout = 600 } = {}): Promise<void> {
     const id = `${command}-${Date.now()}`
     // While it saves or loads memory, QEMU answers nothing else.
-    const ask = (what: string, about = {}) => this.execute(what, about, { timeout: 600 })
+    const ask = (what: string, about = {}) => this.execute(what, about, { timeout })
     const query = async () => ((await ask('query-jobs')) as Job[]).find((each) => each.id === id)
+    const deadline = awakeTime() + timeout * 1000
     await ask(command, { 'job-id': id, ...args })
     let job = await query()
-    for (; job && job.status !== 'concluded'; job = await query()) await sleep(20)
+    for (; job && job.status !== 'concluded'; job = await query()) {
+      await sleep(20)
+      if (awakeTime() < deadline) continue
+      await ask('job-cancel', { id }).catch(() => {})
+      throw new StepError(`QEMU did not finish ${command} within ${timeout} s`)
+    }
     await ask('job-dismiss', { id })
     if (job?.error) throw new StepError(`QEMU failed at ${command}: ${job.error}`)
   }

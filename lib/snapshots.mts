@@ -45,7 +45,7 @@ export async function readSnapshots(cluster: Cluster): Promise<Snapshot[]> {
     try {
       if (text !== undefined) snapshots.push({ ...JSON.parse(text), name })
     } catch (cause) {
-      const hint = `without it this snapshot cannot be restored: remove snapshots/${name}`
+      const hint = `remove it: mv snapshots/${name} snapshots/.${name}.partial && ./bin/snapshot.mts --delete ${name}`
       throw new StepError(`snapshots/${name}/snapshot.json cannot be read`, { hint, cause })
     }
   }

@@ -69,8 +69,8 @@ export async function remote(
 ): Promise<string> {
   const { timeout = 60, input, signal } = options
   signal?.throwIfAborted()
-  const ssh = $({ nothrow: true, timeout: timeout * 1000, input, signal })
-  const output = await ssh`ssh -F tls/ssh_config ${node.name} ${`set -euo pipefail; ${command}`}`
+  const $$ = $({ nothrow: true, timeout: timeout * 1000, input, signal })
+  const output = await $$`ssh -F tls/ssh_config ${node.name} ${`set -euo pipefail; ${command}`}`
   signal?.throwIfAborted()
   if (output.exitCode === 0) return output.stdout
   const status = output.duration < timeout * 1000 ? output.exitCode : null
@@ -153,10 +153,7 @@ export async function assertStarting(cluster: Cluster, node: Node, reason: strin
 }
 
 /** One question to a machine: what to run (shell text), and what its output means. */
-export interface Probe<T> {
-  command: string
-  read(output: string): T
-}
+export type Probe<T> = { command: string; read(output: string): T }
 
 /**
  * Runs several probes one after the other, in one ssh call of at most `timeout` seconds.
@@ -187,11 +184,16 @@ export async function syncGuests(cluster: Cluster, signal?: AbortSignal): Promis
 export async function setClocks(cluster: Cluster, signal?: AbortSignal): Promise<void> {
   const set = (now: number) => `off=$(($(date +%s%3N) - ${now}))
     [ "\${off#-}" -lt 2000 ] || date --utc --set=@${now / 1000} >/dev/null`
-  await askAll(cluster, set, signal)
+  await askAll(cluster, set, signal, 'its clock was not set')
 }
 
-/** @param command gets the time, milliseconds since 1970 */
-async function askAll(cluster: Cluster, command: (now: number) => string, signal?: AbortSignal) {
+/** @param command gets the time, milliseconds since 1970 @param warning is printed for each failure */
+async function askAll(
+  cluster: Cluster,
+  command: (now: number) => string,
+  signal?: AbortSignal,
+  warning?: string,
+) {
   const ask = async (node: Node) => {
     try {
       if (!(await isRunning(cluster, node))) return
@@ -200,6 +202,7 @@ async function askAll(cluster: Cluster, command: (now: number) => string, signal
     } catch (error) {
       signal?.throwIfAborted()
       if (!(error instanceof StepError)) throw error
+      if (warning) console.error(`! ${node.name}: ${warning}: ${error.message}`)
     }
   }
   await Promise.all(cluster.nodes.map(ask))

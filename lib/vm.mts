@@ -103,6 +103,7 @@ export async function startMachine(
       throw new StepError(reason, { hint, log: files.installLog })
     }
     if (found.state === 'running') {
+      if (load) throw new StepError(`${node.name} was started meanwhile`)
       await ensureLanSwitch(cluster)
       // Later, if it is saving its memory for a script that was killed.
       await becomes(() => answers(files.qmp), answerTimeout)
@@ -157,9 +158,9 @@ async function launch(cluster: Cluster, node: Node, host: Host, paused: boolean)
   if (paused) args.push('-S')
   const log = relative(cluster.root, qemuLog)
   // In a process group of its own, so that no Ctrl-C reaches it.
-  const shell = $({ cwd: cluster.root, detached: true })
+  const $$ = $({ cwd: cluster.root, detached: true })
   const started =
-    await shell`(umask 077; cd run && exec ${host.qemu.path} ${args}) </dev/null >${log} 2>&1 & echo $!`
+    await $$`(umask 077; cd run && exec ${host.qemu.path} ${args}) </dev/null >${log} 2>&1 & echo $!`
   const pid = Number(started.stdout)
 
   const settled = async () => (await isGone(pid)) || (await answers(qmp, paused).catch(() => false))

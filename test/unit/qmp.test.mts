@@ -81,6 +81,22 @@ describe('the QMP client', () => {
     qmp.close()
   })
 
+  it('cancels a job that does not end, and says so', async () => {
+    const qmp = await Qmp.connect(path)
+    const jobs = new Map<string, { id: string; status: string }>()
+    answer = ({ id, execute, arguments: given = {} }, socket) => {
+      const { 'job-id': job = '', id: cancelled = '' } = given
+      if (execute === 'snapshot-save') jobs.set(job, { id: job, status: 'running' })
+      if (execute === 'job-cancel') jobs.delete(cancelled)
+      const returned = execute === 'query-jobs' ? [...jobs.values()] : {}
+      socket.write(`${JSON.stringify({ return: returned, id })}\n`)
+    }
+    const endless = qmp.job('snapshot-save', {}, { timeout: 0.3 })
+    await assert.rejects(endless, /QEMU did not finish snapshot-save within 0.3 s/)
+    assert.equal(jobs.size, 0)
+    qmp.close()
+  })
+
   it('notices that QEMU ends in the middle of a command', async () => {
     const qmp = await Qmp.connect(path)
     answer = (_, socket) => socket.destroy()
