@@ -100,22 +100,22 @@ async function join(cluster: Cluster, node: Node): Promise<void> {
     }),
   )
 
-  // 7. Its pod range, and its role, which a kubelet may not give itself. Then the pod network starts.
+  // 7. Its pod CIDR, and its role, which a kubelet may not give itself. Then the pod network starts.
   const spec = JSON.stringify({ spec: { podCIDR: node.podCidr, podCIDRs: [node.podCidr] } })
-  const kubectl = $({ signal, timeout: '60s' })
-  await kubectl`kubectl patch node ${name} --patch ${spec}`
-  await kubectl`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
+  const $$ = $({ signal, timeout: '60s' })
+  await $$`kubectl patch node ${name} --patch ${spec}`
+  await $$`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
   const cilium = ['daemonset/cilium', '--namespace=kube-system']
-  const { stdout } = await kubectl`kubectl get ${cilium} --ignore-not-found --output=name`
+  const { stdout } = await $$`kubectl get ${cilium} --ignore-not-found --output=name`
   if (stdout.trim() === '') console.error('next: make network, as there is no pod network yet')
   else await step(`${name}: Ready`, (detail) => waitForReady(cluster, node, wait(detail)))
 
   // 8. Local storage, where it is deployed, has a class for each worker.
-  const found = await kubectl`kubectl get storageclass local-path --ignore-not-found --output=name`
+  const found = await $$`kubectl get storageclass local-path --ignore-not-found --output=name`
   const apply = ['--server-side', `--selector=local-path/worker=${name}`, '--filename=-']
   const manager = '--field-manager=deploy-local-storage'
   if (found.stdout) {
-    await kubectl`./bin/deploy-local-storage.mts --print | kubectl apply ${apply} ${manager}`
+    await $$`./bin/deploy-local-storage.mts --print | kubectl apply ${apply} ${manager}`
   }
 }
 

@@ -79,7 +79,7 @@ await withClusterLock(cluster, 'bootstrapping this cluster', async () => {
   const all = await Promise.allSettled(addOns.map((name) => run(name, '--timeout', timeout)))
   for (const ended of all) if (ended.status === 'rejected') throw ended.reason
 })
-let next = 'make smoke; for kubectl: export KUBECONFIG=configs/admin.kubeconfig'
+let next = 'make smoke; for kubectl: export KUBECONFIG="$PWD/configs/admin.kubeconfig"'
 if (cluster.workers.length === 0) next = 'make add-worker NAME=sigma: pods need a worker'
 if (until === 'machines') next = 'make wait, which watches the cluster come up'
 if (until === 'cluster') next = 'make dns, make storage, make metrics'

@@ -33,7 +33,7 @@ warnings (no hardware acceleration, little memory) do not count.`,
   examples: ['./bin/check-prereqs.mts --install', './bin/check-prereqs.mts --leftovers'],
 })
 refuseIf(flags.yes && !flags.install, '--yes is for --install')
-refuseIf(flags.leftovers && (flags.json || flags.install), '--leftovers is used alone')
+refuseIf(flags.leftovers && (flags.json || flags.install), '--leftovers takes no other flag')
 
 const cluster = loadCluster()
 if (flags.leftovers) await showLeftovers()
@@ -130,11 +130,12 @@ if (wrong.length > 0) throw new StepError(`missing prerequisites: ${wrong.join('
 
 /** Processes with our path in their command line, and files that the scripts have written. */
 async function showLeftovers(): Promise<never> {
-  const marks = ['/run/', '/lib/lan-switch.mts', '/bin/'].map((path) => cluster.path() + path)
+  const ours = ['run/', 'lib/lan-switch.mts', 'bin/', 'rehearsal/', 'namespaces/']
   const rows = [...(await commandLines())].flatMap(([pid, args]) => {
     // This script, and clean, which may have run it.
     if (pid === process.pid || pid === process.ppid) return []
-    return marks.some((mark) => args.includes(mark)) ? [[`${pid}`, args.slice(0, 100)]] : []
+    const isOurs = ours.some((path) => args.includes(cluster.path(path)))
+    return isOurs ? [[`${pid}`, args.slice(0, 100)]] : []
   })
   console.log(rows.length > 0 ? formatTable(['PID', 'PROCESS'], rows) : 'No process is running.')
   console.log((await $`./bin/clean.mts --list --disks`).stdout.trimEnd())
@@ -292,10 +293,9 @@ function report(findings: readonly Finding[]): string {
 /** Runs the commands in the terminal, where sudo can ask. A failing one does not stop the others. */
 async function install(commands: readonly string[]): Promise<void> {
   if (!flags.yes && !process.stdin.isTTY) {
-    throw new StepError('--install asks before it runs commands, but there is no terminal', {
-      output: commands.join('\n'),
-      hint: 'add --yes to run them without asking',
-    })
+    const reason = '--install asks before it runs commands, but there is no terminal'
+    const hint = 'add --yes to run them without asking'
+    throw new StepError(reason, { output: commands.join('\n'), hint })
   }
   if (!flags.yes) {
     const terminal = createInterface({ input: process.stdin, output: process.stderr })

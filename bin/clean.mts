@@ -33,7 +33,7 @@ const generated = [
   ['key', 'certificates and keys', 'tls/*.pem tls/ssh_* tls/known_hosts'],
   ['key', 'kubeconfigs', 'configs/*.kubeconfig'],
   ['key', 'encryption key', 'configs/encryption-config.yaml'],
-  ['step', 'unfinished files', '.cluster.env.tmp-* {tls,configs,run}/.*.tmp-* tls/.*.new*'],
+  ['step', 'unfinished files', '.cluster.env.tmp-* {tls,configs,run}/.*.tmp-*'],
   ['step', 'staged configurations', 'cloud-init/*'],
   ['step', 'installer ISO', 'images/*.iso*'],
   ['machine', 'disks', 'images/*.qcow2*'],

@@ -53,12 +53,12 @@ type Answers = Awaited<ReturnType<typeof askAll>>
 /** Asks for everything at once; what does not answer holds up nothing else. */
 async function askAll(signal?: AbortSignal) {
   const limits = { timeout, signal }
-  const kubectl = $({ timeout: timeout * 1000, signal })
+  const $$ = $({ timeout: timeout * 1000, signal })
   /** What was found, or why nothing was. */
   const find = async <T extends object>(args: string[], read: (text: string) => T) => {
     try {
       await useCluster(cluster)
-      return { known: true as const, ...read((await kubectl`kubectl ${args}`).stdout) }
+      return { known: true as const, ...read((await $$`kubectl ${args}`).stdout) }
     } catch (error) {
       return { known: false as const, reason: apiError(error, limits) }
     }
@@ -136,20 +136,16 @@ interface Event {
 }
 
 function eventState(event: Event) {
-  const { type = '', reason = '', message = '', involvedObject, series } = event
-  const { kind = '', namespace, name = '' } = involvedObject
+  const { type = '', reason = '', message = '', series, metadata } = event
+  const { lastTimestamp, eventTime, firstTimestamp } = event
+  const { kind = '', namespace, name = '' } = event.involvedObject
   // Which of them is set depends on the reporter and its version of the API.
-  const time =
-    series?.lastObservedTime ??
-    event.lastTimestamp ??
-    event.eventTime ??
-    event.firstTimestamp ??
-    event.metadata.creationTimestamp
+  const seen = series?.lastObservedTime ?? lastTimestamp ?? eventTime ?? firstTimestamp
   return {
     ...{ type, reason, message: message.trim() },
     object: `${kind.toLowerCase()} ${namespace ? `${namespace}/` : ''}${name}`,
     /** Milliseconds of the epoch, when it was seen last. */
-    at: Date.parse(time),
+    at: Date.parse(seen ?? metadata.creationTimestamp),
     count: series?.count ?? event.count ?? 1,
   }
 }
@@ -260,14 +256,11 @@ async function watch(): Promise<void> {
  */
 function readKeys(pressed: (key: string) => void): () => void {
   // Hide and show the cursor: DECTCEM of the VT220.
-  const begin = () => {
-    process.stdin.setRawMode(true)
-    process.stderr.write('\x1b[?25l')
+  const setRaw = (on: boolean) => {
+    process.stdin.setRawMode(on)
+    process.stderr.write(on ? '\x1b[?25l' : '\x1b[?25h')
   }
-  const restore = () => {
-    process.stdin.setRawMode(false)
-    process.stderr.write('\x1b[?25h')
-  }
+  const [begin, restore] = [() => setRaw(true), () => setRaw(false)]
   const onData = (typed: Buffer) => {
     const key = typed.toString()
     // In raw mode the terminal does not send these signals.

@@ -162,7 +162,8 @@ async function bootOf(node: Node, registered: ApiNode | undefined) {
   const [kernel, systemd] = [read(first, 'Kernel'), read(first, 'UserspaceTimestampMonotonic')]
   // If QEMU started later than the guest's systemd, it has loaded a snapshot. If it started long
   // before the kernel, the guest has rebooted.
-  const poweredOn = (await stat(filesOf(cluster, node).pid)).mtimeMs / 1000 - kernel
+  const { mtimeMs } = await stat(filesOf(cluster, node).pid).catch(() => ({ mtimeMs: 0 }))
+  const poweredOn = mtimeMs / 1000 - kernel
   const isRestored = poweredOn > systemd
   const ready = registered?.status.conditions?.find(({ type }) => type === 'Ready')
   // Times that the API server recorded before a restore cannot be compared with the guest's clock.

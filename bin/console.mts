@@ -12,7 +12,7 @@ import { filesOf, machineState } from '../lib/vm.mts'
 import { becomes } from '../lib/wait.mts'
 
 const { args } = script({
-  does: `Attaches this terminal to the serial console of a running machine, to watch it: nobody can log in,
+  does: `Attaches this terminal to the serial console of a running machine, to watch it: there is no login,
 as no user has a password. Ctrl-] leaves it. Earlier output is in images/NODE-console.log.`,
   reads: ['cluster.env', 'run/NODE.console', 'images/NODE-console.log'],
   writes: [],

@@ -176,8 +176,8 @@ const table = await step('metrics of every worker and of pods', async (detail) =
   const limits = { failure: 'kubectl top has no metrics', timeout, detail, signal }
   const hint = 'kubectl describe apiservice v1beta1.metrics.k8s.io'
   await waitFor({ ...limits, hint, command: 'kubectl top nodes' }, async () => {
-    const kubectl = $({ nothrow: true, timeout: '60s' })
-    const top = await kubectl`kubectl top pods --all-namespaces >/dev/null && kubectl top nodes`
+    const $$ = $({ nothrow: true, timeout: '60s' })
+    const top = await $$`kubectl top pods --all-namespaces >/dev/null && kubectl top nodes`
     if (top.exitCode !== 0) return top.stderr.trim()
     nodes = top.stdout.trimEnd()
     // A node without metrics has a row, too: <unknown>.

@@ -51,7 +51,7 @@ let shownTenths = 0
 
 // Passwords stay out of the command line: a proxy's is in the environment, a server's on stdin.
 const env = { ...$.env, ...(await hostEnvironment(cluster)) }
-const curl = $({ env, signal, nothrow: true, ...(login ? { input: login } : {}) })
+const $$ = $({ env, signal, nothrow: true, ...(login ? { input: login } : {}) })
 
 await withLock(cluster.path('run', 'download-iso.lock'), 'downloading the ISO', async () => {
   const known = flags.force ? undefined : await isoRecord(file)
@@ -120,7 +120,7 @@ type Release = Awaited<ReturnType<typeof findRelease>>
  */
 async function findRelease() {
   const head =
-    await curl`curl -q -sSIL ${optionsFor(source)} -w '%{http_code} %{url_effective}' ${source}`
+    await $$`curl -q -sSIL ${optionsFor(source)} -w '%{http_code} %{url_effective}' ${source}`
   if (head.exitCode !== 0) throw failure(head, source)
   const [headers = '', last = ''] = head.stdout.split('\r\n\r\n').slice(-2)
   const [status, release = source] = last.split(' ')
@@ -137,7 +137,7 @@ async function findRelease() {
   for (const address of new Set([release, source])) {
     const beside = new URL(address)
     beside.pathname += '.sha256'
-    const answer = await curl`curl -q -fsSL ${optionsFor(address)} ${beside.href}`
+    const answer = await $$`curl -q -fsSL ${optionsFor(address)} ${beside.href}`
     // Some servers answer 403 for what does not exist.
     const missing = /error: (403|404|410)/.test(answer.stderr)
     if (answer.exitCode !== 0 && !missing) throw failure(answer, beside.href)
@@ -158,7 +158,7 @@ async function receive({ address, sha256, validator, size }: Release): Promise<v
   const last = await retry(5, '2s', async () => {
     for (;;) {
       if (!sha256 && !validator) await rm(partial, { force: true })
-      const result = await curl`curl -q -fsSL ${options} -C - -o ${name}.partial ${address}`
+      const result = await $$`curl -q -fsSL ${options} -C - -o ${name}.partial ${address}`
       // Not worth another attempt: refused by the server, or not written (23).
       const final = /error: 4(?!08|16|25|29)/.test(result.stderr) || result.exitCode === 23
       if (result.exitCode === 0 || signal.aborted || final) return result

@@ -209,8 +209,8 @@ async function etcdOnMachine(): Promise<{ flag: (name: string) => string; work: 
 /** Secrets from before the encryption key was replaced could never be read again. */
 async function secretsMissing(): Promise<string | undefined> {
   // With a limit the answer comes from etcd, even before the API server has read all of them.
-  const call = $({ nothrow: true, timeout: '20s', signal })
-  const { exitCode, stderr } = await call`kubectl get --raw '/api/v1/secrets?limit=100' >/dev/null`
+  const $$ = $({ nothrow: true, timeout: '20s', signal })
+  const { exitCode, stderr } = await $$`kubectl get --raw '/api/v1/secrets?limit=100' >/dev/null`
   signal.throwIfAborted()
   if (exitCode === 0) return undefined
   if (!/unable to transform key/.test(stderr)) return 'the API server does not list Secrets yet'

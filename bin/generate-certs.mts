@@ -123,13 +123,13 @@ the certificate was issued with a wrong one: ./bin/generate-certs.mts ${renewal}
   }
 }
 
-/** The authority; undefined if it has to be created. Replacing an unusable one is left to the user. */
+/** The CA; undefined if it has to be created. Replacing an unusable one is left to the user. */
 function usableAuthority({ pair, problems }: tls.Finding): Credential | undefined {
   const { certificate, key } = pair
   if (flags.force || (!certificate && pair.problems.length === 0)) return undefined
   if (certificate && key && problems.length === 0) return { certificate: `${certificate}`, key }
   throw new StepError(`the certificate authority cannot be used: ${problems.join('; ')}`, {
-    hint: `restore tls/ca.pem and tls/ca-key.pem from a copy. Without one, replace all certificates, then all pods, which need new tokens (those without a controller are lost):
+    hint: `restore tls/ca.pem and tls/ca-key.pem from a copy. Without one, replace all certificates, then delete all pods, as their tokens become invalid (pods without a controller are lost):
 ./bin/generate-certs.mts --force && make kubeconfigs reconfig
 KUBECONFIG=configs/admin.kubeconfig kubectl delete pods --all --all-namespaces && make metrics`,
   })
@@ -137,7 +137,7 @@ KUBECONFIG=configs/admin.kubeconfig kubectl delete pods --all --all-namespaces &
 
 type Due = tls.Finding & { why: string }
 
-/** Creates keys and certificates, the authority's first; no files. */
+/** Creates keys and certificates, the CA's first; no files. */
 async function issue(authority: tls.Finding, present: Credential | undefined, due: Due[]) {
   if (present && due.length === 0) return []
   // node-forge is loaded only if there is something to issue.
@@ -152,7 +152,7 @@ async function issue(authority: tls.Finding, present: Credential | undefined, du
   const issued = due.map(async (row) => {
     const { name } = row.entry
     const key = await keyFor(row)
-    // What a CSR would say (openssl req -new); signed as openssl x509 -req -CA tls/ca.pem does.
+    // What a CSR says (openssl req -new), then its certificate (openssl x509 -req): docs/certificates.md
     const request = { ...row.entry, publicKey: createPublicKey(key), days: CERT_DAYS }
     const credential = { key, certificate: signCertificate(request, await ca) }
     return { name, title: `${name} · ${row.why}`, credential }
@@ -172,12 +172,12 @@ async function writePair(name: string, { certificate, key }: Credential): Promis
 
 /** Writes the public half again, or a new key, complete or not at all. @returns its public half */
 async function repairSshKey({ name, comment, publicKey, problems }: tls.SshKey): Promise<string> {
-  const [file, temporary] = [`tls/${name}`, `tls/.${name}.new`]
+  const [file, temporary] = [`tls/${name}`, `tls/.${name}.tmp-${process.pid}`]
   if (publicKey) {
     if (problems.length > 0) await writeFileAtomic(cluster.path(`${file}.pub`), `${publicKey}\n`)
     return publicKey
   }
-  await rm(cluster.path(temporary), { force: true })
+  await $`rm -f tls/.${name}.tmp-*`
   await $`ssh-keygen -q -t ed25519 -N '' -C ${comment} -f ${temporary}`
   for (const suffix of ['.pub', '']) {
     await rename(cluster.path(temporary + suffix), cluster.path(file + suffix))

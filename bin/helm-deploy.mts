@@ -106,9 +106,9 @@ await withLock(cluster.path('run', 'helm.lock'), 'running helm', async () => {
       // Go ignores SSL_CERT_FILE on macOS alone, and --ca-file can make Helm bypass the proxy.
       const ca = process.platform === 'darwin' && !isLocal && proxy.SSL_CERT_FILE
       if (ca) options.push('--ca-file', ca)
-      const helm = $({ signal, env: { ...$.env, ...proxy } })
+      const $$ = $({ signal, env: { ...$.env, ...proxy } })
       const upgrade =
-        await helm`helm upgrade --install ${release} ${chart} ${options} --namespace ${namespace} --create-namespace`
+        await $$`helm upgrade --install ${release} ${chart} ${options} --namespace ${namespace} --create-namespace`
       return upgrade.stdout
     } catch (error) {
       signal.throwIfAborted()
@@ -156,9 +156,9 @@ async function ensureHelm(): Promise<void> {
   await rm(partial, { recursive: true, force: true })
   await mkdir(partial, { recursive: true })
   try {
-    const curl = $({ env: { ...$.env, ...(await hostEnvironment(cluster)) }, nothrow: true })
+    const $$ = $({ env: { ...$.env, ...(await hostEnvironment(cluster)) }, nothrow: true })
     const { exitCode, stderr } =
-      await curl`curl -q -fsSL --retry 2 --fail-early -o ${checksum} ${url}.sha256sum -o ${archive} ${url}`
+      await $$`curl -q -fsSL --retry 2 --fail-early -o ${checksum} ${url}.sha256sum -o ${archive} ${url}`
     if (exitCode !== 0) {
       throw new StepError(`Helm ${wanted} for ${target} could not be downloaded`, {
         output: stderr.trim(),
@@ -187,8 +187,8 @@ type Release = { revision: number; status: string; version: string }
  */
 async function usableRelease(): Promise<Release | undefined> {
   const metadata = async (): Promise<Release | undefined> => {
-    const helm = $({ nothrow: true })
-    const found = await helm`helm get metadata ${release} --namespace ${namespace} --output json`
+    const $$ = $({ nothrow: true })
+    const found = await $$`helm get metadata ${release} --namespace ${namespace} --output json`
     if (found.exitCode === 0) return JSON.parse(found.stdout)
     if (/release: not found/.test(found.stderr)) return undefined
     throw found

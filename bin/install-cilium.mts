@@ -46,7 +46,7 @@ kind: ClusterRole
 metadata: {name: kubelet-api-full}
 rules:
   - {apiGroups: [''], resources: [nodes/proxy], verbs: [get, create]}
-  # For kubectl get --raw /api/v1/nodes/NODE/proxy/...: these are read, and not by proxy.
+  # For kubectl get --raw /api/v1/nodes/NODE/proxy/...: these are not part of proxy.
   - {apiGroups: [''], resources: [nodes/stats, nodes/log, nodes/metrics], verbs: [get]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
@@ -72,7 +72,7 @@ ipv4NativeRoutingCIDR: ${K8S_POD_CIDR}
 autoDirectNodeRoutes: true
 # KUBE_PROXY_MODE
 kubeProxyReplacement: ${KUBE_PROXY_MODE === 'cilium'}
-# Cilium implements service addresses, so it cannot reach the API by one
+# not the API's service address, which Cilium itself may have to implement
 k8sServiceHost: ${cluster.controlPlane.ip}
 # API_PORT
 k8sServicePort: ${API_PORT}
@@ -114,8 +114,8 @@ if (cluster.workers.length === 0) {
 await step('the API server may call kubelets', () =>
   kubectl.apply(manifest, { manager: 'install-cilium', forceConflicts, signal }),
 )
-const soon = $({ signal, timeout: '60s' })
-await step('pod ranges and labels of the workers', async (detail) => {
+const $$ = $({ signal, timeout: '60s' })
+await step('pod CIDRs and labels of the workers', async (detail) => {
   const nodes = await kubectl.getNodes()
   const missing = cluster.workers.map(({ name }) => name).filter((name) => !nodes.has(name))
   const reason = `not registered yet: ${missing.join(', ')}`
@@ -124,28 +124,29 @@ await step('pod ranges and labels of the workers', async (detail) => {
     detail(name)
     const current = nodes.get(name)?.spec.podCIDR
     if (current && current !== podCidr) {
-      throw new StepError(`${name} has pod range ${current}, not ${podCidr}`, {
-        output: `A node's range can be set once. The machines' routes follow POD_CIDR_${name.replaceAll('-', '_')}.`,
+      throw new StepError(`${name} has pod CIDR ${current}, not ${podCidr}`, {
+        output: `A node's pod CIDR can be set once. The machines' routes follow POD_CIDR_${name.replaceAll('-', '_')}.`,
         hint: `put ${current} back into cluster.env, or let the node register again:
 kubectl delete node ${name} && ./bin/ssh.mts ${name} -- systemctl restart kubelet
 then try again`,
       })
     }
     const patch = JSON.stringify({ spec: { podCIDR: podCidr, podCIDRs: [podCidr] } })
-    await soon`kubectl patch node ${name} --patch ${patch}`
+    await $$`kubectl patch node ${name} --patch ${patch}`
     // A kubelet may not give itself a role.
-    await soon`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
+    await $$`kubectl label node ${name} node-role.kubernetes.io/worker= --overwrite`
   }
 })
 const file = 'run/cilium-values.yaml'
 await writeFileAtomic(cluster.path(file), merged)
 // Values that others have set are kept. Its timeout is 0, as the next steps say what pods wait for.
-const how = ['--keep-values', `--values=${file}`, `--version=${CILIUM_VERSION}`, '--timeout=0']
-await runScript('helm-deploy', [...release, ...how, ...chart()], {
+const opts = ['--keep-values', `--values=${file}`, `--version=${CILIUM_VERSION}`, '--timeout=0']
+await runScript('helm-deploy', [...release, ...opts, ...chart()], {
   hint: 'CILIUM_CHART and CILIUM_VERSION in cluster.env',
 })
-const part = '--selector=app.kubernetes.io/part-of=cilium'
-const { stdout } = await soon`kubectl get daemonsets ${part} --namespace=${namespace} --output=name`
+const ofCilium = [`--namespace=${namespace}`, '--selector=app.kubernetes.io/part-of=cilium']
+const { stdout } = await $$`kubectl get daemonsets ${ofCilium} --output=name`
+// "daemonset.apps/cilium", and cilium-envoy where there is one.
 const daemonSets = stdout.replaceAll('.apps/', '/').match(/\S+/g) ?? ['daemonset/cilium']
 for (const what of [...daemonSets, 'deployment/cilium-operator']) {
   await step(`${what} is ready`, (detail) =>
@@ -160,7 +161,7 @@ await step('all workers are Ready', (detail) => {
     return reasons.map(([name, reason]) => `${name}: ${reason}`).join('\n') || undefined
   })
 })
-kubectl.suggest('kubectl get pods --all-namespaces --output=wide', 'make dns, and then: ')
+kubectl.suggest('kubectl get nodes --output=wide') // Pods that need DNS wait for make dns.
 
 /** Where the chart is, as arguments of helm-deploy. */
 function chart(): string[] {

@@ -23,7 +23,7 @@ are named; with --console the output of a machine's serial console, which needs 
   args: '[NODE...]',
   examples: ['./bin/logs.mts --unit kubelet sigma gamma', './bin/logs.mts --console alpha'],
 })
-refuseIf(flags.console && (flags.unit || flags.all), '--console is used without --unit and --all')
+refuseIf(flags.console && (flags.unit || flags.all), '--console excludes --unit and --all')
 refuseIf(flags.unit && flags.all, '--unit or --all, not both')
 const { lines = 50 } = flags
 const cluster = loadCluster()
@@ -31,7 +31,7 @@ const nodes = chooseNodes(cluster, args)
 const width = Math.max(...nodes.map(({ name }) => name.length))
 // Lines are printed as they arrive; zx would keep all of them in memory.
 const dropped = Object.assign([] as string[], { push: () => 0 })
-const run = $({ nothrow: true, store: { stdout: dropped, stderr: dropped, stdall: dropped } })
+const $$ = $({ nothrow: true, store: { stdout: dropped, stderr: dropped, stdall: dropped } })
 const statuses = await Promise.all(
   nodes.map((node) => print(node, flags.console ? consoleOf(node) : journalOf(node))),
 )
@@ -42,12 +42,12 @@ function journalOf(node: Node): ProcessPromise {
   // Quoted for the shell on the machine.
   const options = units.map((unit) => `--unit=${quote(unit)}`)
   if (flags.follow) options.push('--follow')
-  return run`ssh -F tls/ssh_config ${node.name} journalctl --no-pager --lines=${lines} ${options}`
+  return $$`ssh -F tls/ssh_config ${node.name} journalctl --no-pager --lines=${lines} ${options}`
 }
 
 function consoleOf({ name }: Node): ProcessPromise {
   // -F: each boot begins a new file.
-  return run`tail -n ${lines} ${flags.follow ? ['-F'] : []} images/${name}-console.log`
+  return $$`tail -n ${lines} ${flags.follow ? ['-F'] : []} images/${name}-console.log`
 }
 
 /** Prints a command's lines, each after the machine's name if there are several. @returns its status */

@@ -45,7 +45,7 @@ const cluster = loadCluster()
 const { NIXOS_VERSION, DISK_SIZE, BOOT_TIMEOUT, INSTALL_TIMEOUT } = cluster.settings
 const installing = flags.iso || flags['iso-file'] !== undefined
 const starting = flags.wait || flags['disks-only']
-refuseIf(installing && starting, '--wait and --disks-only do not go with --iso')
+refuseIf(installing && starting, '--wait and --disks-only cannot be combined with --iso')
 refuseIf(flags.force && !installing, '--force is for --iso: starting a machine replaces nothing')
 const chosen = chooseNodes(cluster, args)
 // Installing is for machines without a disk, starting for those that have one.
@@ -120,6 +120,8 @@ async function install(node: Node, iso: string, row: Row): Promise<void> {
     const hint = `./bin/generate-nocloud-iso.mts ${node.name}`
     throw new StepError(`${node.name} has no staged configuration`, { hint })
   }
+  const done = !flags.force && vm.hasDisk(cluster, node)
+  if (done) throw new StepError(`installed already: ${node.name}`)
   await rm(vm.filesOf(cluster, node).installLog, { force: true })
   try {
     await attempt(node, iso, row)

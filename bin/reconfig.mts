@@ -52,7 +52,12 @@ const nodes = cluster.nodes.filter((node) => chosen.includes(node))
 const names = nodes.map(({ name }) => name)
 const timeout = flags.timeout ?? WAIT_TIMEOUT
 const signal = interruption()
-/** The folder on the machine for the former files and for the state of a change. */
+/**
+ * Our folder on the machine. new/ and back/: files that are about to be moved to their places. former/:
+ * the files from before the change, former-channel: the release. unfinished: names the system from
+ * before a change that has not finished. guarded: a switch that is not confirmed, which the machine
+ * undoes after three minutes; undone: it has. result: what was built. lock: held by what changes these.
+ */
 const home = '/var/lib/reconfig'
 /** Below /. */
 const ourFiles = 'etc/nixos var/lib/kubernetes etc/ssh/ssh_host_ed25519_key{,.pub}'
@@ -158,9 +163,9 @@ async function describe(name: string, path: string, known: boolean): Promise<str
   if (path.startsWith('etc/nixos/')) {
     const labels = [`--label=/${path} (on the machine)`, `--label=/${path} (staged)`]
     const now = known ? `cat /${path}` : 'true'
-    const diff = $({ signal, nothrow: true })
+    const $$ = $({ signal, nothrow: true })
     const { stdout, stderr, exitCode } =
-      await diff`ssh -F tls/ssh_config ${name} ${now} | diff -u ${labels} - ${file}`
+      await $$`ssh -F tls/ssh_config ${name} ${now} | diff -u ${labels} - ${file}`
     // Without the password that the URL of a proxy may contain.
     const password = /(?<=:\/\/|"https?": ")[^/\s"@]*@/g
     if (exitCode === 1 && !stderr) return stdout.replace(password, '…@')
@@ -213,7 +218,7 @@ function limits(row: Row, signal?: AbortSignal) {
   return { timeout, detail: (text: string) => row.detail(text), signal }
 }
 
-/** It renews its lease at its start, and then every ten seconds. */
+/** When the kubelet was started last. (A lease renewed since then shows that it works.) */
 async function kubeletStart(node: Node): Promise<string | undefined> {
   const show = 'systemctl show --timestamp=us+utc --property=ExecMainStartTimestamp kubelet'
   const [, day, time] = (await remote(node, show)).match(/(\d+-\d+-\d+) (\S+) UTC/) ?? []
@@ -360,7 +365,7 @@ async function switchTo(
   if ((await remote(node, confirm, { timeout: 300 })) !== '') {
     throw new StepError(`${name} could not be reached after the switch and undid it`)
   }
-  // Where it refuses, any status may be returned.
+  // If the switch is refused, the exit status depends on the version of nixos-rebuild.
   const refused = lines.some((line) => /Pre-switch check|Failed to install boot/.test(line))
   // 4: a unit had failed at that moment, as the scheduler does while the API server restarts.
   if (refused || (status !== 0 && status !== 4)) throw switchFailed(node, status, lines)
@@ -453,8 +458,8 @@ async function restart(node: Node, row: Row): Promise<string> {
     if (status !== 0) throw failed('nixos-rebuild boot', node, status, lines)
     row.step('restarting')
     const before = await ask(bootId)
-    const ssh = $({ nothrow: true, timeout: '60s' })
-    await ssh`ssh -F tls/ssh_config ${name} systemctl reboot --no-block`
+    const $$ = $({ nothrow: true, timeout: '60s' })
+    await $$`ssh -F tls/ssh_config ${name} systemctl reboot --no-block`
     const wait = { ...limits(row, signal), timeout: BOOT_TIMEOUT + STOP_TIMEOUT }
     await waitFor({ failure: `${name} has not restarted`, ...wait }, async () => {
       await waitForSsh(cluster, node, { ...wait, timeout: BOOT_TIMEOUT })
@@ -471,7 +476,7 @@ async function restart(node: Node, row: Row): Promise<string> {
   return 'healthy with what was built'
 }
 
-// ── A command of minutes ─────────────────────────────────────────────────────────────────────
+// ── Long commands ───────────────────────────────────────────────────────────────────────────
 
 /**
  * Runs shell text in our folder on a machine to its end, as a unit of systemd: a lost connection

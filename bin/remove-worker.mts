@@ -60,11 +60,11 @@ await withClusterLock(cluster, `removing the worker ${name}`, async () => {
 
   // 3. The node and its remaining pods, those of DaemonSets, are deleted: no kubelet is left to report
   //    that they ended. Not earlier: a kubelet that starts registers its node again.
-  const kubectl = $({ timeout: '60s' })
-  await kubectl`kubectl delete node ${name} --ignore-not-found`
+  const $$ = $({ timeout: '60s' })
+  await $$`kubectl delete node ${name} --ignore-not-found`
   const pods = ['--all-namespaces', `--field-selector=spec.nodeName=${name}`]
-  await kubectl`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
-  await kubectl`kubectl delete storageclass local-path-${name} --ignore-not-found`
+  await $$`kubectl delete pods ${pods} --force --grace-period=0 --ignore-not-found --wait=false`
+  await $$`kubectl delete storageclass local-path-${name} --ignore-not-found`
 
   // 4. The other machines drop its name and the route to its pods; from here on without it.
   process.env.WORKER_NODES = remaining.join(' ')
@@ -167,8 +167,8 @@ async function drain(): Promise<void> {
   const force = flags.force ? ['--force', '--disable-eviction'] : []
   const limits = [...force, `--timeout=${Math.ceil(flags.timeout ?? 300)}s`]
   try {
-    const kubectl = $({ signal })
-    await kubectl`kubectl drain ${name} --ignore-daemonsets --delete-emptydir-data ${limits}`
+    const $$ = $({ signal })
+    await $$`kubectl drain ${name} --ignore-daemonsets --delete-emptydir-data ${limits}`
   } catch (error) {
     if (flags.force && !signal.aborted) {
       console.error(`! ${describeError(error)}\n! its pods end with the machine`)

@@ -143,9 +143,9 @@ async function readSystems(node: Node) {
 /** Puts release, configuration and scheduling back. @throws the error, or also why that failed */
 async function undo(name: string, cordoned: boolean, error: unknown): Promise<never> {
   // Not by runScript, which runs nothing after Ctrl-C.
-  const run = $({ env: { ...$.env, ...locksForChildren() }, stdio: 'inherit' })
+  const $$ = $({ env: { ...$.env, ...locksForChildren() }, stdio: 'inherit' })
   await takingTime(async () => {
-    await run`./bin/reconfig.mts --take-back --node ${name}`
+    await $$`./bin/reconfig.mts --take-back --node ${name}`
     if (cordoned)
       await $`kubectl uncordon ${name} && ssh -F tls/ssh_config ${name} rm -f ${home}/cordoned`
   }).catch((second) => {

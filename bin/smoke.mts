@@ -73,8 +73,8 @@ spec:
 await kubectl.useCluster(cluster)
 if (flags.cleanup) {
   await step('delete nginx', () => {
-    const patient = $({ timeout: (timeout + 30) * 1000, signal })
-    return patient`kubectl delete namespace ${namespace} --ignore-not-found --timeout=${timeout}s`
+    const $$ = $({ timeout: (timeout + 30) * 1000, signal })
+    return $$`kubectl delete namespace ${namespace} --ignore-not-found --timeout=${timeout}s`
   })
   process.exit(0)
 }
@@ -119,9 +119,7 @@ await step(`NodePort ${nodePort} of every worker answers`, async () => {
 
 const rows = pods.map((pod) => `  ${pod.metadata.name}  ${pod.status.podIP}  ${pod.spec.nodeName}`)
 console.log(`nginx answers everywhere, from ${pods.length} pods:\n${rows.join('\n')}`)
-console.log(
-  `Open it: KUBECONFIG=configs/admin.kubeconfig kubectl port-forward --namespace=${namespace} service/nginx 8080:80, then http://127.0.0.1:8080`,
-)
+kubectl.suggest(`kubectl port-forward --namespace=${namespace} service/nginx 8080:80`)
 
 /** Requests a page from inside a pod. */
 async function fetchInPod(pod: string, address: string, times = 1): Promise<void> {

@@ -19,8 +19,7 @@ own key, and only if the machine has the host key that is pinned in tls/known_ho
 
 const [name = '', ...command] = args
 const cluster = loadCluster()
-const node = cluster.node(name)
-const machine = await machineState(cluster, node)
+const machine = await machineState(cluster, cluster.node(name))
 const reason = `${name} is not running`
 if (machine.state === 'stopped') throw new StepError(reason, { hint: `make boot-${name}` })
 if (machine.state === 'installing') {
@@ -28,6 +27,6 @@ if (machine.state === 'installing') {
 }
 
 // ssh gets this terminal itself, and joins the words of the command for the shell on the machine.
-const terminal = $({ stdio: 'inherit', detached: false, nothrow: true })
-const { exitCode, signal } = await terminal`ssh -F tls/ssh_config ${name} ${command}`
+const $$ = $({ stdio: 'inherit', detached: false, nothrow: true })
+const { exitCode, signal } = await $$`ssh -F tls/ssh_config ${name} ${command}`
 process.exitCode = exitCode ?? 128 + (signal ? constants.signals[signal] : 0)

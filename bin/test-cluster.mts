@@ -147,9 +147,9 @@ try {
     // It answers plain HTTP with an error, but it answers.
     inEveryPod(`wget -T 10 -O - ${settings.K8S_API_SERVICE_IP}:443 2>&1 | grep -q 400`),
   )
-  const kubectl = $({ nothrow: true, signal, timeout: '60s' })
+  const $$ = $({ nothrow: true, signal, timeout: '60s' })
   const isMissing = async (kind: string, name: string) => {
-    const { stderr } = await kubectl`kubectl get ${kind} ${name} --namespace=kube-system`
+    const { stderr } = await $$`kubectl get ${kind} ${name} --namespace=kube-system`
     return /NotFound/.test(stderr)
   }
   const noDns = run && (await isMissing('deployment', 'coredns')) && 'CoreDNS is missing: make dns'

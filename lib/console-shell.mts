@@ -32,10 +32,7 @@ const defaultTimeout = 300
 const retryAfter = 5
 const framing = 110
 
-/**
- * Waits for a prompt. Kernel messages may damage it, and a login may have to be woken up: the Enter
- * key, every few seconds, produces another one.
- */
+/** Waits for a prompt. Enter, every few seconds, repeats one that a kernel message has damaged. */
 export async function waitForPrompt(session: Session, prompt: RegExp, wait: Partial<WaitOptions>) {
   const retry = setInterval(() => session.room > 0 && session.send('\n'), retryAfter * 1000)
   const awaited = session.expect(prompt, { timeout: defaultTimeout, ...wait })

@@ -9,15 +9,9 @@ export interface Assignment {
 }
 
 /** A place in the file that a shell, or this reader, would not take. */
-export interface Problem {
-  line: number
-  reason: string
-}
+export type Problem = { line: number; reason: string }
 
-/**
- * The assignments of a file in POSIX shell syntax, in their order. All problems are collected,
- * so that they can be reported at once.
- */
+/** The assignments of a file in POSIX shell syntax, in their order, and all problems that it has. */
 export function parseEnvFile(text: string): { assignments: Assignment[]; problems: Problem[] } {
   const assignments: Assignment[] = []
   const problems: Problem[] = []

@@ -56,7 +56,7 @@ export function describeError(error: unknown, verbose = false): string {
   if (output) lines.push(output.replace(/^/gm, '  | '))
   // Without it, kubectl in the user's shell would talk to another cluster.
   const shell = /^(kubectl|helm) /m.test(`${command}\n${hint}`)
-  if (shell) lines.push('  first:   export KUBECONFIG=configs/admin.kubeconfig')
+  if (shell) lines.push('  first:   export KUBECONFIG="$PWD/configs/admin.kubeconfig"')
   if (command) lines.push(`  command: ${command}`)
   if (hint) lines.push(`  hint:    ${hint.replaceAll('\n', '\n           ')}`)
   if (log) lines.push(`  log:     ${log}`)

@@ -23,8 +23,7 @@ export function formatBytes(bytes: number): string {
     amount /= 1000
     unit += 1
   }
-  const digits = unit > 0 && amount < 9.95 ? 1 : 0
-  return `${amount.toFixed(digits)} ${units[unit]}`
+  return `${amount.toFixed(unit > 0 && amount < 9.95 ? 1 : 0)} ${units[unit]}`
 }
 
 /** A duration: "3.2s", "2m 05s", "26h 40m". */

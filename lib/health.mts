@@ -123,10 +123,7 @@ async function get(cluster: Cluster, path: string, limits: Limits): Promise<stri
   return (await $({ timeout: timeout * 1000, signal })`kubectl get --raw ${path}`).stdout
 }
 
-/**
- * Why a kubectl command got no answer from the API server.
- * @throws the signal's reason; anything that is not an error of kubectl or of a step
- */
+/** Why kubectl got no answer from the API server. @throws the signal's reason; any other error */
 export function apiError(error: unknown, { timeout = 10, signal }: Limits = {}): string {
   signal?.throwIfAborted()
   if (error instanceof StepError) return error.message

@@ -148,10 +148,9 @@ async function obstacleTo(os: System): Promise<Obstacle> {
   // QEMU sets up a machine and quits: where the accelerator does not work, it fails or aborts.
   const platform = platformArguments({ os, arch, accel: natives[os], qemu })
   const idle = ['-m', '64', '-S', '-nodefaults', '-no-user-config', '-display', 'none']
-  const qemuOnce = $({ quiet: true, nothrow: true, timeout: 20_000 })
+  const $$ = $({ quiet: true, nothrow: true, timeout: 20_000 })
   // A here-string: writing to a pipe would fail when QEMU ends first.
-  const { exitCode, stderr } =
-    await qemuOnce`${qemu.path} ${platform} ${idle} -monitor stdio <<< quit`
+  const { exitCode, stderr } = await $$`${qemu.path} ${platform} ${idle} -monitor stdio <<< quit`
   if (exitCode === 0) return undefined
   return {
     reason: `QEMU fails with ${natives[os]} here (${lastLines(stderr, 1) || 'no message'})`,

@@ -79,11 +79,11 @@ export async function apply(
 ): Promise<void> {
   const list = { apiVersion: 'v1', kind: 'List', items: manifest }
   const input = typeof manifest === 'string' ? manifest : JSON.stringify(list)
-  const kubectl = $({ input, timeout: 120_000, signal: options.signal })
+  const $$ = $({ input, timeout: 120_000, signal: options.signal })
   const command = ['apply', '--server-side', `--field-manager=${options.manager}`, '--filename=-']
-  if (options.forceConflicts) return void (await kubectl`kubectl ${command} --force-conflicts`)
+  if (options.forceConflicts) return void (await $$`kubectl ${command} --force-conflicts`)
   // Other refusals of a dry run may be due to the dry run: a namespace that does not exist yet.
-  const { stderr } = await kubectl({ nothrow: true })`kubectl ${command} --dry-run=server`
+  const { stderr } = await $$({ nothrow: true })`kubectl ${command} --dry-run=server`
   const owner = stderr.match(/conflicts? with "([^"]+)"/)?.[1]
   if (owner) {
     throw new StepError(`a part of it exists already, owned by "${owner}"`, {
@@ -91,7 +91,7 @@ export async function apply(
       hint: 'nothing was changed; --force-conflicts takes it over',
     })
   }
-  await kubectl`kubectl ${command}`
+  await $$`kubectl ${command}`
 }
 
 export const addOnFlags = {
@@ -117,9 +117,9 @@ export async function printOrDelete(
   await useCluster(cluster)
   if (!flags.delete) return
   await first()
-  const kubectl = $({ input: manifest, timeout: '210s' })
+  const $$ = $({ input: manifest, timeout: '210s' })
   const command = ['delete', '--ignore-not-found', '--filename=-', '--timeout=180s']
-  await step(`delete ${name}`, () => kubectl`kubectl ${command}`)
+  await step(`delete ${name}`, () => $$`kubectl ${command}`)
   process.exit(0)
 }
 
@@ -130,8 +130,8 @@ export async function printAndExit(text: string): Promise<never> {
 }
 
 /** Names a command to try. From the project's folder, it talks to this cluster. */
-export const suggest = (command: string, first = '') =>
-  console.log(`Try: ${first}KUBECONFIG=configs/admin.kubeconfig ${command}`)
+export const suggest = (command: string) =>
+  console.log(`Try: KUBECONFIG=configs/admin.kubeconfig ${command}`)
 
 /** A node of the API, as far as it is read here. */
 export interface ApiNode extends ApiObject {

@@ -60,8 +60,8 @@ async function startSwitch(cluster: Cluster): Promise<number> {
   const log = cluster.path('logs', 'lan-switch.log')
   const command = [process.execPath, 'lib/launch.mjs', programOf(cluster)]
   // In a process group of its own, so that no Ctrl-C reaches it.
-  const shell = $({ cwd: cluster.root, detached: true })
-  const started = await shell`${command} </dev/null >>logs/lan-switch.log 2>&1 & echo $!`
+  const $$ = $({ cwd: cluster.root, detached: true })
+  const started = await $$`${command} </dev/null >>logs/lan-switch.log 2>&1 & echo $!`
   const pid = Number(started.stdout)
   // It answers a moment before its pid file exists, without which nothing could stop it.
   const isUp = async () => (await runningPid(cluster)) === pid && isUpToDate(cluster, pid)

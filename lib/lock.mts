@@ -9,12 +9,9 @@ import { becomes } from './wait.mts'
 
 interface Holder {
   pid: number
-  /** The holder's command line: its pid alone may belong to another process by now. */
-  command: string
-  /** What the lock is held for. */
+  command: string // its pid alone may belong to another process by now
   purpose: string
-  /** Tells two holders in one process apart. */
-  nonce: string
+  nonce: string // tells two holders in one process apart
 }
 
 // Locks of the scripts that started this one, which are open to it, and our own for our children.
@@ -42,12 +39,9 @@ export async function withLock<T>(
   work: () => Promise<T>,
   { wait = 0, signal }: { wait?: number; signal?: AbortSignal } = {},
 ): Promise<T> {
-  const mine: Holder = {
-    pid: process.pid,
-    command: (await commandLine(process.pid)) ?? '',
-    purpose,
-    nonce: randomBytes(8).toString('hex'),
-  }
+  const { pid } = process
+  const [command = '', nonce] = [await commandLine(pid), randomBytes(8).toString('hex')]
+  const mine: Holder = { pid, command, purpose, nonce }
   const parent = await holderOf(path)
   if (parent && inherited.includes(parent.nonce)) return work()
   await mkdir(dirname(path), { recursive: true, mode: 0o700 })
@@ -88,7 +82,7 @@ export function withMachineLocks<T>(
 }
 
 async function take(path: string, mine: Holder): Promise<boolean> {
-  const [ours, text] = [`${path}.${mine.nonce}`, JSON.stringify(mine)]
+  const [ours, text] = [path.replace(/[^/]+$/, `.$&.tmp-${mine.nonce}`), JSON.stringify(mine)]
   try {
     await writeFile(ours, text, { mode: 0o600 }).catch((error) => {
       // A full disk: nothing is excluded then, but stopping and deleting must remain possible.

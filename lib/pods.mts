@@ -92,15 +92,15 @@ export async function waitForRollout(what: string, limits: Limits): Promise<void
   const hint = `kubectl describe ${what} ${inNamespace}`
   const command = `kubectl rollout status ${what} ${inNamespace}`
   const images = 'jsonpath={.spec.template.spec.containers[*].image}'
-  const kubectl = $({ timeout: '60s' })
+  const args = [what, inNamespace]
+  const $$ = $({ timeout: '60s' })
   await waitFor({ failure: `${what} is not ready`, ...limits, hint, command }, async () => {
-    const look = $({ timeout: '60s', nothrow: true })
-    const status = await look`kubectl rollout status ${what} ${inNamespace} --watch=false`
+    const status = await $$({ nothrow: true })`kubectl rollout status ${args} --watch=false`
     // Ten minutes without progress count as a failure, but Kubernetes goes on trying.
     if (status.exitCode !== 0 && !/progress deadline/.test(status.stderr)) throw status
     const state = (status.stdout || status.stderr).trim()
     if (state.endsWith('successfully rolled out')) return undefined
-    const latest = (await kubectl`kubectl get ${what} ${inNamespace} --output=${images}`).stdout
+    const latest = (await $$`kubectl get ${args} --output=${images}`).stdout
     // Pods of a previous version may be failing; that may be why there is a new one.
     const pods = (await getPods(inNamespace)).filter(({ metadata, spec }) => {
       const found = spec.containers.map(({ image }) => image).join(' ')
@@ -152,8 +152,8 @@ export async function withScratchNamespace(name: string, limits: WaitLimits, wor
  * an earlier run has left behind. The caller must delete it, also if this throws.
  */
 export async function createScratchNamespace(name: string, { timeout, signal }: WaitLimits) {
-  const kubectl = $({ timeout: (timeout + 30) * 1000, signal })
-  await kubectl`kubectl delete namespace ${name} --ignore-not-found --timeout=${timeout}s`
+  const $$ = $({ timeout: (timeout + 30) * 1000, signal })
+  await $$`kubectl delete namespace ${name} --ignore-not-found --timeout=${timeout}s`
   const manifest = `\
 apiVersion: v1
 kind: Namespace
@@ -168,8 +168,8 @@ metadata: {name: ${scratchAccount}, namespace: ${name}}
 
 /** Deletes it, also after Ctrl-C; does not wait until all of it is gone. */
 export async function deleteScratchNamespace(name: string): Promise<void> {
-  const kubectl = $({ nothrow: true, timeout: '60s' })
-  await takingTime(() => kubectl`kubectl delete namespace ${name} --ignore-not-found --wait=false`)
+  const $$ = $({ nothrow: true, timeout: '60s' })
+  await takingTime(() => $$`kubectl delete namespace ${name} --ignore-not-found --wait=false`)
 }
 
 /** A pod that serves HTTP on port 8080 and runs shell text. */
@@ -229,8 +229,8 @@ export async function execInPod(
   reason = `a command in pod ${pod} failed`,
 ): Promise<string> {
   try {
-    const kubectl = $({ timeout: '120s', signal })
-    return (await kubectl`kubectl exec --namespace=${namespace} ${pod} -- sh -ec ${command}`).stdout
+    const $$ = $({ timeout: '120s', signal })
+    return (await $$`kubectl exec --namespace=${namespace} ${pod} -- sh -ec ${command}`).stdout
   } catch (error) {
     signal?.throwIfAborted()
     const inner = explain(error)

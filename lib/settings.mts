@@ -3,10 +3,7 @@ import { isIPv4 } from 'node:net'
 import type { Assignment } from './env-file.mts'
 
 /** How a value is checked and typed. `parse` gives undefined for what it does not take. */
-export interface Kind<T> {
-  parse(text: string): T | undefined
-  expects: string
-}
+export type Kind<T> = { parse(text: string): T | undefined; expects: string }
 
 function whole(unit: string, least: number, most: number): Kind<number> {
   return {
@@ -59,7 +56,7 @@ export const kinds = {
   ),
   version: textThat('a version such as 1.36.3', /^\d+(\.\d+)+([-.][0-9A-Za-z.-]+)?$/),
   release: textThat('a NixOS release such as 26.05', /^\d\d\.\d\d$/),
-  chart: textThat('a chart without a password', /^(?![\w+.-]+:\/\/[^/]*@).*$/),
+  chart: textThat('a chart, with no credentials in its address', /^(?![\w+.-]+:\/\/[^/]*@).*$/),
   text: textThat('text on one line', /^[^\r\n]*$/),
   proxy: textThat(
     'a proxy address such as http://proxy.example:3128 (http or https, without blanks)',
