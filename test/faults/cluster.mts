@@ -5,6 +5,7 @@ import assert from 'node:assert/strict'
 import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { becomes } from '../../lib/wait.mts'
+import type { Outcome } from '../checkout.mts'
 import { releaseAfter } from '../rehearsal/own-tree.mts'
 import { missing } from '../tools.mts'
 import type { Writer } from '../writer.mts'
@@ -18,6 +19,7 @@ const [save, restore] = [
 ]
 const reconfig = ['bin/reconfig.mts', '--node', 'alpha']
 const upgrade = ['bin/rolling-upgrade.mts', 'all']
+const bootstrap = ['bin/bootstrap-cluster.mts']
 /** Those whose restart a client would notice. (The others may end by themselves, as they elect leaders.) */
 const stateful = ['etcd', 'kube-apiserver']
 const kubernetes = ['kube-apiserver', 'kube-scheduler', 'kube-controller-manager']
@@ -471,6 +473,31 @@ for word; do case $word in --data-dir=*) truncate -s 8192 "\${word#*=}/member/sn
       const release = releaseAfter(shared().cluster.settings.NIXOS_VERSION)
       assert.deepEqual(await releases(), [release, release, release])
       await assertNothingLost(place, ['sigma', 'gamma'])
+    },
+  },
+  {
+    name: 'bootstrap is killed at each of its steps after the installation',
+    done: '`kill -9` of `bootstrap-cluster` and the step it runs, at the beginning of each step from the boot to the add-ons, and run again',
+    holds: 'each run continues where the last one ended; in the end DNS, storage and metrics work',
+    exit: 137,
+    again: bootstrap,
+    async inject(place) {
+      bystanders.set(place, await shared().bystandersRun())
+      let last: Outcome | undefined
+      const addOns = ['deploy-coredns', 'deploy-local-storage', 'deploy-metrics-server']
+      for (const step of ['provision', 'wait-for-cluster', 'install-cilium', ...addOns]) {
+        last = await place.killWhen(bootstrap, (said) => said.includes(`$ ./bin/${step}.mts`))
+      }
+      assert.ok(last)
+      return last
+    },
+    async check(place) {
+      await assertBystanders(place)
+      for (const name of ['coredns', 'metrics-server']) {
+        await shared().succeeds('kubectl', 'get', 'deployment', name, '--namespace=kube-system')
+      }
+      await shared().succeeds('kubectl', 'get', 'storageclass', 'local-path')
+      await shared().succeeds('kubectl', 'top', 'nodes')
     },
   },
 ]

@@ -96,14 +96,15 @@ export class Place {
     this.endings.unshift(work)
   }
 
-  async end(): Promise<void> {
+  /** @returns which of the endings failed, and why */
+  async end(): Promise<string[]> {
     // What a row that failed has left running must not work beside the endings.
     if (this.kept) await this.powerCut()
-    for (const work of this.endings) {
-      await work().catch((error) => console.error(`at the end of a row: ${error}`))
-    }
+    const failed: string[] = []
+    for (const work of this.endings) await work().catch((error) => failed.push(`${error}`))
     await this.powerCut()
     if (!this.kept) await this.checkout.remove()
+    return failed
   }
 
   /** Runs a script of bin/ to its end. */
@@ -229,7 +230,7 @@ export class Place {
   }
 
   /**
-   * What is still there of the row and should not be: processes, ports, locks, files that were not
+   * What is still there of the row and should not be: processes, ports, sockets, locks, files that were not
    * finished. What is just ending gets time.
    *
    * @param allowed.files that may be there
@@ -246,6 +247,8 @@ export class Place {
     const left = await processes()
     for (const file of await this.unfinished()) if (!allowed.files?.test(file)) left.push(file)
     if (allowed.machines) return left
+    const run = await readdir(this.seen('run')).catch(() => [])
+    left.push(...run.filter((name) => /\.(qmp|console|ssh)$/.test(name)))
     const { cluster } = this
     for (const node of cluster.nodes) {
       const found = await machineState(cluster, node).catch(() => ({ state: 'unknown' }))
@@ -291,7 +294,8 @@ function running(child: ChildProcess): Running {
   const { pid = 0 } = child
   const kill = (signal: NodeJS.Signals) => {
     try {
-      process.kill(-pid, signal)
+      // 0 would be the group of this program.
+      if (pid > 0) process.kill(-pid, signal)
     } catch {
       // It has just ended.
     }
@@ -300,8 +304,8 @@ function running(child: ChildProcess): Running {
   const closed = once(child, 'close')
   // If it cannot be started, `outcome` says so.
   closed.catch(() => {})
-  const outcome = once(child, 'exit').then(async ([status, signal]) => {
-    clearTimeout(limit)
+  const exit = once(child, 'exit').finally(() => clearTimeout(limit))
+  const outcome = exit.then(async ([status, signal]) => {
     // Commands that live on have the same pipes.
     await Promise.race([closed, sleep(signal ? 50 : 2000)])
     const exitCode = status ?? 128 + constants.signals[signal as NodeJS.Signals]

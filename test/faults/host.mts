@@ -115,8 +115,8 @@ export const hostFaults: Fault[] = [
       await writeFile(place.path('images', 'alpha.qcow2'), 'a disk')
       const halves = [
         'tls/.sigma-key.pem.tmp-1-ab',
-        'tls/.ssh_ed25519.new',
-        'tls/.ssh_ed25519.new.pub',
+        'tls/.ssh_ed25519.tmp-1',
+        'tls/.ssh_ed25519.tmp-1.pub',
       ]
       halves.push('configs/.admin.kubeconfig.tmp-1-ab', 'configs/.encryption-config.yaml.tmp-1-ab')
       for (const file of halves) await writeFile(place.path(file), 'half')

@@ -7,8 +7,8 @@ What can go wrong, and what holds afterwards. \`npm run test:faults\` causes eac
 
 The following also holds for every row:
 
-- No process, port, lock or half-written file is left. (In the group \`cluster\` the machines keep running, so there only the scripts' processes, locks and files are checked.) After \`kill -9\`, this holds once the script has been run again, except for a file \`.NAME.tmp-…\` that was just being written; \`make clean\` removes it.
-- The second run, with the command in the last but one column, ends with status 0.
+- No process, port, socket, lock or half-written file is left. (In the group \`cluster\` the machines keep running, so there only the scripts' processes, locks and files are checked.) After \`kill -9\`, this holds once the script has been run again, except for a file \`.NAME.tmp-…\` that was just being written; \`make clean\` removes it.
+- The second run, with the command in the column “second run”, ends with status 0.
 - Another cluster on the same computer, with its files and a machine of the same name, is untouched; so are the user's own files in the checkout.
 `
 

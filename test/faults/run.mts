@@ -120,7 +120,7 @@ async function interrupt(signal: NodeJS.Signals): Promise<void> {
   for (const place of places) await (place.kept ? place.powerCut() : place.end()).catch(() => {})
   for (const { faults, close } of chosen) if (faults.length > 0) await close?.().catch(() => {})
   // Rows went on meanwhile.
-  for (const place of places) await place.powerCut()
+  for (const place of places) await place.powerCut().catch(() => {})
   await rm(folder, { recursive: true, force: true })
   process.exit(1)
 }
@@ -153,6 +153,7 @@ async function tell(
 async function prove(fault: Fault, place: Place, neighbour: Neighbour): Promise<void> {
   const own = [place.path('notes'), place.path('images', 'own.txt')]
   places.add(place)
+  let passed = false
   try {
     await mkdir(place.path('images'), { recursive: true })
     for (const file of own) await writeFile(file, 'of the user')
@@ -188,9 +189,14 @@ async function prove(fault: Fault, place: Place, neighbour: Neighbour): Promise<
     }
     for (const file of own) assert.equal(await readFile(file, 'utf8'), 'of the user', file)
     await neighbour.assertUntouched()
+    passed = true
   } finally {
-    if (!interrupted) await place.end()
-    if (!interrupted) places.delete(place)
+    if (!interrupted) {
+      const failed = await place.end()
+      places.delete(place)
+      for (const reason of failed) console.error(`at the end of the row: ${reason}`)
+      if (passed) assert.deepEqual(failed, [], 'at the end')
+    }
   }
 }
 

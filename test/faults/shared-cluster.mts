@@ -114,9 +114,9 @@ export class SharedCluster {
         if (states.some(({ state }) => state !== 'running')) await this.up()
       },
     ]
-    for (const step of work) {
-      await step().catch((error) => console.error(`after a row: ${error}`))
-    }
+    const failed: string[] = []
+    for (const step of work) await step().catch((error) => failed.push(`${error}`))
+    if (failed.length > 0) throw new Error(failed.join('\n'))
   }
 
   /** A client that writes, in a namespace of its own. */

@@ -1,7 +1,7 @@
 // cluster-status with an API server that answers what the tests choose, and hollow machines: real
 // sshd, no real services. (add-ons/observe.mts asks a real API server.)
 import assert from 'node:assert/strict'
-import { readFile, rm, writeFile } from 'node:fs/promises'
+import { readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test'
 import forge from 'node-forge'
 import { type Cluster, loadCluster } from '../../lib/cluster.mts'
@@ -224,6 +224,12 @@ describe('cluster-status', { skip: noSshd || noQemu }, () => {
     assert.ok(of('gamma').events.some(({ what }) => what === 'kernel'))
     const table = await run(checkout, script, ['--boot'])
     assert.match(table.stdout, /^sigma +sigma .*\ngamma +kernel/m)
+
+    // When it was powered on is then unknown.
+    await rename(checkout.path('run', 'gamma.pid'), checkout.path('run', 'gamma.away'))
+    const without = await run(checkout, script, ['--boot'])
+    await rename(checkout.path('run', 'gamma.away'), checkout.path('run', 'gamma.pid'))
+    assert.match(without.stdout, /^gamma +kernel +0\.0 s/m, without.stderr)
   })
 
   it('asks all machines at once, and waits for one that hangs no longer than --timeout', async () => {

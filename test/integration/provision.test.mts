@@ -358,7 +358,7 @@ describe('provision --iso', { skip: noLiveSystem || noIso || noMachines, timeout
       ])
       await assertUndone(unknown, /there is no node "omega"\n.*alpha, sigma, gamma/, 2)
       await assertUndone(force, /--force is for --iso/, 2)
-      await assertUndone(wait, /--wait and --disks-only do not go with --iso/, 2)
+      await assertUndone(wait, /--wait and --disks-only cannot be combined with --iso/, 2)
       await assertUndone(noFirmware, /\/no\/CODE\.fd/)
       await assertUndone(noQemu, /qemu-system-\w+ is not installed/)
       const space = /not enough disk space for alpha, sigma, gamma: 6\.4 GB are needed, .* are free/

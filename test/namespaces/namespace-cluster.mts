@@ -48,6 +48,7 @@ export function cannotRun(): string | false {
     'qemu-img',
     'xorriso',
     'bsdtar',
+    'setcap',
   )
 }
 

@@ -149,7 +149,7 @@ async def hold_machine(reader, writer, cluster: str, work: Path) -> None:
     lock = taken.setdefault(machine["name"], asyncio.Lock())
     try:
         await asyncio.wait_for(lock.acquire(), 60)
-    except TimeoutError:
+    except (TimeoutError, asyncio.TimeoutError):
         writer.write(f"{machine['name']} is running already\n".encode())
         writer.close()
         return

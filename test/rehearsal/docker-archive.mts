@@ -98,17 +98,17 @@ async function tar(folder: string, file: string, capabilities: string[] = []): P
   const same = ['--sort=name', '--mtime=@0', '--owner=0', '--group=0', '--numeric-owner']
   const mode = '--mode=u+rwX,go+rX,go-w'
   const names = (await readdir(folder)).sort()
-  const run = $({ quiet: true, cwd: folder })
+  const run = $({ quiet: true, cwd: folder, stdio: ['inherit', 'pipe', 'pipe'] })
   if (capabilities.length === 0) {
     await run`tar --format=ustar ${same} ${mode} -cf ${file} ${names}`
     return
   }
-  // File capabilities are extended attributes, which others than root may set in a user namespace.
-  const user = process.getuid?.() === 0 ? [] : ['unshare', '--map-root-user']
+  // File capabilities are extended attributes that only root may set; tar's file is the caller's.
+  const sudo = process.getuid?.() === 0 ? [] : ['sudo']
   const attributes = ['--format=posix', '--xattrs', '--xattrs-include=security.capability']
   // Without the number of the process and the times of access that would differ.
   const headers = '--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime'
-  await run`${user} sh -c 'PATH=$PATH:/sbin:/usr/sbin; setcap "$@"' sh ${capabilities} && ${user} tar ${attributes} ${headers} ${same} ${mode} -cf ${file} ${names}`
+  await run`${sudo} sh -c 'PATH=$PATH:/sbin:/usr/sbin; setcap "$@"' sh ${capabilities} && ${sudo} tar ${attributes} ${headers} ${same} ${mode} -cf - ${names} >${file}`
 }
 
 /** @param layer SHA-256 of the layer's tar file */

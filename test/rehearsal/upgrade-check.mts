@@ -23,7 +23,8 @@ export async function upgradeCheck(rehearsal: Rehearsal): Promise<void> {
   const { NIXOS_VERSION } = process.env
   process.env.NIXOS_VERSION = release
   try {
-    await whileWriting(rehearsal, () => rehearsal.script('rolling-upgrade', name))
+    // The control plane works all the while.
+    await whileWriting(rehearsal, () => rehearsal.script('rolling-upgrade', name), 20)
   } finally {
     if (NIXOS_VERSION === undefined) delete process.env.NIXOS_VERSION
     else process.env.NIXOS_VERSION = NIXOS_VERSION

@@ -1,4 +1,5 @@
 // Work on a running cluster while a client writes through its API server.
+import assert from 'node:assert/strict'
 import { Writer } from '../writer.mts'
 import type { Rehearsal } from './rehearsal.mts'
 
@@ -25,13 +26,19 @@ export async function withWriter(
 /**
  * Works while a client writes, which may be refused for a while.
  *
+ * @param atLeast how many writes have to be acknowledged meanwhile
  * @throws if it cannot write afterwards, or a write that was acknowledged is lost
  */
-export async function whileWriting(rehearsal: Rehearsal, work: () => Promise<void>): Promise<void> {
+export async function whileWriting(
+  rehearsal: Rehearsal,
+  work: () => Promise<void>,
+  atLeast = 0,
+): Promise<void> {
   await withWriter(rehearsal, async (writer) => {
     const before = writer.last
     await work()
     const meanwhile = writer.last - before
+    assert.ok(meanwhile >= atLeast, `only ${meanwhile} writes were acknowledged meanwhile`)
     await writer.continues()
     await writer.stop()
     await writer.assertNothingLost()

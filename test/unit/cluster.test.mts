@@ -497,13 +497,13 @@ describe('a mistake', () => {
       of: 'a password in the address of the chart, which is not shown',
       change: { CILIUM_CHART: 'CILIUM_CHART=https://me:secret@charts.example/' },
       at: 'CILIUM_CHART',
-      says: /is "https:\/\/…@charts\.example\/", not a chart without a password/,
+      says: /is "https:\/\/…@charts\.example\/", not a chart, with no credentials in its address/,
     },
     {
       of: 'a password in the address of a chart, whatever its scheme',
       change: { CILIUM_CHART: 'CILIUM_CHART=git+https://me:secret@charts.example/' },
       at: 'CILIUM_CHART',
-      says: /not a chart without a password/,
+      says: /not a chart, with no credentials in its address/,
     },
     {
       of: 'a choice that is none',

@@ -94,7 +94,7 @@ describe('a described error', () => {
   })
 
   it('with a kubectl command says which kubeconfig it needs', () => {
-    const first = /^ {2}first: {3}export KUBECONFIG=configs\/admin\.kubeconfig$/m
+    const first = /^ {2}first: {3}export KUBECONFIG="\$PWD\/configs\/admin\.kubeconfig"$/m
     const hint = 'use another name, or:\nkubectl delete node sigma'
     assert.match(describeError(new StepError('no', { hint })), first)
     assert.match(describeError(new StepError('no', { command: 'kubectl get nodes' })), first)

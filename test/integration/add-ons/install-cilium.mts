@@ -65,7 +65,7 @@ export const installCilium = (shared: Shared) =>
       assert.match(stderr, /hint: .*CILIUM_VERSION/)
     })
 
-    it('gives each worker its pod range and role', async () => {
+    it('gives each worker its pod CIDR and role', async () => {
       for (const { name, podCidr } of hollow.cluster.workers) {
         const { metadata, spec } = await hollow.get<Node>('node', name)
         assert.equal(spec.podCIDR, podCidr)
@@ -183,12 +183,12 @@ export const installCilium = (shared: Shared) =>
       }
     })
 
-    it('explains a pod range that is another than that of cluster.env', async () => {
+    it('explains a pod CIDR that differs from that of cluster.env', async () => {
       await hollow.checkout.set({ POD_CIDR_gamma: '10.200.9.0/24' })
       const { exitCode, stderr } = await install()
       await hollow.checkout.set({ POD_CIDR_gamma: '10.200.2.0/24' })
       assert.equal(exitCode, 1)
-      assert.match(stderr, /gamma has pod range 10\.200\.2\.0\/24, not 10\.200\.9\.0\/24/)
+      assert.match(stderr, /gamma has pod CIDR 10\.200\.2\.0\/24, not 10\.200\.9\.0\/24/)
       assert.match(stderr, /can be set once/)
       assert.match(stderr, /kubectl delete node gamma/)
     })
