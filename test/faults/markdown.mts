@@ -3,7 +3,7 @@ import type { Fault } from './fault.mts'
 
 const introduction = `# Faults
 
-What can go wrong, and what holds afterwards. \`npm run test:faults\` causes each fault for real and checks what its row states. Without arguments it runs the first two groups; arguments select groups (\`host\`, \`machine\`, \`cluster\`) or faults by words in their names. The group \`cluster\` has one cluster for all its rows, in Linux namespaces (containers instead of virtual machines), and so needs Linux and root. When such a machine loses power, files that were written but not synced survive; on a real computer they could be lost. “Exit status, message” are those of the script named in “what is done”. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
+What can go wrong, and what holds afterwards. \`npm run test:faults\` causes each fault for real and checks what its row states. Without arguments it runs the first two groups, several rows at a time (2.6 to 3.6 minutes on two cores); arguments select groups (\`host\`, \`machine\`, \`cluster\`) or faults by words in their names. The group \`cluster\` has one cluster for all its rows, in Linux namespaces (containers instead of virtual machines), and so needs Linux and root. When such a machine loses power, files that were written but not synced survive; on a real computer they could be lost. “Exit status, message” are those of the script named in “what is done”. The page is written by \`npm run test:faults -- --write\`; the last column is the time on two cores that were busy with other work as well, without hardware acceleration.
 
 The following also holds for every row:
 
