@@ -162,9 +162,9 @@ compare_packages = \
   process.exit(Object.entries(found).every(same) && Object.entries(wanted).every(needed) ? 0 : 1)
 
 install_packages = { \
-  command -v npm >/dev/null || { \
-    echo "Node and npm are missing: brew install node, or the packages of your distribution" >&2; exit 1; }; \
-  echo "installing the npm packages (npm ci)" >&2; \
+  { command -v npm >/dev/null || { \
+    echo "npm is missing: brew install node, or Node and npm of your distribution" >&2; false; }; } && \
+  echo "installing the npm packages (npm ci)" >&2 && \
   rm -rf .packages.partial && mkdir .packages.partial && \
   cp package.json package-lock.json .npmrc .packages.partial/ && \
   (cd .packages.partial && npm ci) && rm -rf node_modules && \

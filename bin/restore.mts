@@ -47,6 +47,10 @@ const marker = cluster.path('snapshots', restoring)
 const restored = await withClusterLock(cluster, 'restoring a snapshot', async () => {
   // 1. Everything that prevents a restore is found before anything is changed.
   const snapshot = await find(args[0])
+  const isSuspended = snapshot.name === suspended
+  const former = isSuspended && (await readIfThere(marker))?.trim()
+  const hint = `make restore NAME=${former}`
+  if (former) throw new StepError('a restore was interrupted halfway', { hint })
   const host = await detectHost(cluster)
   const live = snapshot.kind === 'live' && !flags['disks-only']
   await step(`check the snapshot ${snapshot.name}`, () => check(snapshot, live && host))
@@ -54,10 +58,6 @@ const restored = await withClusterLock(cluster, 'restoring a snapshot', async ()
   // 2. The machines are stopped, and the present state becomes a snapshot. (Suspended machines match
   //    theirs already; any that run were started by a run that was killed.)
   // 3. Disks, keys and settings are put back; if that fails, the machines that ran are started again.
-  const isSuspended = snapshot.name === suspended
-  const former = isSuspended && (await readIfThere(marker))?.trim()
-  const hint = `make restore NAME=${former}`
-  if (former) throw new StepError('a restore was interrupted halfway', { hint })
   const states = await Promise.all(cluster.nodes.map((node) => isRunning(cluster, node)))
   const running = cluster.nodes.filter((_, index) => states[index])
   if (isSuspended && running.length > 0) await runScript('shutdown', ['--now'])
@@ -128,8 +128,8 @@ async function load(tag: string, then: Cluster, host: Host): Promise<void> {
     })
   }).catch(async (error) => {
     await runScript('shutdown', ['--now'])
-    const again = tag === suspended ? 'make up' : `make restore NAME=${tag}`
-    const hint = `${again} tries again; make up FLAGS=--disks-only boots from the disks of that moment`
+    const up = tag === suspended ? 'make up tries again; make up FLAGS=--disks-only' : 'make up'
+    const hint = `${up} boots from the disks of that moment`
     const output = describeError(error)
     throw new StepError('the machines cannot continue from their memory', { output, hint })
   })
@@ -231,10 +231,10 @@ async function replace(snapshot: Snapshot, saved: string): Promise<void> {
   const old = (await snapshots.readSnapshots(cluster)).flatMap(({ name, automatic }) =>
     automatic && ![saved, snapshot.name, interrupted].includes(name) ? name : [],
   )
-  // Suspended memory does not match these disks: make up must not load it, even if it stays.
+  // make up must not load suspended memory, even if it stays. (Sorted first: any removal takes it along.)
   if (old.includes(suspended)) await $`mv snapshots/${suspended} snapshots/.${suspended}.partial`
   await rm(marker, { force: true })
-  for (const name of old) {
+  for (const name of old.sort()) {
     await runScript('snapshot', ['--delete', name]).catch((error) => {
       console.error(`! what an earlier restore replaced is still there: ${describeError(error)}`)
     })

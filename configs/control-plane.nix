@@ -360,7 +360,7 @@ in
           };
         }
         {
-          why = "each node's pod range comes from cluster.env, so none is allocated here";
+          why = "each node's pod CIDR comes from cluster.env, so none is allocated here";
           flags.allocate-node-cidrs = "false";
         }
         {

@@ -89,8 +89,8 @@ async function take(path: string, mine: Holder): Promise<boolean> {
       if (!/^(ENOSPC|EDQUOT)$/.test(error.code)) throw error
     })
     await link(ours, path).catch((error) => {
-      // A file system without hard links (exFAT, some shares).
-      if (!/^(EPERM|ENOTSUP|EOPNOTSUPP|ENOSYS)$/.test(error.code)) throw error
+      // A file system without hard links (exFAT, some shares); or make clean has removed ours.
+      if (!/^(EPERM|ENOTSUP|EOPNOTSUPP|ENOSYS|ENOENT)$/.test(error.code)) throw error
       return writeFile(path, text, { mode: 0o600, flag: 'wx' })
     })
     return true

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { existsSync } from 'node:fs'
-import { mkdir, readdir, readFile, rename, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { after, before, describe, it } from 'node:test'
 import { $, which } from 'zx'
@@ -198,6 +198,16 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
     )
     assert.deepEqual(await isUp(), [false, false])
 
+    const marker = cluster.path('snapshots', '.restoring')
+    await writeFile(marker, 'before-restore-1\n')
+    const halfway = await script('provision')
+    assert.match(
+      halfway.stderr,
+      /a restore was interrupted halfway(.|\n)*make restore NAME=before-restore-1/,
+    )
+    assert.deepEqual(await isUp(), [false, false])
+    await rm(marker)
+
     await succeeds('provision', 'alpha')
     await assertRunning()
     for (const node of cluster.nodes) assert.equal(await booted(node), false, node.name)
@@ -214,7 +224,9 @@ describe('memory of running machines', { skip: noMachines, timeout: 600_000 }, (
 
   it('of suspended machines is given up by make up with --disks-only, and by a restore', async () => {
     await succeeds('snapshot', '--suspend')
-    assert.equal((await restore('one')).exitCode, 0)
+    const given = await restore('one')
+    assert.equal(given.exitCode, 0, given.stderr)
+    assert.doesNotMatch(given.stderr, /is still there/)
     assert.ok(!existsSync(cluster.path('snapshots', '_suspended')))
     await assertRemembered('first')
 
