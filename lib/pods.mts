@@ -96,7 +96,7 @@ export async function waitForRollout(what: string, limits: Limits): Promise<void
   const $$ = $({ timeout: '60s' })
   await waitFor({ failure: `${what} is not ready`, ...limits, hint, command }, async () => {
     const status = await $$({ nothrow: true })`kubectl rollout status ${args} --watch=false`
-    // Ten minutes without progress count as a failure, but Kubernetes goes on trying.
+    // After ten minutes without progress kubectl reports a failure, but the rollout continues.
     if (status.exitCode !== 0 && !/progress deadline/.test(status.stderr)) throw status
     const state = (status.stdout || status.stderr).trim()
     if (state.endsWith('successfully rolled out')) return undefined

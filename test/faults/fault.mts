@@ -112,7 +112,7 @@ export class Place {
     return this.start(command, env).outcome
   }
 
-  /** Starts a script of bin/, in a process group of its own as a shell does, for ten minutes at most. */
+  /** Starts a script of bin/, in a process group of its own as a shell does, for five minutes at most. */
   start([program = '', ...args]: readonly string[], env: Record<string, string> = {}): Running {
     const file = program.startsWith('bin/') ? this.path(program) : program
     const [first = '', ...words] = [...this.entrance, file, ...args]
@@ -230,8 +230,8 @@ export class Place {
   }
 
   /**
-   * What is still there of the row and should not be: processes, ports, sockets, locks, files that were not
-   * finished. What is just ending gets time.
+   * What is still there of the row and should not be: processes, ports, sockets, locks, files that
+   * were not finished. What is just ending gets time.
    *
    * @param allowed.files that may be there
    * @param allowed.machines whether machines may run, and with them the LAN switch
@@ -300,7 +300,7 @@ function running(child: ChildProcess): Running {
       // It has just ended.
     }
   }
-  const limit = setTimeout(() => kill('SIGKILL'), 600_000)
+  const limit = setTimeout(() => kill('SIGKILL'), 300_000)
   const closed = once(child, 'close')
   // If it cannot be started, `outcome` says so.
   closed.catch(() => {})

@@ -66,7 +66,8 @@ async function restoreDisks(rehearsal: Rehearsal): Promise<void> {
     const moment = await snapshotOf(rehearsal, writer, '--disks-only')
     await removeNamespace()
     writer.stopWhenRefused()
-    await untilReady('restored', () => rehearsal.script('restore', snapshot))
+    // Emulated machines that boot, and a client that writes: a node may be slow to become Ready.
+    await untilReady('restored', () => rehearsal.script('restore', snapshot), 300)
     await settled(rehearsal)
     await assertMoment(writer, moment)
   })
@@ -91,11 +92,11 @@ async function suspendAndUp(rehearsal: Rehearsal): Promise<void> {
 }
 
 /** Measures the work together with the time until the API server says that all nodes are Ready. */
-async function untilReady(done: string, work: () => Promise<void>): Promise<void> {
+async function untilReady(done: string, work: () => Promise<void>, timeout = 60): Promise<void> {
   const began = performance.now()
   await work()
   const started = performance.now()
-  await waitFor({ failure: 'nodes not Ready', timeout: 300, every: 100 }, async () => {
+  await waitFor({ failure: 'nodes not Ready', timeout, every: 100 }, async () => {
     const wait = $({ nothrow: true })`kubectl wait node --all --for=condition=Ready --timeout=5s`
     const { exitCode, stderr } = await wait
     return exitCode === 0 ? undefined : stderr
